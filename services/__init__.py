@@ -1,0 +1,1 @@
+"""The service processes. Run from the repository or an image, never installed."""

@@ -1,0 +1,1 @@
+"""Tidemill: serving and metering of DeepSeek-V3-architecture models."""
