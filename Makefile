@@ -30,7 +30,7 @@ up: venv  ## start everything on this machine and keep it
 test: venv redis  ## all tests but those marked gpu (without a GPU) and slow
 	$(BIN)/python -m pytest
 
-check: venv  ## format, lint, types, import rules, protos
+check: venv $(CODEGEN_STAMP)  ## format, lint, types, import rules, protos
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -38,7 +38,7 @@ check: venv  ## format, lint, types, import rules, protos
 	$(BIN)/python protos/check.py
 
 protos: $(CODEGEN_STAMP)  ## regenerate src/tidemill/api from protos/
-	$(CODEGEN_VENV)/bin/python protos/generate.py
+	PATH="$(CURDIR)/$(CODEGEN_VENV)/bin:$$PATH" $(CODEGEN_VENV)/bin/python protos/generate.py
 
 bench: venv  ## the benchmarks; results as JSON under benchmarks/results
 	$(BIN)/python -m benchmarks
@@ -53,7 +53,6 @@ venv: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tidemill needs Python 3.11 or newer")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
