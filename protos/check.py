@@ -2,8 +2,8 @@
 
     python protos/check.py
 
-Needs `make protos`' environment and buf on PATH (package buf-bin). The breaking check compares with the
-branch main, or with origin/main in a clone that has no local main, and is skipped while neither holds protos.
+Needs the environment of `make protos` and buf (package buf-bin). The breaking check compares with
+origin/main, or with main where there is no origin, and is skipped while neither holds protos.
 """
 
 from __future__ import annotations
@@ -21,11 +21,18 @@ CODEGEN_PYTHON = REPOSITORY / ".venv-protos" / "bin" / "python"
 BUF = Path(sys.executable).with_name("buf")
 
 
-def run(*command: str | Path, cwd: Path = REPOSITORY) -> None:
+def run(*command: str | Path) -> None:
     """Runs a command; its failure is this check's."""
     environment = os.environ | {"PATH": f"{CODEGEN_PYTHON.parent}{os.pathsep}{os.environ['PATH']}"}
-    if subprocess.run([str(part) for part in command], cwd=cwd, env=environment).returncode != 0:
-        sys.exit(f"failed: {' '.join(str(part) for part in command)}")
+    words = [str(part) for part in command]
+    if subprocess.run(words, cwd=REPOSITORY, env=environment, check=False).returncode != 0:
+        sys.exit(f"failed: {' '.join(words)}")
+
+
+def git(*words: str) -> bytes:
+    """What git prints; nothing where it fails, as it does for a branch that is not there."""
+    command = ["git", *words]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, check=False).stdout
 
 
 def check_current(scratch: Path) -> None:
@@ -43,26 +50,21 @@ def check_current(scratch: Path) -> None:
 
 
 def reference_tree(scratch: Path) -> Path | None:
-    """main's protos, or None while main has none."""
-    for branch in ("main", "origin/main"):
-        listing = subprocess.run(
-            ["git", "ls-tree", "-r", "--name-only", branch, "protos/"],
-            cwd=REPOSITORY,
-            capture_output=True,
-            text=True,
-        )
-        names = [n for n in listing.stdout.split() if n.endswith((".proto", "generate.py"))]
-        if listing.returncode == 0 and any(n.endswith(".proto") for n in names):
+    """The published protos and their generator, or None while there are none."""
+    for branch in ("origin/main", "main"):
+        listing = git("ls-tree", "-r", "--name-only", branch, "protos/")
+        names = [n for n in listing.decode().split() if n.endswith((".proto", "generate.py"))]
+        if any(name.endswith(".proto") for name in names):
             for name in names:
                 target = scratch / "main" / name
                 target.parent.mkdir(parents=True, exist_ok=True)
-                show = ["git", "show", f"{branch}:{name}"]
-                target.write_bytes(subprocess.check_output(show, cwd=REPOSITORY))
+                target.write_bytes(git("show", f"{branch}:{name}"))
             return scratch / "main" / "protos"
     return None
 
 
 def main() -> None:
+    """Runs the three checks; exits non-zero at the first that fails."""
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         check_current(scratch)

@@ -2,14 +2,14 @@
 
     python protos/generate.py                      writes src/tidemill/api/
     python protos/generate.py --out DIR            writes DIR/tidemill/api/ instead
-    python protos/generate.py --image FILE         writes a descriptor image with sources and imports
+    python protos/generate.py --image FILE         writes a descriptor image with its imports
 
 Runs in the code generator's own environment (`make protos`), whose protobuf is the oldest that
 the client supports: generated code demands a runtime at least as new as its generator.
 
-The bounds in the protos are protovalidate options. The generated modules keep the options' bytes and drop
-the import of buf/validate/validate.proto, so a client needs no protovalidate, while a server's
-protovalidate still reads every rule from the descriptors.
+The bounds in the protos are protovalidate options. The generated modules keep the options' bytes
+and drop the import of buf/validate/validate.proto, so a client needs no protovalidate, while a
+server's protovalidate still reads every rule from the descriptors.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from pathlib import Path
 
 from google.protobuf import descriptor_pb2, duration_pb2, field_mask_pb2, timestamp_pb2
 from grpc_tools import protoc
-from protovalidate._gen.buf.validate import validate_pb  # the only copy of the rules' descriptor in a wheel
+
+# The only copy of the rules' descriptor that comes in a wheel.
+from protovalidate._gen.buf.validate import validate_pb
 
 ROOT = Path(__file__).resolve().parent
 RULES = "buf/validate/validate.proto"
@@ -37,11 +39,13 @@ def rules_descriptor() -> bytes:
 
 
 def run_protoc(*arguments: str) -> None:
+    """Runs protoc with our plugins; its failure is ours."""
     if protoc.main(["protoc", *arguments]) != 0:
         sys.exit("protoc failed")
 
 
 def sources() -> list[str]:
+    """All protos, relative to protos/."""
     return sorted(str(p.relative_to(ROOT)) for p in ROOT.rglob("*.proto"))
 
 
@@ -75,11 +79,13 @@ def without_rules_import(image: Path, target: Path) -> None:
 def write_packages(out: Path) -> None:
     """Gives every generated folder an __init__.py that says where it comes from."""
     api = out / "tidemill" / "api"
-    for folder in [api, *sorted(p for p in api.rglob("*") if p.is_dir() and p.name != "__pycache__")]:
+    folders = [p for p in api.rglob("*") if p.is_dir() and p.name != "__pycache__"]
+    for folder in [api, *folders]:
         (folder / "__init__.py").write_text('"""Generated from protos/. Never edited."""\n')
 
 
 def generate(out: Path) -> None:
+    """Writes the Python modules, their stubs and their packages under `out`."""
     with tempfile.TemporaryDirectory() as scratch:
         image, plain = Path(scratch, "all.binpb"), Path(scratch, "plain.binpb")
         write_image(image)
@@ -96,6 +102,7 @@ def generate(out: Path) -> None:
 
 
 def main() -> None:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT.parent / "src")
     parser.add_argument("--image", type=Path, help="write only a descriptor image")
