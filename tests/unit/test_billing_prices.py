@@ -64,10 +64,8 @@ def ms(instant: dt.datetime) -> int:
     return (instant - dt.datetime(1970, 1, 1, tzinfo=dt.UTC)) // dt.timedelta(milliseconds=1)
 
 
-def beijing(
-    year: int, month: int, day: int, hour: int, minute: int = 0, second: int = 0, micro: int = 0
-) -> int:
-    return ms(dt.datetime(year, month, day, hour, minute, second, micro, tzinfo=BEIJING))
+def beijing(local: str) -> int:
+    return ms(dt.datetime.fromisoformat(local).replace(tzinfo=BEIJING))
 
 
 def mills_per_million(prices: Prices) -> tuple[int, int, int]:
@@ -91,9 +89,9 @@ def mills_per_million(prices: Prices) -> tuple[int, int, int]:
 def test_every_line_of_deepseeks_table(
     book: PriceBook, model: str, window: str, currency: str, published: tuple[int, int, int]
 ) -> None:
-    hour = {"standard": 12, "off-peak": 4}[window]
-    tariff = book.tariff_at(model, beijing(2025, 3, 1, 0))
-    found = tariff.window_at(beijing(2025, 3, 1, hour))
+    clock = {"standard": "12:00", "off-peak": "04:00"}[window]
+    tariff = book.tariff_at(model, beijing("2025-03-01"))
+    found = tariff.window_at(beijing(f"2025-03-01 {clock}"))
     assert found.name == window
     assert mills_per_million(found.prices[currency]) == published
 
@@ -101,39 +99,59 @@ def test_every_line_of_deepseeks_table(
 @pytest.mark.parametrize(
     ("clock", "window"),
     [
-        ((0, 29, 59, 999_000), "standard"),
-        ((0, 30, 0, 0), "off-peak"),
-        ((8, 29, 59, 999_000), "off-peak"),
-        ((8, 30, 0, 0), "standard"),
-        ((0, 0, 0, 0), "standard"),
-        ((23, 59, 59, 999_000), "standard"),
+        ("00:29:59.999", "standard"),
+        ("00:30", "off-peak"),
+        ("08:29:59.999", "off-peak"),
+        ("08:30", "standard"),
+        ("00:00", "standard"),
+        ("23:59:59.999", "standard"),
     ],
 )
-@pytest.mark.parametrize("day", [(2025, 2, 27), (2025, 12, 31), (2028, 2, 29)])
+@pytest.mark.parametrize("day", ["2025-02-27", "2025-12-31", "2028-02-29"])
 def test_windows_hold_their_start_and_not_their_end(
-    book: PriceBook, day: tuple[int, int, int], clock: tuple[int, int, int, int], window: str
+    book: PriceBook, day: str, clock: str, window: str
 ) -> None:
-    instant = beijing(*day, *clock)
+    instant = beijing(f"{day} {clock}")
     assert book.tariff_at("deepseek-chat", instant).window_at(instant).name == window
 
 
 def test_off_peak_starts_at_16_30_utc(book: PriceBook) -> None:
-    tariff = book.tariff_at("deepseek-chat", beijing(2025, 3, 1, 0))
+    tariff = book.tariff_at("deepseek-chat", beijing("2025-03-01"))
     edge = ms(dt.datetime(2025, 3, 1, 16, 30, tzinfo=dt.UTC))
     assert [tariff.window_at(edge + step).name for step in (-1, 0)] == ["standard", "off-peak"]
     assert tariff.decides is Decides.COMPLETION
 
 
 def test_no_tariff_before_the_first_is_effective(book: PriceBook) -> None:
-    start = beijing(2025, 2, 26, 0)
+    start = beijing("2025-02-26")
     assert book.tariff_at("deepseek-chat", start).effective_from_ms == start
     with pytest.raises(ConfigError, match="has no tariff for 'deepseek-chat' at"):
         book.tariff_at("deepseek-chat", start - 1)
 
 
+def test_the_end_of_a_window_is_told_in_advance(book: PriceBook) -> None:
+    ends = [
+        book.window_ends_at("deepseek-chat", beijing(f"2025-03-01 {clock}"))
+        for clock in ("00:29:59.999", "00:30", "08:30", "23:00")
+    ]
+    assert ends == [
+        beijing("2025-03-01 00:30"),
+        beijing("2025-03-01 08:30"),
+        beijing("2025-03-02 00:30"),
+        beijing("2025-03-02 00:30"),
+    ]
+
+
+def test_a_window_ends_early_where_the_next_tariff_starts() -> None:
+    book = parse_price_book(SMALL + LATER_TARIFF, source="two.toml")
+    start = ms(dt.datetime(2025, 6, 1, tzinfo=dt.UTC))
+    assert book.window_ends_at("m", start - 1) == start
+    assert book.window_ends_at("m", start) is None  # one window, all day, no later tariff
+
+
 def test_unknown_model_is_named(book: PriceBook) -> None:
     with pytest.raises(ConfigError, match="has no model 'gpt'"):
-        book.tariff_at("gpt", beijing(2025, 3, 1, 0))
+        book.tariff_at("gpt", beijing("2025-03-01"))
 
 
 def test_later_tariff_replaces_the_earlier_from_its_instant_on() -> None:
@@ -147,7 +165,7 @@ def test_later_tariff_replaces_the_earlier_from_its_instant_on() -> None:
 def test_wall_clock_decides_where_a_zone_skips_or_repeats_an_hour() -> None:
     text = SMALL.replace('"UTC"', '"Europe/Berlin"')
     text = text.replace("08:00:00", "02:30:00").replace("20:00:00", "03:00:00")
-    tariff = parse_price_book(text, source="dst.toml").tariff_at("m", beijing(2025, 3, 1, 0))
+    tariff = parse_price_book(text, source="dst.toml").tariff_at("m", beijing("2025-03-01"))
     names = [
         tariff.window_at(ms(dt.datetime(2025, month, day, 0, 30 + minute, tzinfo=dt.UTC))).name
         for month, day in ((3, 30), (10, 26))

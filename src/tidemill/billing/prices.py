@@ -77,9 +77,22 @@ class Tariff:
 
     def window_at(self, instant_ms: int) -> Window:
         """The window in force at an instant."""
-        elapsed = dt.timedelta(milliseconds=require_int(instant_ms, "instant_ms"))
-        local = (_EPOCH + elapsed).astimezone(ZoneInfo(self.zone)).time()
+        local = self._local(instant_ms).time()
         return next(window for window in self.windows if window.covers(local))
+
+    def window_ends_at(self, instant_ms: int) -> int | None:
+        """When the window in force at an instant ends; None if it is the only one."""
+        if len(self.windows) == 1:
+            return None
+        local, end = self._local(instant_ms), self.window_at(instant_ms).end
+        days_ahead = 0 if local.time() < end else 1
+        day = local.date() + dt.timedelta(days=days_ahead)
+        instant = dt.datetime.combine(day, end, tzinfo=ZoneInfo(self.zone))
+        return (instant - _EPOCH) // dt.timedelta(milliseconds=1)
+
+    def _local(self, instant_ms: int) -> dt.datetime:
+        elapsed = dt.timedelta(milliseconds=require_int(instant_ms, "instant_ms"))
+        return (_EPOCH + elapsed).astimezone(ZoneInfo(self.zone))
 
 
 @dataclass(frozen=True)
@@ -104,6 +117,15 @@ class PriceBook:
             if tariff.effective_from_ms <= admitted_at_ms:
                 return tariff
         raise ConfigError(f"price book {self.id} has no tariff for {model!r} at {admitted_at_ms}")
+
+    def window_ends_at(self, model: str, instant_ms: int) -> int | None:
+        """When the prices of a request admitted and decided at an instant end; None: never."""
+        tariff = self.tariff_at(model, instant_ms)
+        starts = [row.effective_from_ms for row in self.models[model]]
+        ends = [start for start in starts if start > instant_ms]
+        if (window_end := tariff.window_ends_at(instant_ms)) is not None:
+            ends.append(window_end)
+        return min(ends, default=None)
 
     @cached_property
     def digest(self) -> str:
