@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from tidemill.api.common.v1 import kv_pb2 as tidemill_dot_api_dot_common_dot_v1_dot_kv__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)tidemill/api/cache/v1/cache_service.proto\x12\x15tidemill.api.cache.v1\x1a\x1ftidemill/api/common/v1/kv.proto\"\xbc\x01\n\x0e\x42lockNamespace\x12&\n\ttenant_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x08tenantId\x12(\n\x0b\x63\x61\x63he_scope\x18\x02 \x01(\x0c\x42\x07\xbaH\x04z\x02h R\ncacheScope\x12\x36\n\x12layout_fingerprint\x18\x03 \x01(\x0c\x42\x07\xbaH\x04z\x02h R\x11layoutFingerprint\x12 \n\x05model\x18\x04 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01R\x05model\"\x99\x01\n\x13LookupBlocksRequest\x12K\n\tnamespace\x18\x01 \x01(\x0b\x32%.tidemill.api.cache.v1.BlockNamespaceB\x06\xbaH\x03\xc8\x01\x01R\tnamespace\x12\x35\n\x0c\x62lock_hashes\x18\x02 \x03(\x0c\x42\x12\xbaH\x0f\x92\x01\x0c\x08\x01\x10\x80\x80\x01\"\x04z\x02h R\x0b\x62lockHashes\"{\n\x14LookupBlocksResponse\x12\x42\n\x05tiers\x18\x01 \x03(\x0e\x32 .tidemill.api.cache.v1.CacheTierB\n\xbaH\x07\x92\x01\x04\x10\x80\x80\x01R\x05tiers\x12\x1f\n\x0btotal_bytes\x18\x02 \x01(\x04R\ntotalBytes\"\x98\x01\n\x12\x46\x65tchBlocksRequest\x12K\n\tnamespace\x18\x01 \x01(\x0b\x32%.tidemill.api.cache.v1.BlockNamespaceB\x06\xbaH\x03\xc8\x01\x01R\tnamespace\x12\x35\n\x0c\x62lock_hashes\x18\x02 \x03(\x0c\x42\x12\xbaH\x0f\x92\x01\x0c\x08\x01\x10\x80\x80\x01\"\x04z\x02h R\x0b\x62lockHashes\"\x8f\x01\n\x13\x46\x65tchBlocksResponse\x12\x38\n\x05piece\x18\x01 \x01(\x0b\x32\".tidemill.api.common.v1.BlockPieceR\x05piece\x12>\n\x04tier\x18\x02 \x01(\x0e\x32 .tidemill.api.cache.v1.CacheTierB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x04tier\"\xa9\x01\n\x12StoreBlocksRequest\x12\x45\n\tnamespace\x18\x01 \x01(\x0b\x32%.tidemill.api.cache.v1.BlockNamespaceH\x00R\tnamespace\x12:\n\x05piece\x18\x02 \x01(\x0b\x32\".tidemill.api.common.v1.BlockPieceH\x00R\x05pieceB\x10\n\x07\x63ontent\x12\x05\xbaH\x02\x08\x01\"a\n\x13StoreBlocksResponse\x12#\n\rstored_blocks\x18\x01 \x01(\rR\x0cstoredBlocks\x12%\n\x0eskipped_blocks\x18\x02 \x01(\rR\rskippedBlocks\"Q\n\x14GetCacheStatsRequest\x12+\n\ttenant_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@H\x00R\x08tenantId\x88\x01\x01\x42\x0c\n\n_tenant_id\"\xc5\x01\n\x15GetCacheStatsResponse\x12\x42\n\x05stats\x18\x01 \x03(\x0b\x32!.tidemill.api.cache.v1.CacheStatsB\t\xbaH\x06\x92\x01\x03\x10\x90NR\x05stats\x12\x1b\n\tram_bytes\x18\x02 \x01(\x04R\x08ramBytes\x12,\n\x12ram_capacity_bytes\x18\x03 \x01(\x04R\x10ramCapacityBytes\x12\x1d\n\nram_blocks\x18\x04 \x01(\x04R\tramBlocks\"\xfe\x01\n\nCacheStats\x12\x1b\n\ttenant_id\x18\x01 \x01(\tR\x08tenantId\x12\x14\n\x05model\x18\x02 \x01(\tR\x05model\x12%\n\x0equeried_blocks\x18\x03 \x01(\x04R\rqueriedBlocks\x12!\n\x0c\x66ound_blocks\x18\x04 \x01(\x04R\x0b\x66oundBlocks\x12)\n\x10\x64\x65livered_blocks\x18\x05 \x01(\x04R\x0f\x64\x65liveredBlocks\x12#\n\rfailed_blocks\x18\x06 \x01(\x04R\x0c\x66\x61iledBlocks\x12#\n\rstored_blocks\x18\x07 \x01(\x04R\x0cstoredBlocks*P\n\tCacheTier\x12\x1a\n\x16\x43\x41\x43HE_TIER_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x43\x41\x43HE_TIER_RAM\x10\x01\x12\x13\n\x0f\x43\x41\x43HE_TIER_DISK\x10\x02\x32\xb3\x03\n\x0c\x43\x61\x63heService\x12g\n\x0cLookupBlocks\x12*.tidemill.api.cache.v1.LookupBlocksRequest\x1a+.tidemill.api.cache.v1.LookupBlocksResponse\x12\x66\n\x0b\x46\x65tchBlocks\x12).tidemill.api.cache.v1.FetchBlocksRequest\x1a*.tidemill.api.cache.v1.FetchBlocksResponse0\x01\x12\x66\n\x0bStoreBlocks\x12).tidemill.api.cache.v1.StoreBlocksRequest\x1a*.tidemill.api.cache.v1.StoreBlocksResponse(\x01\x12j\n\rGetCacheStats\x12+.tidemill.api.cache.v1.GetCacheStatsRequest\x1a,.tidemill.api.cache.v1.GetCacheStatsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)tidemill/api/cache/v1/cache_service.proto\x12\x15tidemill.api.cache.v1\x1a\x1ftidemill/api/common/v1/kv.proto\"\xbc\x01\n\x0e\x42lockNamespace\x12&\n\ttenant_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x08tenantId\x12(\n\x0b\x63\x61\x63he_scope\x18\x02 \x01(\x0c\x42\x07\xbaH\x04z\x02h R\ncacheScope\x12\x36\n\x12layout_fingerprint\x18\x03 \x01(\x0c\x42\x07\xbaH\x04z\x02h R\x11layoutFingerprint\x12 \n\x05model\x18\x04 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01R\x05model\"\x99\x01\n\x13LookupBlocksRequest\x12K\n\tnamespace\x18\x01 \x01(\x0b\x32%.tidemill.api.cache.v1.BlockNamespaceB\x06\xbaH\x03\xc8\x01\x01R\tnamespace\x12\x35\n\x0c\x62lock_hashes\x18\x02 \x03(\x0c\x42\x12\xbaH\x0f\x92\x01\x0c\x08\x01\x10\x80\x80\x01\"\x04z\x02h R\x0b\x62lockHashes\"\xc5\x01\n\x14LookupBlocksResponse\x12\x42\n\x05tiers\x18\x01 \x03(\x0e\x32 .tidemill.api.cache.v1.CacheTierB\n\xbaH\x07\x92\x01\x04\x10\x80\x80\x01R\x05tiers\x12\x1f\n\x0btotal_bytes\x18\x02 \x01(\x04R\ntotalBytes\x12H\n\x07holders\x18\x03 \x03(\x0b\x32\".tidemill.api.cache.v1.BlockHolderB\n\xbaH\x07\x92\x01\x04\x10\x80\x80\x01R\x07holders\"]\n\x0b\x42lockHolder\x12\"\n\x07\x61\x64\x64ress\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02R\x07\x61\x64\x64ress\x12*\n\nnum_blocks\x18\x02 \x01(\rB\x0b\xbaH\x08*\x06\x18\x80\x80\x01(\x01R\tnumBlocks\"\x98\x01\n\x12\x46\x65tchBlocksRequest\x12K\n\tnamespace\x18\x01 \x01(\x0b\x32%.tidemill.api.cache.v1.BlockNamespaceB\x06\xbaH\x03\xc8\x01\x01R\tnamespace\x12\x35\n\x0c\x62lock_hashes\x18\x02 \x03(\x0c\x42\x12\xbaH\x0f\x92\x01\x0c\x08\x01\x10\x80\x80\x01\"\x04z\x02h R\x0b\x62lockHashes\"\x8f\x01\n\x13\x46\x65tchBlocksResponse\x12\x38\n\x05piece\x18\x01 \x01(\x0b\x32\".tidemill.api.common.v1.BlockPieceR\x05piece\x12>\n\x04tier\x18\x02 \x01(\x0e\x32 .tidemill.api.cache.v1.CacheTierB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x04tier\"\xa9\x01\n\x12StoreBlocksRequest\x12\x45\n\tnamespace\x18\x01 \x01(\x0b\x32%.tidemill.api.cache.v1.BlockNamespaceH\x00R\tnamespace\x12:\n\x05piece\x18\x02 \x01(\x0b\x32\".tidemill.api.common.v1.BlockPieceH\x00R\x05pieceB\x10\n\x07\x63ontent\x12\x05\xbaH\x02\x08\x01\"a\n\x13StoreBlocksResponse\x12#\n\rstored_blocks\x18\x01 \x01(\rR\x0cstoredBlocks\x12%\n\x0eskipped_blocks\x18\x02 \x01(\rR\rskippedBlocks\"Q\n\x14GetCacheStatsRequest\x12+\n\ttenant_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@H\x00R\x08tenantId\x88\x01\x01\x42\x0c\n\n_tenant_id\"\xc5\x01\n\x15GetCacheStatsResponse\x12\x42\n\x05stats\x18\x01 \x03(\x0b\x32!.tidemill.api.cache.v1.CacheStatsB\t\xbaH\x06\x92\x01\x03\x10\x90NR\x05stats\x12\x1b\n\tram_bytes\x18\x02 \x01(\x04R\x08ramBytes\x12,\n\x12ram_capacity_bytes\x18\x03 \x01(\x04R\x10ramCapacityBytes\x12\x1d\n\nram_blocks\x18\x04 \x01(\x04R\tramBlocks\"\xfe\x01\n\nCacheStats\x12\x1b\n\ttenant_id\x18\x01 \x01(\tR\x08tenantId\x12\x14\n\x05model\x18\x02 \x01(\tR\x05model\x12%\n\x0equeried_blocks\x18\x03 \x01(\x04R\rqueriedBlocks\x12!\n\x0c\x66ound_blocks\x18\x04 \x01(\x04R\x0b\x66oundBlocks\x12)\n\x10\x64\x65livered_blocks\x18\x05 \x01(\x04R\x0f\x64\x65liveredBlocks\x12#\n\rfailed_blocks\x18\x06 \x01(\x04R\x0c\x66\x61iledBlocks\x12#\n\rstored_blocks\x18\x07 \x01(\x04R\x0cstoredBlocks*P\n\tCacheTier\x12\x1a\n\x16\x43\x41\x43HE_TIER_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x43\x41\x43HE_TIER_RAM\x10\x01\x12\x13\n\x0f\x43\x41\x43HE_TIER_DISK\x10\x02\x32\xb3\x03\n\x0c\x43\x61\x63heService\x12g\n\x0cLookupBlocks\x12*.tidemill.api.cache.v1.LookupBlocksRequest\x1a+.tidemill.api.cache.v1.LookupBlocksResponse\x12\x66\n\x0b\x46\x65tchBlocks\x12).tidemill.api.cache.v1.FetchBlocksRequest\x1a*.tidemill.api.cache.v1.FetchBlocksResponse0\x01\x12\x66\n\x0bStoreBlocks\x12).tidemill.api.cache.v1.StoreBlocksRequest\x1a*.tidemill.api.cache.v1.StoreBlocksResponse(\x01\x12j\n\rGetCacheStats\x12+.tidemill.api.cache.v1.GetCacheStatsRequest\x1a,.tidemill.api.cache.v1.GetCacheStatsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,6 +46,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LOOKUPBLOCKSREQUEST'].fields_by_name['block_hashes']._serialized_options = b'\272H\017\222\001\014\010\001\020\200\200\001\"\004z\002h '
   _globals['_LOOKUPBLOCKSRESPONSE'].fields_by_name['tiers']._loaded_options = None
   _globals['_LOOKUPBLOCKSRESPONSE'].fields_by_name['tiers']._serialized_options = b'\272H\007\222\001\004\020\200\200\001'
+  _globals['_LOOKUPBLOCKSRESPONSE'].fields_by_name['holders']._loaded_options = None
+  _globals['_LOOKUPBLOCKSRESPONSE'].fields_by_name['holders']._serialized_options = b'\272H\007\222\001\004\020\200\200\001'
+  _globals['_BLOCKHOLDER'].fields_by_name['address']._loaded_options = None
+  _globals['_BLOCKHOLDER'].fields_by_name['address']._serialized_options = b'\272H\005r\003\030\200\002'
+  _globals['_BLOCKHOLDER'].fields_by_name['num_blocks']._loaded_options = None
+  _globals['_BLOCKHOLDER'].fields_by_name['num_blocks']._serialized_options = b'\272H\010*\006\030\200\200\001(\001'
   _globals['_FETCHBLOCKSREQUEST'].fields_by_name['namespace']._loaded_options = None
   _globals['_FETCHBLOCKSREQUEST'].fields_by_name['namespace']._serialized_options = b'\272H\003\310\001\001'
   _globals['_FETCHBLOCKSREQUEST'].fields_by_name['block_hashes']._loaded_options = None
@@ -58,28 +64,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETCACHESTATSREQUEST'].fields_by_name['tenant_id']._serialized_options = b'\272H\006r\004\020\001\030@'
   _globals['_GETCACHESTATSRESPONSE'].fields_by_name['stats']._loaded_options = None
   _globals['_GETCACHESTATSRESPONSE'].fields_by_name['stats']._serialized_options = b'\272H\006\222\001\003\020\220N'
-  _globals['_CACHETIER']._serialized_start=1685
-  _globals['_CACHETIER']._serialized_end=1765
+  _globals['_CACHETIER']._serialized_start=1855
+  _globals['_CACHETIER']._serialized_end=1935
   _globals['_BLOCKNAMESPACE']._serialized_start=102
   _globals['_BLOCKNAMESPACE']._serialized_end=290
   _globals['_LOOKUPBLOCKSREQUEST']._serialized_start=293
   _globals['_LOOKUPBLOCKSREQUEST']._serialized_end=446
-  _globals['_LOOKUPBLOCKSRESPONSE']._serialized_start=448
-  _globals['_LOOKUPBLOCKSRESPONSE']._serialized_end=571
-  _globals['_FETCHBLOCKSREQUEST']._serialized_start=574
-  _globals['_FETCHBLOCKSREQUEST']._serialized_end=726
-  _globals['_FETCHBLOCKSRESPONSE']._serialized_start=729
-  _globals['_FETCHBLOCKSRESPONSE']._serialized_end=872
-  _globals['_STOREBLOCKSREQUEST']._serialized_start=875
-  _globals['_STOREBLOCKSREQUEST']._serialized_end=1044
-  _globals['_STOREBLOCKSRESPONSE']._serialized_start=1046
-  _globals['_STOREBLOCKSRESPONSE']._serialized_end=1143
-  _globals['_GETCACHESTATSREQUEST']._serialized_start=1145
-  _globals['_GETCACHESTATSREQUEST']._serialized_end=1226
-  _globals['_GETCACHESTATSRESPONSE']._serialized_start=1229
-  _globals['_GETCACHESTATSRESPONSE']._serialized_end=1426
-  _globals['_CACHESTATS']._serialized_start=1429
-  _globals['_CACHESTATS']._serialized_end=1683
-  _globals['_CACHESERVICE']._serialized_start=1768
-  _globals['_CACHESERVICE']._serialized_end=2203
+  _globals['_LOOKUPBLOCKSRESPONSE']._serialized_start=449
+  _globals['_LOOKUPBLOCKSRESPONSE']._serialized_end=646
+  _globals['_BLOCKHOLDER']._serialized_start=648
+  _globals['_BLOCKHOLDER']._serialized_end=741
+  _globals['_FETCHBLOCKSREQUEST']._serialized_start=744
+  _globals['_FETCHBLOCKSREQUEST']._serialized_end=896
+  _globals['_FETCHBLOCKSRESPONSE']._serialized_start=899
+  _globals['_FETCHBLOCKSRESPONSE']._serialized_end=1042
+  _globals['_STOREBLOCKSREQUEST']._serialized_start=1045
+  _globals['_STOREBLOCKSREQUEST']._serialized_end=1214
+  _globals['_STOREBLOCKSRESPONSE']._serialized_start=1216
+  _globals['_STOREBLOCKSRESPONSE']._serialized_end=1313
+  _globals['_GETCACHESTATSREQUEST']._serialized_start=1315
+  _globals['_GETCACHESTATSREQUEST']._serialized_end=1396
+  _globals['_GETCACHESTATSRESPONSE']._serialized_start=1399
+  _globals['_GETCACHESTATSRESPONSE']._serialized_end=1596
+  _globals['_CACHESTATS']._serialized_start=1599
+  _globals['_CACHESTATS']._serialized_end=1853
+  _globals['_CACHESERVICE']._serialized_start=1938
+  _globals['_CACHESERVICE']._serialized_end=2373
 # @@protoc_insertion_point(module_scope)

@@ -109,21 +109,49 @@ class LookupBlocksResponse(google.protobuf.message.Message):
 
     TIERS_FIELD_NUMBER: builtins.int
     TOTAL_BYTES_FIELD_NUMBER: builtins.int
+    HOLDERS_FIELD_NUMBER: builtins.int
     total_bytes: builtins.int
     """Bytes of the held blocks' payloads."""
     @property
     def tiers(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[global___CacheTier.ValueType]:
         """Tiers of the held blocks from the chain's start on; its length is the number held."""
 
+    @property
+    def holders(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___BlockHolder]:
+        """Which nodes hold them, as runs in chain order. Unset: the node that answers holds all."""
+
     def __init__(
         self,
         *,
         tiers: collections.abc.Iterable[global___CacheTier.ValueType] | None = ...,
         total_bytes: builtins.int = ...,
+        holders: collections.abc.Iterable[global___BlockHolder] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["tiers", b"tiers", "total_bytes", b"total_bytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["holders", b"holders", "tiers", b"tiers", "total_bytes", b"total_bytes"]) -> None: ...
 
 global___LookupBlocksResponse = LookupBlocksResponse
+
+@typing.final
+class BlockHolder(google.protobuf.message.Message):
+    """A run of consecutive blocks that one node of the cache holds."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: builtins.int
+    NUM_BLOCKS_FIELD_NUMBER: builtins.int
+    address: builtins.str
+    """The node's address, "host:port". Unset: the node that answers."""
+    num_blocks: builtins.int
+    """Blocks in the run."""
+    def __init__(
+        self,
+        *,
+        address: builtins.str = ...,
+        num_blocks: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "num_blocks", b"num_blocks"]) -> None: ...
+
+global___BlockHolder = BlockHolder
 
 @typing.final
 class FetchBlocksRequest(google.protobuf.message.Message):
