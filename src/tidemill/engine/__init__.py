@@ -1,0 +1,39 @@
+"""The engine of one worker: sequences, scheduler, paged latent pool, runner, sampler.
+
+engine = Engine.load(model_dir, EngineConfig(num_blocks=256))
+engine.submit(Sequence("a", prompt, block_table=engine.pool.allocate(8), sampling=SamplingParams()))
+while engine.has_work:
+    for output in engine.step(): ...
+"""
+
+from tidemill.engine.block_pool import BlockPool, PoolCorrupted
+from tidemill.engine.config import EngineConfig
+from tidemill.engine.engine import Engine
+from tidemill.engine.layout import KvLayout
+from tidemill.engine.outputs import (
+    EngineLoad,
+    FinishedOutput,
+    Output,
+    PausedOutput,
+    PrefilledOutput,
+    TokensOutput,
+)
+from tidemill.engine.sampling import SamplingParams
+from tidemill.engine.sequence import FinishReason, Sequence
+
+__all__ = [
+    "BlockPool",
+    "Engine",
+    "EngineConfig",
+    "EngineLoad",
+    "FinishReason",
+    "FinishedOutput",
+    "KvLayout",
+    "Output",
+    "PausedOutput",
+    "PoolCorrupted",
+    "PrefilledOutput",
+    "SamplingParams",
+    "Sequence",
+    "TokensOutput",
+]

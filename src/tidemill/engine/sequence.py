@@ -1,0 +1,99 @@
+"""One request inside the engine."""
+
+from collections.abc import Callable
+from collections.abc import Sequence as Tokens
+from enum import Enum
+
+from tidemill.blocks import BLOCK_TOKENS
+from tidemill.engine.sampling import SamplingParams
+
+# Called on the engine thread with (layer, start, end) as soon as the layer's latents for positions
+# [start, end) of a prefill chunk are in the pool; must not block.
+OnLayer = Callable[[int, int, int], None]
+
+
+class FinishReason(Enum):
+    """Why a sequence ended; `Engine.stop` may carry any other string."""
+
+    STOP = "stop"  # a stop token was generated
+    LENGTH = "length"  # max_tokens, or the context is full
+    BUDGET = "budget"  # stayed paused without funds; the worker decides
+    CANCELLED = "cancelled"
+
+
+class Sequence:
+    """Prompt, generated tokens and where their latents lie.
+
+    `block_table` is the caller's allocation: enough 64-token blocks for the prompt, and for
+    `max_tokens` more unless `prefill_only`. `num_cached_tokens` prompt tokens are already in these
+    blocks (reused) and are not computed again. With `first_token_id` the whole prompt is: the
+    sequence was prefilled elsewhere and that token is the first generated one.
+    """
+
+    def __init__(
+        self,
+        seq_id: str,
+        prompt: Tokens[int],
+        *,
+        block_table: Tokens[int],
+        sampling: SamplingParams,
+        num_cached_tokens: int = 0,
+        first_token_id: int | None = None,
+        num_funded_tokens: int | None = None,
+        prefill_only: bool = False,
+        on_layer: OnLayer | None = None,
+    ) -> None:
+        self.seq_id = seq_id
+        self.token_ids = list(prompt)
+        self.num_prompt_tokens = len(self.token_ids)
+        self.num_cached_tokens = num_cached_tokens
+        self.num_computed_tokens = num_cached_tokens
+        self.block_table = list(block_table)
+        self.sampling = sampling
+        self.num_funded_tokens = num_funded_tokens
+        self.prefill_only = prefill_only
+        self.on_layer = on_layer
+        self.finish_reason: FinishReason | None = None
+        self.keep_tokens: int | None = None
+        self.busy_seconds = 0.0
+        if first_token_id is not None:
+            self.token_ids.append(first_token_id)
+            self.num_computed_tokens = self.num_prompt_tokens
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens after the prompt, a first token handed over included."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed_prompt_tokens(self) -> int:
+        """Prompt tokens whose latents are not in the pool yet."""
+        return max(self.num_prompt_tokens - self.num_computed_tokens, 0)
+
+    @property
+    def is_funded(self) -> bool:
+        """Whether one more token may be generated."""
+        return self.num_funded_tokens is None or self.num_generated < self.num_funded_tokens
+
+    def num_blocks_needed(self, max_context: int) -> int:
+        """Blocks that `block_table` must hold: the last generated token has no latent."""
+        new_tokens = 0 if self.prefill_only else self.sampling.max_tokens - 1
+        return -(-min(self.num_prompt_tokens + new_tokens, max_context) // BLOCK_TOKENS)
+
+    def slot(self, position: int) -> int:
+        """Row of the pool (block * 64 + offset) that holds `position`."""
+        block, offset = divmod(position, BLOCK_TOKENS)
+        return self.block_table[block] * BLOCK_TOKENS + offset
+
+    def append(self, token_id: int, max_context: int) -> None:
+        """Add a generated token and decide whether it is the last."""
+        self.token_ids.append(token_id)
+        self.finish_reason = self.reason_to_finish(max_context)
+
+    def reason_to_finish(self, max_context: int) -> FinishReason | None:
+        """Why the last generated token ends the sequence, if it does."""
+        if self.token_ids[-1] in self.sampling.stop_token_ids:
+            return FinishReason.STOP
+        if self.num_generated >= self.sampling.max_tokens or len(self.token_ids) >= max_context:
+            return FinishReason.LENGTH
+        return None

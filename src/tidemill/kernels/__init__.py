@@ -1,0 +1,1 @@
+"""Operators of the model: a folder's `__init__` chooses the path, `reference.py` is plain torch."""

@@ -1,0 +1,44 @@
+"""Products with a weight in oneDNN's blocked layout, through the operators that Inductor uses."""
+
+import torch
+from torch import Tensor
+
+# Rows that the layout is chosen for: decode batches; larger products lose nothing by it.
+PACK_ROWS = 16
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether this build and CPU multiply bf16 natively; elsewhere the plain path is as fast."""
+    return (
+        weight.dtype == torch.bfloat16
+        and weight.device.type == "cpu"
+        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
+
+
+class PackedLinear:
+    """weight [N, K] bf16, reordered once; post-operations run inside the product, in fp32."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_ROWS)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, K] -> x @ weight.T [T, N]."""
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+        return out
+
+    def silu(self, x: Tensor) -> Tensor:
+        """silu(x @ weight.T) [T, N]."""
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "swish", [], "")
+        return out
+
+    def times(self, x: Tensor, other: Tensor) -> Tensor:
+        """(x @ weight.T) * other [T, N]."""
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, other, self.weight, None, "mul")
+        return out
+
+    def plus(self, x: Tensor, other: Tensor) -> Tensor:
+        """(x @ weight.T) + other [T, N]."""
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, other, self.weight, None, "add")
+        return out

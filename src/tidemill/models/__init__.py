@@ -1,0 +1,1 @@
+"""DeepSeek-V3-architecture models: configuration, checkpoint loading, layers."""

@@ -1,0 +1,265 @@
+"""DeepSeek-V3: latent attention and mixture of experts. A layer is four stages."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from tidemill.kernels.expert_mlp import Expert, expert_mlp, gather_rows, scatter_rows
+from tidemill.kernels.linear import Linear
+from tidemill.kernels.mla_decode import mla_decode
+from tidemill.kernels.mla_prefill import mla_prefill
+from tidemill.kernels.moe_route import moe_route
+from tidemill.kernels.rms_norm import rms_norm
+from tidemill.kernels.rope import apply_rope
+from tidemill.models.config import ModelConfig
+
+# The norms inside attention keep this whatever the config says (DeepSeek's `RMSNorm` default).
+LATENT_NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class PromptSpan:
+    """Rows [row_start, row_end) of a batch: positions from `start` on of one prompt."""
+
+    row_start: int
+    row_end: int
+    start: int
+    blocks: Tensor  # [M] int64, the prompt's blocks up to its last row
+
+
+@dataclass(frozen=True)
+class PrefillBatch:
+    """Chunks of one or more prompts, packed; attention runs per prompt in multi-head form."""
+
+    positions: Tensor  # [T] int64, absolute
+    slots: Tensor  # [T] int64, block * 64 + offset where each token's latent goes
+    spans: Sequence[PromptSpan]
+
+
+@dataclass(frozen=True)
+class DecodeBatch:
+    """One new token for each of T sequences; attention is absorbed, over all at once."""
+
+    positions: Tensor
+    slots: Tensor
+    block_tables: Tensor  # [T, M] int64, padded with the sequence's own first block
+    context_lens: Tensor  # [T] int64, the new token included
+
+
+Batch = PrefillBatch | DecodeBatch
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Multi-head latent attention over the paged cache (DeepSeek-V2 report 2.1)."""
+
+    qkv_a: Linear  # hidden -> q_lora + kv_lora + rope
+    q_a_norm: Tensor
+    q_b: Linear  # q_lora -> heads * (nope + rope)
+    kv_a_norm: Tensor
+    kv_b: Linear  # kv_lora -> heads * (nope + v)
+    w_uk: Tensor  # [H, nope, kv_lora], absorbs the query
+    w_uv: Tensor  # [H, kv_lora, v], applied to attended latents
+    out: Linear
+    config: ModelConfig
+    scale: float
+
+    def project(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden [T, D] -> query [T, H, nope + rope], latent [T, kv_lora + rope], both rotated."""
+        config = self.config
+        q_a, latent, k_rope = torch.split(
+            self.qkv_a(hidden),
+            [config.q_lora_rank, config.kv_lora_rank, config.qk_rope_head_dim],
+            dim=-1,
+        )
+        query = self.q_b(rms_norm(q_a, self.q_a_norm, LATENT_NORM_EPS))
+        query = query.view(len(hidden), config.num_attention_heads, config.qk_head_dim)
+        q_nope, q_rope = torch.split(
+            query, [config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1
+        )
+        q_rope = apply_rope(q_rope, cos.unsqueeze(1), sin.unsqueeze(1))
+        latent = rms_norm(latent, self.kv_a_norm, LATENT_NORM_EPS)
+        latent = torch.cat((latent, apply_rope(k_rope, cos, sin)), dim=-1)
+        return torch.cat((q_nope, q_rope), dim=-1), latent
+
+    def attend(self, query: Tensor, batch: Batch, latents: Tensor) -> Tensor:
+        """query [T, H, nope + rope], one layer's pool [blocks, 64, D] -> [T, H * v]."""
+        if isinstance(batch, DecodeBatch):
+            return self._attend_absorbed(query, batch, latents)
+        parts = [self._attend_span(query, span, latents) for span in batch.spans]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _attend_span(self, query: Tensor, span: PromptSpan, latents: Tensor) -> Tensor:
+        length = span.start + span.row_end - span.row_start
+        context = latents.index_select(0, span.blocks).flatten(0, 1)[:length]
+        attended = mla_prefill(
+            query[span.row_start : span.row_end],
+            context,
+            self.kv_b,
+            kv_lora_rank=self.config.kv_lora_rank,
+            start=span.start,
+            scale=self.scale,
+        )
+        return attended.flatten(1)
+
+    def _attend_absorbed(self, query: Tensor, batch: DecodeBatch, latents: Tensor) -> Tensor:
+        config = self.config
+        q_nope, q_rope = torch.split(
+            query, [config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1
+        )
+        q_latent = torch.bmm(q_nope.transpose(0, 1), self.w_uk).transpose(0, 1)
+        attended = mla_decode(
+            torch.cat((q_latent, q_rope), dim=-1),
+            latents,
+            batch.block_tables,
+            batch.context_lens,
+            scale=self.scale,
+        )
+        attended = attended[..., : config.kv_lora_rank].transpose(0, 1)
+        return torch.bmm(attended, self.w_uv).transpose(0, 1).flatten(1)
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """Tokens on their way through the experts: rows sorted by expert, and the way back."""
+
+    tokens: Tensor  # [T, D] normalised, for the shared expert
+    rows: Tensor  # [T * K, D]
+    order: Tensor  # [T * K]
+    counts: Sequence[int]  # [E]
+    weights: Tensor  # [T, K] fp32
+
+
+@dataclass(frozen=True)
+class DenseMlp:
+    """The first layers' MLP in the experts' place: nothing to route."""
+
+    mlp: Expert
+
+    def dispatch(self, tokens: Tensor) -> Tensor:
+        """tokens [T, D], unmoved."""
+        return tokens
+
+    def experts(self, tokens: Tensor) -> Tensor:
+        """tokens [T, D] -> [T, D]."""
+        return self.mlp(tokens)
+
+    def combine(self, residual: Tensor, outputs: Tensor) -> Tensor:
+        """residual + outputs, both [T, D]."""
+        return residual + outputs
+
+
+@dataclass(frozen=True)
+class MoeMlp:
+    """Routed experts and the shared one (DeepSeek-V3 report 2.1.2)."""
+
+    gate: Tensor  # [E, D] fp32
+    gate_bias: Tensor  # [E] fp32
+    routed: Sequence[Expert]
+    shared: Expert
+    config: ModelConfig
+
+    def dispatch(self, tokens: Tensor) -> Dispatched:
+        """tokens [T, D] -> one row per chosen expert, sorted by expert."""
+        config = self.config
+        weights, ids = moe_route(
+            linear(tokens.float(), self.gate),
+            self.gate_bias,
+            n_group=config.n_group,
+            topk_group=config.topk_group,
+            top_k=config.num_experts_per_tok,
+            normalize=config.norm_topk_prob,
+            scale=config.routed_scaling_factor,
+        )
+        rows, order, counts = gather_rows(tokens, ids, len(self.routed))
+        return Dispatched(tokens, rows, order, counts, weights)
+
+    def experts(self, dispatched: Dispatched) -> tuple[Tensor, Tensor]:
+        """The routed experts' rows [T * K, D] and the shared expert's output [T, D]."""
+        routed = expert_mlp(dispatched.rows, dispatched.counts, self.routed)
+        return routed, self.shared(dispatched.tokens)
+
+    def combine(
+        self, residual: Tensor, dispatched: Dispatched, outputs: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """residual [T, D] plus each token's weighted experts plus the shared expert."""
+        routed, shared = outputs
+        return residual + (scatter_rows(routed, dispatched.order, dispatched.weights) + shared)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Pre-norm attention and MLP: attention, dispatch, experts, combine."""
+
+    input_norm: Tensor
+    attention: Attention
+    post_norm: Tensor
+    mlp: DenseMlp | MoeMlp
+
+
+class DeepseekModel:
+    """All layers on one worker; weights come from `models.weights.load_model`."""
+
+    def __init__(
+        self,
+        *,
+        config: ModelConfig,
+        embedding: Tensor,
+        layers: Sequence[Layer],
+        norm: Tensor,
+        head: Linear,
+        rope: tuple[Tensor, Tensor],
+    ) -> None:
+        self.config = config
+        self.embedding = embedding
+        self.layers = layers
+        self.norm = norm
+        self.head = head
+        self._cos, self._sin = rope
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights, activations and latents."""
+        return self.embedding.dtype
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        batch: Batch,
+        latents: Tensor,
+        on_layer: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """token_ids [T] -> hidden [T, D]; writes latents [L, blocks, 64, latent_dim] in place.
+
+        `on_layer(i)` is called as soon as layer i's latents of this batch are in the pool.
+        """
+        eps = self.config.rms_norm_eps
+        cos, sin = self._cos[batch.positions], self._sin[batch.positions]
+        hidden = self.embedding[token_ids]
+        for index, layer in enumerate(self.layers):
+            pool = latents[index]
+            query, latent = layer.attention.project(
+                rms_norm(hidden, layer.input_norm, eps), cos, sin
+            )
+            pool.view(-1, pool.shape[-1]).index_copy_(0, batch.slots, latent)
+            if on_layer is not None:
+                on_layer(index)
+            attended = layer.attention.attend(query, batch, pool)
+            hidden = layer.attention.out.plus(attended, hidden)
+            hidden = _run_mlp(layer.mlp, hidden, rms_norm(hidden, layer.post_norm, eps))
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Last layer's hidden [T, D] -> [T, vocab] in the model's dtype."""
+        return self.head(rms_norm(hidden, self.norm, self.config.rms_norm_eps))
+
+
+def _run_mlp(mlp: DenseMlp | MoeMlp, residual: Tensor, tokens: Tensor) -> Tensor:
+    if isinstance(mlp, DenseMlp):
+        rows = mlp.dispatch(tokens)
+        return mlp.combine(residual, mlp.experts(rows))
+    dispatched = mlp.dispatch(tokens)
+    return mlp.combine(residual, dispatched, mlp.experts(dispatched))
