@@ -10,12 +10,6 @@ CODEGEN_VENV  := .venv-protos
 CODEGEN_STAMP := $(CODEGEN_VENV)/.installed
 CODEGEN_PINS  := grpcio-tools==1.66.2 protobuf==5.27.2 mypy-protobuf==3.6.0 protovalidate==2.1.0 setuptools==75.8.0
 
-# Triton's kernels run in its interpreter where there is no GPU.
-GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | head -n 1)
-ifeq ($(strip $(GPU)),)
-export TRITON_INTERPRET = 1
-endif
-
 .PHONY: help demo up test check protos bench clean venv redis pins
 
 help:  ## list the verbs

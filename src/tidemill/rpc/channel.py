@@ -1,0 +1,56 @@
+"""Channels: between our processes with a checked role, and from the SDK to a router."""
+
+from pathlib import Path
+
+import grpc
+
+from tidemill.errors import ConfigError
+from tidemill.rpc.address import is_loopback
+from tidemill.rpc.options import INTERNAL_CLIENT, SDK_CLIENT, Options
+from tidemill.rpc.tls import TlsFiles, channel_credentials, role_name
+
+
+def internal_channel(
+    address: str, *, role: str, tls: TlsFiles, options: Options = INTERNAL_CLIENT
+) -> grpc.aio.Channel:
+    """A mutual-TLS channel to a process that must hold a certificate of `role`.
+
+    The role is verified instead of the host's name, so a worker may move between hosts, and a
+    process with another role's certificate cannot stand in for it.
+    """
+    credentials = channel_credentials(tls.ca, cert=tls.cert, key=tls.key)
+    named = (*options, ("grpc.ssl_target_name_override", role_name(role)))
+    return grpc.aio.secure_channel(address, credentials, options=named)
+
+
+def sdk_channel(
+    address: str,
+    *,
+    ca: Path | bytes | None = None,
+    insecure: bool = False,
+    options: Options = SDK_CLIENT,
+) -> grpc.Channel:
+    """A channel to a router's public port. Raises ConfigError for plaintext beyond loopback."""
+    if insecure:
+        _check_plaintext(address)
+        return grpc.insecure_channel(address, options=options)
+    return grpc.secure_channel(address, channel_credentials(ca), options=options)
+
+
+def sdk_aio_channel(
+    address: str,
+    *,
+    ca: Path | bytes | None = None,
+    insecure: bool = False,
+    options: Options = SDK_CLIENT,
+) -> grpc.aio.Channel:
+    """As sdk_channel, for asyncio."""
+    if insecure:
+        _check_plaintext(address)
+        return grpc.aio.insecure_channel(address, options=options)
+    return grpc.aio.secure_channel(address, channel_credentials(ca), options=options)
+
+
+def _check_plaintext(address: str) -> None:
+    if not is_loopback(address):
+        raise ConfigError(f"refusing to send a key to {address} without TLS: it is not loopback")

@@ -1,0 +1,65 @@
+"""How a service process begins and ends."""
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from tidemill.errors import ConfigError
+from tidemill.rpc import logs
+
+try:
+    import uvloop
+except ImportError:  # not on every platform; asyncio's own loop serves as well, slower
+    _new_event_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
+else:
+    _new_event_loop = uvloop.new_event_loop
+
+Main = Callable[[asyncio.Event], Awaitable[None]]
+
+logger = logging.getLogger(__name__)
+
+
+def run(service: str, main: Main, *, log_level: str = "INFO") -> int:
+    """Run `main(stop)` to its end and return the exit status.
+
+    SIGTERM and SIGINT set `stop`; main drains and returns. A second signal ends at once, as does
+    any exception (1, with its traceback in the log). ConfigError is one line on stderr and 2.
+    """
+    logs.configure(service, level=log_level)
+    try:
+        with asyncio.Runner(loop_factory=_new_event_loop) as runner:
+            runner.run(_supervise(main))
+    except ConfigError as error:
+        sys.stderr.write(f"tidemill {service}: {error}\n")
+        return 2
+    except asyncio.CancelledError:
+        return 130
+    except Exception:
+        logger.exception("the process failed")
+        return 1
+    return 0
+
+
+async def _supervise(main: Main) -> None:
+    stop = asyncio.Event()
+    task: asyncio.Task[Any] | None = asyncio.current_task()
+    assert task is not None
+
+    def on_signal(name: str) -> None:
+        if stop.is_set():
+            task.cancel()
+        else:
+            logger.info("stopping", extra={"signal": name})
+            stop.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number.name)
+    try:
+        await main(stop)
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)

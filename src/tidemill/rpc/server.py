@@ -1,0 +1,205 @@
+"""A gRPC server with what all of ours have: limits, TLS, guards, health, drain."""
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from tidemill.errors import ConfigError
+from tidemill.rpc.address import split_address
+from tidemill.rpc.interceptors import AccessLog, CallInterceptor, Guard, map_errors
+from tidemill.rpc.metrics import RpcMetrics
+from tidemill.rpc.options import INTERNAL_SERVER, PUBLIC_SERVER, Options
+from tidemill.rpc.tls import TlsFiles, check_bind, server_credentials
+
+_READINESS_PERIOD_S = 1.0
+
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+logger = logging.getLogger(__name__)
+
+Readiness = Callable[[], str | None]
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Where and how a process listens.
+
+    `address` is host:port, port 0 takes a free one. `drain_s` is how long calls may go on once
+    the process has been told to stop. `metrics_address` unset: no metrics port. `reflection`
+    tells any caller that the port admits what its methods are.
+    """
+
+    address: str = "127.0.0.1:0"
+    tls: TlsFiles | None = None
+    max_concurrent_rpcs: int = 1024
+    drain_s: float = 10.0
+    metrics_address: str | None = None
+    reflection: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_concurrent_rpcs < 1:
+            raise ValueError("max_concurrent_rpcs must be at least 1")
+        if self.drain_s < 0:
+            raise ValueError("drain_s must not be negative")
+
+
+class RpcServer:
+    """Add servicers to `.server`, name them for health with add_service_name(), then start().
+
+    `public` is the router's front door: server-side TLS, callers bring an API key. All other
+    ports demand a client certificate, so they cannot do without TLS even on loopback.
+    `readiness` says why this process is not ready, None when it is; it is asked every second and
+    drives grpc.health.v1. `guards` run inside the access log and the error mapping.
+    Constructing raises ConfigError where the configuration forbids to listen.
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        *,
+        public: bool,
+        readiness: Readiness,
+        guards: Sequence[Guard] = (),
+        metrics: RpcMetrics | None = None,
+        options: Options | None = None,
+    ) -> None:
+        check_bind(config.address, tls=config.tls is not None)
+        if not public and config.tls is None:
+            raise ConfigError(f"internal port {config.address} needs tls: cert, key and ca")
+        self._config = config
+        self._credentials = (
+            server_credentials(config.tls, client_certs=not public) if config.tls else None
+        )
+        defaults = PUBLIC_SERVER if public else INTERNAL_SERVER
+        self.server = grpc.aio.server(
+            interceptors=(CallInterceptor(AccessLog(metrics), map_errors, *guards),),
+            options=defaults if options is None else options,
+            maximum_concurrent_rpcs=config.max_concurrent_rpcs,
+        )
+        self._health = _Health(readiness)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
+        self._names: list[str] = []
+        self._watch: asyncio.Task[None] | None = None
+        self._port = 0
+
+    def add_service_name(self, name: str) -> None:
+        """Make `name` (`package.Service`) known to health and reflection. Before start()."""
+        self._names.append(name)
+
+    @property
+    def port(self) -> int:
+        """The port listened on, once started."""
+        return self._port
+
+    @property
+    def address(self) -> str:
+        """host:port listened on, once started."""
+        host = self._config.address.rpartition(":")[0]
+        return f"{host}:{self._port}"
+
+    async def start(self) -> None:
+        """Listen. Raises ConfigError naming the address when it cannot be had."""
+        self._port = self._bind()
+        if self._config.reflection:
+            names = [*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME]
+            reflection.enable_server_reflection(names, self.server)
+        await self._health.start(self._names)
+        await self.server.start()
+        self._watch = asyncio.create_task(self._health.follow(_READINESS_PERIOD_S))
+
+    def _bind(self) -> int:
+        address = self._config.address
+        try:
+            if self._credentials is not None:
+                return self.server.add_secure_port(address, self._credentials)
+            return self.server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise ConfigError(f"cannot listen on {address}: {_why_not(address)}") from error
+
+    async def set_readiness_now(self) -> None:
+        """Ask `readiness` at once instead of within the second."""
+        await self._health.refresh()
+
+    async def drain(self) -> None:
+        """Stop well: health says NOT_SERVING, no new calls, running ones get `drain_s`."""
+        if self._watch is not None:
+            self._watch.cancel()
+        await self._health.end()
+        await self.server.stop(self._config.drain_s)
+
+    async def wait(self) -> None:
+        """Until the server has stopped."""
+        await self.server.wait_for_termination()
+
+
+class _Health(health.aio.HealthServicer):
+    """grpc.health.v1, with the answer taken from a readiness function."""
+
+    def __init__(self, readiness: Readiness) -> None:
+        super().__init__()
+        self._readiness = readiness
+        self._names: list[str] = [""]
+        self._reason: str | None = "starting"
+        self._watchers: set[asyncio.Task[Any]] = set()
+
+    async def start(self, names: Sequence[str]) -> None:
+        self._names += names
+        await self.refresh()
+
+    async def follow(self, period_s: float) -> None:
+        while True:
+            await asyncio.sleep(period_s)
+            await self.refresh()
+
+    async def refresh(self) -> None:
+        reason = self._ask()
+        if reason != self._reason:
+            logger.info("not ready" if reason else "ready", extra={"why": reason})
+        self._reason = reason
+        for name in self._names:
+            await self.set(name, _NOT_SERVING if reason else _SERVING)
+
+    def _ask(self) -> str | None:
+        try:
+            return self._readiness()
+        except Exception as error:  # a readiness check that breaks is an answer: not ready
+            if self._reason != repr(error):
+                logger.exception("readiness check failed")
+            return repr(error)
+
+    async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802 - gRPC's name
+        """Stream the status until the caller leaves or the server drains."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._watchers.add(task)
+        try:
+            await super().Watch(request, context)
+        finally:
+            self._watchers.discard(task)
+
+    async def end(self) -> None:
+        """Tell everyone NOT_SERVING, then end the watches: they would outlast any drain."""
+        await self.enter_graceful_shutdown()
+        await asyncio.sleep(0)
+        for task in list(self._watchers):
+            task.cancel()
+
+
+def _why_not(address: str) -> str:
+    """What the operating system says to a plain attempt; gRPC does not pass it on."""
+    try:
+        host, port = split_address(address)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind((host, port))
+    except OSError as error:
+        return error.strerror or str(error)
+    return "gRPC refused the address"
