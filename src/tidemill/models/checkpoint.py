@@ -28,8 +28,9 @@ class Checkpoint:
         self.model_dir = model_dir
         self._file_of = _locate_tensors(model_dir)
         self._files = {path: _open(path) for path in sorted(set(self._file_of.values()))}
+        held = {path: frozenset(_names(file)) for path, file in self._files.items()}
         for name, path in self._file_of.items():
-            if name not in self._files[path].keys():  # noqa: SIM118 - safe_open is no mapping
+            if name not in held[path]:
                 raise CheckpointError(
                     f"{path}: tensor {name!r} is in the index but not in the file"
                 )
@@ -51,7 +52,7 @@ class Checkpoint:
                 tensor=name,
                 expected=tuple(shape),
             )
-        value: Tensor = self._files[path].get_tensor(name)
+        value: Tensor = _get(self._files[path], name)
         if tuple(value.shape) != tuple(shape):
             raise CheckpointError(
                 f"{path}: tensor {name!r} has shape {list(value.shape)}, expected {list(shape)}",
@@ -79,7 +80,7 @@ class Checkpoint:
         sha = hashlib.sha256(b"tidemill.model.v1")
         _update(sha, (self.model_dir / "config.json").read_bytes())
         for name in self.names:
-            value: Tensor = self._files[self._file_of[name]].get_tensor(name)
+            value: Tensor = _get(self._files[self._file_of[name]], name)
             _update(sha, f"{name} {value.dtype} {list(value.shape)}".encode())
             raw = value.contiguous().view(-1).view(torch.uint8)
             _update(sha, raw[:DIGEST_SAMPLE_BYTES].numpy().tobytes())
@@ -102,7 +103,7 @@ def _locate_tensors(model_dir: Path) -> dict[str, Path]:
                 raise CheckpointError(f"{model_dir / INDEX_FILE}: {file!r} is not a file name")
         return {name: model_dir / file for name, file in weight_map.items()}
     path = model_dir / SINGLE_FILE
-    return dict.fromkeys(_open(path).keys(), path)
+    return dict.fromkeys(_names(_open(path)), path)
 
 
 def _open(path: Path) -> safe_open:
@@ -112,6 +113,15 @@ def _open(path: Path) -> safe_open:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: {_first_cut_tensor(path) or error}") from error
+
+
+def _names(file: safe_open) -> list[str]:
+    return list(file.keys())  # type: ignore[no-untyped-call]  # safetensors has no types
+
+
+def _get(file: safe_open, name: str) -> Tensor:
+    tensor: Tensor = file.get_tensor(name)  # type: ignore[no-untyped-call]  # no types either
+    return tensor
 
 
 def _first_cut_tensor(path: Path) -> str | None:
