@@ -1,0 +1,303 @@
+"""What the SDK hands out: events, results and their parts, free of protobuf."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from tidemill import billing
+from tidemill.errors import UsageError
+
+
+class FinishReason(StrEnum):
+    """Why a completion ended; UNKNOWN stands for a reason newer than this client."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    BUDGET = "budget"
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+    SLOW_READER = "slow_reader"
+    SERVER_FAULT = "server_fault"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a conversation; `role` is "system", "user" or "assistant"."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class MaxCost:
+    """An upper bound on a request's cost, in 10^-9 of the currency's unit."""
+
+    currency: str
+    nano: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Usage:
+    """Token counts as the router reported them, not yet checked.
+
+    `cache_hit_tokens` and `cache_miss_tokens` are the billed split of the prompt, `reuse` is what
+    was truly reused by tier. All zero until a prefill has finished.
+    """
+
+    prompt_tokens: int = 0
+    cache_hit_tokens: int = 0
+    cache_miss_tokens: int = 0
+    completion_tokens: int = 0
+    reasoning_tokens: int = 0
+    computed_tokens: int = 0
+    reuse: billing.Reuse = field(default_factory=billing.Reuse)
+    generated_tokens: int = 0
+    unbilled: billing.Unbilled = field(default_factory=billing.Unbilled)
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    prefill_site: str = ""
+    prefill_worker_id: str = ""
+
+    def check(self) -> None:
+        """Raise UsageError where U1, U2 or M4 (DESIGN.md 4) does not hold."""
+        true = billing.Usage(
+            prompt_tokens=self.prompt_tokens,
+            computed_tokens=self.computed_tokens,
+            reused=self.reuse,
+            completion_tokens=self.completion_tokens,
+            reasoning_tokens=self.reasoning_tokens,
+            generated_tokens=self.generated_tokens,
+            unbilled=self.unbilled,
+            drafted_tokens=self.drafted_tokens,
+            accepted_tokens=self.accepted_tokens,
+        )
+        if self.cache_hit_tokens != true.cache_hit_tokens:
+            raise UsageError(
+                f"U2 does not hold: {self.cache_hit_tokens} hit tokens billed, "
+                f"{true.cache_hit_tokens} follow from {self.reuse.total} reused "
+                f"of {self.prompt_tokens}"
+            )
+        if self.cache_miss_tokens != true.cache_miss_tokens:
+            raise UsageError(
+                f"U2 does not hold: {self.cache_hit_tokens} hit + {self.cache_miss_tokens} miss "
+                f"!= {self.prompt_tokens} prompt tokens"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as `tidemill --json` prints them."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "cache_hit_tokens": self.cache_hit_tokens,
+            "cache_miss_tokens": self.cache_miss_tokens,
+            "completion_tokens": self.completion_tokens,
+            "reasoning_tokens": self.reasoning_tokens,
+            "computed_tokens": self.computed_tokens,
+            "reuse": {
+                "device": self.reuse.device,
+                "host": self.reuse.host,
+                "cache_ram": self.reuse.cache_ram,
+                "cache_disk": self.reuse.cache_disk,
+                "peer": self.reuse.peer,
+            },
+            "generated_tokens": self.generated_tokens,
+            "unbilled": {
+                "overrun": self.unbilled.overrun,
+                "failover_redo": self.unbilled.failover_redo,
+                "lost": self.unbilled.lost,
+                "server_fault": self.unbilled.server_fault,
+            },
+            "drafted_tokens": self.drafted_tokens,
+            "accepted_tokens": self.accepted_tokens,
+            "prefill_site": self.prefill_site,
+            "prefill_worker_id": self.prefill_worker_id,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Receipt:
+    """A request's bill, as received.
+
+    `content` is the flat form of tidemill.billing (names, counts, prices in pico-units a token,
+    amounts in nano-units); `state` is "priced", "pending" or "settled".
+    """
+
+    content: Mapping[str, str | int]
+    state: str
+    content_sha256: str
+
+    @property
+    def amount_nano(self) -> int:
+        """The charge, in 10^-9 of the currency's unit."""
+        return int(self.content["amount_nano"])
+
+    @property
+    def saved_nano(self) -> int:
+        """What the hits saved against the miss price, in 10^-9 of the currency's unit."""
+        return int(self.content["saved_nano"])
+
+    @property
+    def currency(self) -> str:
+        """ISO 4217 code."""
+        return str(self.content["currency"])
+
+    @property
+    def window(self) -> str:
+        """Name of the price window that applied."""
+        return str(self.content["window"])
+
+    @property
+    def amount(self) -> str:
+        """The charge for people, e.g. "0.001234500 USD"."""
+        return billing.format_amount(self.amount_nano, self.currency)
+
+    @property
+    def saved(self) -> str:
+        """The saving for people."""
+        return billing.format_amount(self.saved_nano, self.currency)
+
+    def to_billing(self) -> billing.Receipt:
+        """The receipt that tidemill.billing works on; ReceiptError if it contradicts itself."""
+        return billing.Receipt.from_fields(self.content, content_sha256=self.content_sha256)
+
+    def verify(self, book: billing.PriceBook) -> None:
+        """Recompute the bill from its counts and the public price book.
+
+        ReceiptError names every field that differs and the value it should have.
+        """
+        billing.verify(self.to_billing(), book)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values: the flat content with `state` and `content_sha256`."""
+        return {**self.content, "state": self.state, "content_sha256": self.content_sha256}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timing:
+    """Where a request's time went, in seconds.
+
+    The first three are the router's clock from admission on; prefill and decode are the workers'
+    own figures.
+    """
+
+    queued_s: float = 0.0
+    first_token_s: float = 0.0
+    total_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_busy_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Accepted:
+    """The request has a place in the queue, `position` others ahead of it. The first event."""
+
+    request_id: str
+    position: int
+    prompt_tokens: int
+    admitted_at_ms: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Queued:
+    """The request still waits, now with `position` others ahead of it."""
+
+    position: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextChunk:
+    """Some tokens and the whole characters that they complete.
+
+    `first_index` is the place of token_ids[0] in the completion; `usage` is the bill's counts so
+    far.
+    """
+
+    sequence: int
+    first_index: int
+    token_ids: tuple[int, ...]
+    text: str
+    reasoning: str
+    usage: Usage
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completed:
+    """The end and the bill. The last event."""
+
+    finish_reason: FinishReason
+    usage: Usage
+    receipt: Receipt | None
+    seed: int
+    timing: Timing
+
+
+Event = Accepted | Queued | TextChunk | Completed
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """A whole answer with its bill."""
+
+    request_id: str
+    text: str
+    reasoning: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    receipt: Receipt | None
+    seed: int
+    timing: Timing
+
+    def to_dict(self) -> dict[str, Any]:
+        """`text`, `token_ids`, `finish_reason`, `usage`, `receipt`, as `--json` prints them.
+
+        `reasoning` is added where the model reasoned.
+        """
+        return {
+            "text": self.text,
+            **({"reasoning": self.reasoning} if self.reasoning else {}),
+            "token_ids": list(self.token_ids),
+            "finish_reason": self.finish_reason.value,
+            "usage": self.usage.to_dict(),
+            "receipt": None if self.receipt is None else self.receipt.to_dict(),
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """A served model with its limits and its prices now, in pico-units (10^-12) a token.
+
+    `window_ends_at_ms` is None where the window never ends.
+    """
+
+    name: str
+    context_tokens: int
+    max_output_tokens: int
+    currency: str
+    prices: billing.Prices
+    window: str
+    window_ends_at_ms: int | None
+    prefill_workers: int
+    decode_workers: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Key:
+    """An API key as it is listed: without its secret."""
+
+    key_id: str
+    tenant_id: str
+    label: str
+    created_at_ms: int
+    revoked: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NewKey:
+    """A key just made. `key` is its secret form and is never shown again."""
+
+    key_id: str
+    key: str = field(repr=False)
