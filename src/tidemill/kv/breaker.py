@@ -19,6 +19,7 @@ class Breaker:
         self._clock = clock
         self._pause_s = 0.0
         self._open_until = 0.0
+        self._probing = False
 
     @property
     def closed(self) -> bool:
@@ -33,6 +34,7 @@ class Breaker:
         if now < self._open_until:
             return False
         self._open_until = now + self._pause_s
+        self._probing = True
         return True
 
     def retry_after_s(self) -> float:
@@ -42,10 +44,11 @@ class Breaker:
     def succeeded(self) -> None:
         """A call that was let through got an answer."""
         self._pause_s = 0.0
+        self._probing = False
 
     def failed(self) -> None:
-        """A call that was let through got none."""
-        now = self._clock()
-        if self.closed or now >= self._open_until - self._pause_s:
+        """A call that was let through got none. Calls that failed together count once."""
+        if self.closed or self._probing:
             self._pause_s = min(max(2 * self._pause_s, self._first_s), self._most_s)
-            self._open_until = now + self._pause_s
+            self._open_until = self._clock() + self._pause_s
+            self._probing = False

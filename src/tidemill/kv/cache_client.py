@@ -15,17 +15,20 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import grpc
 import grpc.aio
 
 from tidemill.api.cache.v1 import cache_service_pb2 as pb
-from tidemill.api.cache.v1.cache_service_pb2_grpc import CacheServiceAsyncStub, CacheServiceStub
+from tidemill.api.cache.v1.cache_service_pb2_grpc import CacheServiceStub
 from tidemill.errors import CacheUnavailable, InvalidRequest
 from tidemill.kv.breaker import Breaker
 from tidemill.kv.pieces import HASH_BYTES, Assembly, sha256, split
 from tidemill.rpc.status import from_rpc_error
+
+if TYPE_CHECKING:  # stands in the stub file only
+    from tidemill.api.cache.v1.cache_service_pb2_grpc import CacheServiceAsyncStub
 
 MAX_BLOCKS = 16384  # a chain's bound in the proto: one million tokens
 INLINE_HASH_BYTES = 1 << 18  # below this a thread costs more than the hash
@@ -257,7 +260,7 @@ class _Node:
     def __init__(self, channel: grpc.aio.Channel, breaker: Breaker) -> None:
         self.channel = channel
         self.breaker = breaker
-        self.stub = cast(CacheServiceAsyncStub, CacheServiceStub(channel))
+        self.stub = async_stub(channel)
 
     def admit(self) -> None:
         """Raises CacheUnavailable at once while the node is being skipped."""
@@ -283,6 +286,11 @@ class _Node:
             self.breaker.failed()
             raise CacheUnavailable(f"the context cache does not serve: {cause}") from error
         self.breaker.succeeded()
+
+
+def async_stub(channel: grpc.aio.Channel) -> "CacheServiceAsyncStub":
+    """The service's stub, typed for asyncio: one class serves both of grpc's stacks."""
+    return cast("CacheServiceAsyncStub", CacheServiceStub(channel))
 
 
 async def digest(payload: bytes) -> bytes:
