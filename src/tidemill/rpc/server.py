@@ -19,6 +19,7 @@ from tidemill.rpc.options import INTERNAL_SERVER, PUBLIC_SERVER, Options
 from tidemill.rpc.tls import TlsFiles, check_bind, server_credentials
 
 _READINESS_PERIOD_S = 1.0
+_LAST_WORD_S = 0.05  # for NOT_SERVING to reach those who watch
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -148,7 +149,7 @@ class _Health(health.aio.HealthServicer):
         self._readiness = readiness
         self._names: list[str] = [""]
         self._reason: str | None = "starting"
-        self._watchers: set[asyncio.Task[Any]] = set()
+        self._drained = asyncio.Event()
 
     async def start(self, names: Sequence[str]) -> None:
         self._names += names
@@ -177,20 +178,21 @@ class _Health(health.aio.HealthServicer):
 
     async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802 - gRPC's name
         """Stream the status until the caller leaves or the server drains."""
-        task = asyncio.current_task()
-        assert task is not None
-        self._watchers.add(task)
+        watching = asyncio.ensure_future(super().Watch(request, context))
+        drained = asyncio.ensure_future(self._drained.wait())
         try:
-            await super().Watch(request, context)
+            await asyncio.wait({watching, drained}, return_when=asyncio.FIRST_COMPLETED)
+            if watching.done():
+                await watching  # raises what ended it
         finally:
-            self._watchers.discard(task)
+            watching.cancel()
+            drained.cancel()
 
     async def end(self) -> None:
         """Tell everyone NOT_SERVING, then end the watches: they would outlast any drain."""
         await self.enter_graceful_shutdown()
-        await asyncio.sleep(0)
-        for task in list(self._watchers):
-            task.cancel()
+        await asyncio.sleep(_LAST_WORD_S)
+        self._drained.set()
 
 
 def _why_not(address: str) -> str:
