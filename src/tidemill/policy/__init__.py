@@ -1,0 +1,19 @@
+"""Where requests go and in which order: pure, with clock and random source passed in."""
+
+from tidemill.policy.balancer import BalancerConfig, Placement, pick_decode, pick_prefill
+from tidemill.policy.fair_queue import FairQueue, QueueLimits
+from tidemill.policy.load import InFlight, Work, WorkerLoad
+from tidemill.policy.prefix_affinity import PrefixAffinity
+
+__all__ = [
+    "BalancerConfig",
+    "FairQueue",
+    "InFlight",
+    "Placement",
+    "PrefixAffinity",
+    "QueueLimits",
+    "Work",
+    "WorkerLoad",
+    "pick_decode",
+    "pick_prefill",
+]
