@@ -53,7 +53,7 @@ def gumbel_noise(seeds: Sequence[int], positions: Sequence[int], vocab_size: int
     ]
     counters = torch.arange(1, vocab_size + 1) * _signed(_GOLDEN)
     bits = _mix_tensor(torch.tensor(keys).unsqueeze(1) + counters)
-    uniform = (_shift_right(bits, 11).double() + 0.5) * 2.0**-53
+    uniform = (_shift_right(bits, 12).double() + 0.5) * 2.0**-52  # exact, never 0 or 1
     return -(-uniform.log()).log()
 
 

@@ -1,0 +1,225 @@
+"""X1: the path that computed a token's context never changes the answer beyond arithmetic noise."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from tests.engine_harness import (
+    GREEDY,
+    commit_prompt,
+    first_token_of,
+    generated,
+    load_engine,
+    make_sequence,
+    make_sequence_with_reuse,
+    run_all,
+    run_sequence,
+)
+from tests.tiny_model import YARN, make_tiny_checkpoint
+from tests.x1 import E_LOGIT, E_ROUTE, Gaps, reference_gaps
+from tidemill.engine import Engine, SamplingParams, Sequence
+from tidemill.engine.scheduler import PrefillChunk
+from tidemill.models.deepseek import Dispatched, MoeMlp
+
+LENGTHS = (1, 5, 63, 64, 65, 129, 200, 300)
+# Between the paths' positions that must agree and all positions: the test keeps its teeth.
+LEAST_COMPARED_SHARE = 0.9
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"), rope_parameters=YARN)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    generator = torch.manual_seed(11)
+    return [torch.randint(6, 512, (n,), generator=generator).tolist() for n in LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def whole(model_dir: Path, prompts: list[list[int]]) -> list[list[int]]:
+    """The path that the others are held against: whole prompt, alone in the batch."""
+    engine = load_engine(model_dir)
+    return [run_sequence(engine, make_sequence(engine, "s", prompt)) for prompt in prompts]
+
+
+@pytest.fixture(scope="module")
+def gaps(model_dir: Path, prompts: list[list[int]], whole: list[list[int]]) -> list[Gaps]:
+    return [
+        reference_gaps(model_dir, prompt + tokens[:-1])
+        for prompt, tokens in zip(prompts, whole, strict=True)
+    ]
+
+
+def _chunked(path: Path, prompts: list[list[int]]) -> list[list[int]]:
+    streams = []
+    for index, prompt in enumerate(prompts):
+        engine = load_engine(path, prefill_chunk_tokens=(37, 61, 7, 100)[index % 4])
+        streams.append(run_sequence(engine, make_sequence(engine, "s", prompt)))
+    return streams
+
+
+def _prefix_hit(path: Path, prompts: list[list[int]]) -> list[list[int]]:
+    engine = load_engine(path)
+    streams = []
+    for prompt in prompts:
+        first = make_sequence(engine, "first", prompt)
+        engine.submit(first)
+        run_all(engine)
+        commit_prompt(engine, first)
+        engine.pool.release(first.block_table)
+        again = make_sequence_with_reuse(engine, "again", prompt)
+        assert again.num_cached_tokens == (len(prompt) - 1) // 64 * 64
+        streams.append(run_sequence(engine, again))
+    engine.pool.check_integrity()
+    return streams
+
+
+def _handed_over(path: Path, prompts: list[list[int]]) -> list[list[int]]:
+    source, target = load_engine(path), load_engine(path)
+    target.pool.allocate(3)  # so that block numbers differ
+    return [_hand_over(source, target, prompt) for prompt in prompts]
+
+
+def _hand_over(source: Engine, target: Engine, prompt: list[int]) -> list[int]:
+    """Prefill in one engine, move the latents layer by layer as they appear, decode in another."""
+    blocks = source.pool.allocate(-(-len(prompt) // 64))
+    destination = target.pool.allocate(-(-(len(prompt) + GREEDY.max_tokens) // 64))
+
+    def move(layer: int, start: int, end: int) -> None:
+        values = source.pool.read(layer, blocks, start, end)
+        target.pool.write(layer, destination, start, values)
+
+    prefill = Sequence(
+        "p", prompt, block_table=blocks, sampling=GREEDY, prefill_only=True, on_layer=move
+    )
+    source.submit(prefill)
+    first = first_token_of(run_all(source), "p")
+    for layer in range(source.layout.num_layers):
+        moved = target.pool.read(layer, destination, 0, len(prompt))
+        assert torch.equal(source.pool.read(layer, blocks, 0, len(prompt)), moved)  # X1(a)
+    source.pool.release(blocks)
+    seq = Sequence("d", prompt, block_table=destination, sampling=GREEDY, first_token_id=first)
+    return [first, *run_sequence(target, seq)]
+
+
+def _crowded(path: Path, prompts: list[list[int]]) -> list[list[int]]:
+    """All at once with small chunks; every prompt also comes as a decoy that leaves early."""
+    engine = load_engine(path, prefill_chunk_tokens=50, max_batch=6)
+    outputs = []
+    seqs = []
+    for index, prompt in enumerate(prompts):
+        decoy = make_sequence(engine, f"decoy{index}", prompt[::-1])
+        seq = make_sequence(engine, str(index), prompt)
+        seqs += [decoy, seq]
+        engine.submit(decoy)
+        engine.submit(seq)
+        for _ in range(index):
+            outputs += engine.step()
+        engine.stop(f"decoy{index}", "cancelled")
+    outputs += run_all(engine)
+    for seq in seqs:
+        engine.pool.release(seq.block_table)
+    engine.pool.check_integrity()
+    assert engine.pool.num_referenced == 0
+    return [generated(outputs, str(index)) for index in range(len(prompts))]
+
+
+PATHS: dict[str, Callable[[Path, list[list[int]]], list[list[int]]]] = {
+    "chunked": _chunked,
+    "prefix_hit": _prefix_hit,
+    "handed_over": _handed_over,
+    "crowded": _crowded,
+}
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_x1b_greedy_tokens_agree_wherever_the_gaps_are_clear(
+    name: str,
+    model_dir: Path,
+    prompts: list[list[int]],
+    whole: list[list[int]],
+    gaps: list[Gaps],
+) -> None:
+    compared = 0
+    streams = PATHS[name](model_dir, prompts)
+    for prompt, expected, stream, gap in zip(prompts, whole, streams, gaps, strict=True):
+        assert len(stream) == len(expected) == GREEDY.max_tokens
+        for index, (ours, theirs) in enumerate(zip(stream, expected, strict=True)):
+            if ours != theirs:
+                assert gap.excuses(len(prompt) - 1 + index)
+                break
+            compared += 1
+    assert compared >= LEAST_COMPARED_SHARE * GREEDY.max_tokens * len(prompts)
+
+
+def test_whole_path_draws_what_transformers_would(
+    prompts: list[list[int]], whole: list[list[int]], gaps: list[Gaps]
+) -> None:
+    for prompt, tokens, gap in zip(prompts, whole, gaps, strict=True):
+        best = gap.logits[len(prompt) - 1 :].argmax(-1).tolist()
+        for index, (ours, theirs) in enumerate(zip(tokens, best, strict=True)):
+            assert ours == theirs or gap.excuses(len(prompt) - 1 + index)
+
+
+def test_paths_differ_by_far_less_than_the_gaps_we_excuse(
+    model_dir: Path, prompts: list[list[int]]
+) -> None:
+    """Measures E_LOGIT and E_ROUTE: at last tokens, whole against chunked against absorbed."""
+    engine = load_engine(model_dir)
+    scores = _record_choices(engine)
+    worst_logit = worst_route = 0.0
+    for prompt in prompts:
+        blocks = engine.pool.allocate(6)
+        seq = Sequence("s", prompt, block_table=blocks, sampling=SamplingParams(temperature=0))
+        expected, expected_scores = _last_logits(engine, seq, [len(prompt)]), scores.copy()
+        splits = [range(0, len(prompt), step)[1:] for step in (len(prompt) // 3 + 1, 40)]
+        runs = [partial(_last_logits, engine, seq, [*ends, len(prompt)]) for ends in splits]
+        for run in (*runs, partial(engine._runner.decode, [seq])):
+            scores.clear()
+            worst_logit = max(worst_logit, (run() - expected).abs().max().item())
+            for layer, choice in scores.items():
+                difference = (choice - expected_scores[layer]).abs().max().item()
+                worst_route = max(worst_route, difference)
+        engine.pool.release(blocks)
+    assert 0 < worst_logit < E_LOGIT / 10
+    assert 0 < worst_route < E_ROUTE / 10
+
+
+@dataclass(frozen=True)
+class _RecordingMoe(MoeMlp):
+    """Notes the biased scores of the last token that it routed."""
+
+    note: Callable[[Tensor], None]
+
+    def dispatch(self, tokens: Tensor) -> Dispatched:
+        self.note(linear(tokens[-1].float(), self.gate).sigmoid() + self.gate_bias)
+        return super().dispatch(tokens)
+
+
+def _record_choices(engine: Engine) -> dict[int, Tensor]:
+    model = engine._runner.model
+    scores: dict[int, Tensor] = {}
+    layers = list(model.layers)
+    for index, layer in enumerate(layers):
+        if isinstance(layer.mlp, MoeMlp):
+            parts = {field.name: getattr(layer.mlp, field.name) for field in fields(MoeMlp)}
+            recording = _RecordingMoe(**parts, note=partial(scores.__setitem__, index))
+            layers[index] = replace(layer, mlp=recording)
+    model.layers = layers
+    return scores
+
+
+def _last_logits(engine: Engine, seq: Sequence, ends: list[int]) -> Tensor:
+    start = 0
+    for end in ends:
+        logits = engine._runner.prefill([PrefillChunk(seq, start, end)])
+        start = end
+    return logits
