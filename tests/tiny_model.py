@@ -1,5 +1,6 @@
 """A tiny random checkpoint of the served architecture, tokenizer and chat template included."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,8 @@ def make_tiny_checkpoint(
     `overrides` are DeepseekV3Config fields, e.g. `rope_parameters=YARN`. Gate biases are random,
     so that they matter to the choice of experts; weights are wide enough for clear logits.
     """
-    config = DeepseekV3Config(**{**_tiny_config(), **overrides})
+    # Copied: transformers writes into the rope dictionary that it is given.
+    config = DeepseekV3Config(**{**_tiny_config(), **copy.deepcopy(overrides)})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = DeepseekV3ForCausalLM(config)
