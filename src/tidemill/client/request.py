@@ -108,8 +108,7 @@ def _message(item: Mapping[str, str], index: int) -> Message:
 def _prepare(message: pb.GenerateRequest, **options: Unpack[Options]) -> Prepared:
     if unknown := options.keys() - Options.__annotations__.keys():
         raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
-    timeout_s = options.get("timeout") or DEFAULT_TIMEOUT_S
-    first_token_s = options.get("first_token_timeout")
+    timeout_s, first_token_s = options.get("timeout"), options.get("first_token_timeout")
     stop = options.get("stop") or ()
     with _Field("request_id"):
         message.request_id = options.get("request_id") or str(uuid4())
@@ -119,7 +118,8 @@ def _prepare(message: pb.GenerateRequest, **options: Unpack[Options]) -> Prepare
         if max_cost := options.get("max_cost"):
             message.max_cost.currency, message.max_cost.nano = max_cost.currency, max_cost.nano
     with _Field("total_timeout_ms"):
-        message.total_timeout_ms = round(timeout_s * 1000)
+        if timeout_s is not None:
+            message.total_timeout_ms = round(timeout_s * 1000)
     with _Field("first_token_timeout_ms"):
         if first_token_s is not None:
             message.first_token_timeout_ms = round(first_token_s * 1000)
@@ -130,7 +130,8 @@ def _prepare(message: pb.GenerateRequest, **options: Unpack[Options]) -> Prepare
             reason="MESSAGE_TOO_LARGE",
             request_id=message.request_id,
         )
-    return Prepared(message, timeout_s + min(_MOST_GRACE_S, timeout_s))
+    allowed_s = DEFAULT_TIMEOUT_S if timeout_s is None else timeout_s
+    return Prepared(message, allowed_s + min(_MOST_GRACE_S, allowed_s))
 
 
 def _sampling(sampling: Sampling, options: Options) -> None:
@@ -140,7 +141,8 @@ def _sampling(sampling: Sampling, options: Options) -> None:
             with _Field(f"sampling.{name}"):
                 setattr(sampling, name, value)
     with _Field("sampling.stop_token_ids"):
-        sampling.stop_token_ids.extend(options.get("stop_token_ids") or ())
+        if stop_token_ids := options.get("stop_token_ids"):
+            sampling.stop_token_ids.extend(stop_token_ids)
 
 
 class _Field:
@@ -153,7 +155,7 @@ class _Field:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, ValueError):
+        if isinstance(error, (ValueError, OverflowError)):
             raise InvalidRequest(
                 f"{self._path}: {error}", violations=[(self._path, str(error))]
             ) from error

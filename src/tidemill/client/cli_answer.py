@@ -1,0 +1,180 @@
+"""`tidemill generate` and `tidemill chat`: text to stdout, the bill to stderr."""
+
+import argparse
+import json
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from decimal import Decimal
+from types import FrameType
+
+from tidemill.client.cli_admin import connect
+from tidemill.client.request import Options
+from tidemill.client.sync import Client, Stream
+from tidemill.client.types import Completion, FinishReason, MaxCost, Message, Queued, TextChunk
+from tidemill.errors import ConfigError, TidemillError
+
+MODEL = "TIDEMILL_MODEL"
+_EXIT_STATUS = {FinishReason.SERVER_FAULT: 1, FinishReason.CANCELLED: 130}
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Continue a prompt."""
+    prompt = _text(args.prompt)
+    with connect(args) as client:
+        model = _model(client, args)
+        stream = client.generate(prompt, model=model, stream=True, **_options(args))
+        return _exit_status(_show(stream, as_json=args.json))
+
+
+def chat(args: argparse.Namespace) -> int:
+    """Answer one message, or hold a conversation until the input ends."""
+    messages = [Message("system", args.system)] if args.system else []
+    if args.message is None and args.json:
+        raise ConfigError("--json answers one message: give it, or - for stdin")
+    with connect(args) as client:
+        model = _model(client, args)
+        if args.message is None:
+            return _converse(client, model, messages, _options(args))
+        messages.append(Message("user", _text(args.message)))
+        stream = client.chat(messages, model=model, stream=True, **_options(args))
+        return _exit_status(_show(stream, as_json=args.json))
+
+
+def max_cost(text: str) -> MaxCost:
+    """Parse "0.01USD" or "0.01 USD"; nothing finer than 10^-9."""
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([A-Z]{3})", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an amount such as 0.01USD")
+    return MaxCost(match[2], int(Decimal(match[1]).scaleb(9)))
+
+
+def _converse(client: Client, model: str, messages: list[Message], options: Options) -> int:
+    """Read a line, answer it with all that was said before, and so on; Ctrl-D ends it.
+
+    Ctrl-C ends the answer under way and its bill is shown. A refusal is shown, its line forgotten.
+    """
+    while (line := _read_line()) is not None:
+        if not line.strip():
+            continue
+        try:
+            asked = [*messages, Message("user", line)]
+            completion = _show(client.chat(asked, model=model, stream=True, **options))
+        except TidemillError as error:
+            print(f"error: {error.reason}: {error}", file=sys.stderr)
+        else:
+            messages += [asked[-1], Message("assistant", completion.text)]
+    return 0
+
+
+def _show(stream: Stream, *, as_json: bool = False) -> Completion:
+    with stream, _cancelled_by_interrupt(stream):
+        for event in stream:
+            match event:
+                case Queued(position=position) if position and not as_json:
+                    print(f"queued, {position} ahead", file=sys.stderr)
+                case TextChunk() if not as_json:
+                    sys.stderr.write(event.reasoning)
+                    sys.stdout.write(event.text)
+                    sys.stdout.flush()
+        completion = stream.completion()
+    if as_json:
+        print(json.dumps(completion.to_dict()))
+    else:
+        print()
+        print(_summary(completion), file=sys.stderr)
+    return completion
+
+
+@contextmanager
+def _cancelled_by_interrupt(stream: Stream) -> Iterator[None]:
+    """Ctrl-C ends the request so that its bill still comes; a second one gives it up.
+
+    The handler must not raise: a message that gRPC was about to hand over would be lost.
+    """
+
+    def cancel() -> None:
+        try:
+            stream.cancel()
+        except TidemillError as error:
+            print(f"error: {error.reason}: {error}", file=sys.stderr)
+            stream.close()
+
+    def on_interrupt(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        threading.Thread(target=cancel, daemon=True).start()
+
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _exit_status(completion: Completion) -> int:
+    return _EXIT_STATUS.get(completion.finish_reason, 0)
+
+
+def _summary(completion: Completion) -> str:
+    usage, timing = completion.usage, completion.timing
+    tiers = ", ".join(
+        f"{count} {tier}" for tier, count in usage.to_dict()["reuse"].items() if count
+    )
+    lines = [
+        f"[{completion.finish_reason}] prompt {usage.prompt_tokens} tokens: "
+        f"{usage.cache_hit_tokens} hit{f' ({tiers})' if tiers else ''}, "
+        f"{usage.cache_miss_tokens} miss; completion {usage.completion_tokens}"
+        + (f" ({usage.reasoning_tokens} reasoning)" if usage.reasoning_tokens else "")
+    ]
+    if receipt := completion.receipt:
+        lines.append(f"{receipt.amount} ({receipt.window}, {receipt.state}), saved {receipt.saved}")
+    pace = ""
+    if usage.completion_tokens > 1 and timing.total_s > timing.first_token_s:
+        rate = (usage.completion_tokens - 1) / (timing.total_s - timing.first_token_s)
+        pace = f", then {rate:.1f} tokens/s"
+    lines.append(
+        f"first token {timing.first_token_s * 1000:.0f} ms{pace}; request {completion.request_id}"
+    )
+    return "\n".join(lines)
+
+
+def _options(args: argparse.Namespace) -> Options:
+    return {
+        "max_tokens": args.max_tokens,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "top_k": args.top_k,
+        "seed": args.seed,
+        "stop": args.stop or (),
+        "max_cost": args.max_cost,
+        "timeout": args.timeout,
+        "request_id": args.request_id,
+    }
+
+
+def _model(client: Client, args: argparse.Namespace) -> str:
+    name: str | None = args.model or os.environ.get(MODEL)
+    if name:
+        return name
+    served = [model.name for model in client.models()]
+    if len(served) != 1:
+        names = ", ".join(served) or "none"
+        raise ConfigError(f"which model? give --model; served: {names}")
+    return served[0]
+
+
+def _text(argument: str) -> str:
+    return sys.stdin.read() if argument == "-" else argument
+
+
+def _read_line() -> str | None:
+    if sys.stdin.isatty():
+        sys.stderr.write("> ")
+        sys.stderr.flush()
+    line = sys.stdin.readline()
+    return line.removesuffix("\n") if line else None

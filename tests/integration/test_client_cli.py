@@ -1,0 +1,203 @@
+"""The installed `tidemill` command, as a process of its own."""
+
+import asyncio
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.scripted_router import (
+    NUM_PROMPT_TOKENS,
+    ScriptedRouter,
+    answer,
+    refuse,
+    serve,
+    until_cancelled,
+)
+from tidemill import errors
+from tidemill.api.router.v1 import router_service_pb2 as pb
+from tidemill.billing import Receipt, verify
+
+COMMAND = Path(sys.executable).with_name("tidemill")
+
+
+@dataclass
+class Ended:
+    status: int
+    out: str
+    err: str
+
+
+async def start(arguments: Sequence[str], address: str) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        COMMAND,
+        *arguments,
+        env={"TIDEMILL_ADDRESS": address, "TIDEMILL_API_KEY": "tm_key.secret"},
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+
+
+async def end(process: asyncio.subprocess.Process, stdin: bytes = b"") -> Ended:
+    out, err = await process.communicate(stdin)
+    assert process.returncode is not None
+    return Ended(process.returncode, out.decode(), err.decode())
+
+
+async def tidemill(*arguments: str, address: str = "127.0.0.1:1", stdin: bytes = b"") -> Ended:
+    return await end(await start(arguments, address), stdin)
+
+
+async def test_text_goes_to_stdout_and_the_bill_to_stderr() -> None:
+    async with serve(ScriptedRouter([answer("Tide ", "mills.")])) as address:
+        ended = await tidemill("generate", "What?", address=address)
+    assert ended.status == 0
+    assert ended.out == "Tide mills.\n"
+    assert "128 hit (64 device, 64 cache_ram), 2 miss; completion 2" in ended.err
+    assert " USD (" in ended.err
+
+
+async def test_json_is_one_object_whose_receipt_verifies() -> None:
+    router = ScriptedRouter([answer("Tide ", "mills.")])
+    async with serve(router) as address:
+        ended = await tidemill("chat", "What?", "--json", address=address)
+    assert ended.status == 0
+    assert ended.err == ""
+    printed = json.loads(ended.out)
+    assert list(printed) == ["text", "token_ids", "finish_reason", "usage", "receipt"]
+    assert printed["text"] == "Tide mills."
+    assert printed["token_ids"] == [100, 101]
+    assert printed["finish_reason"] == "stop"
+    assert printed["usage"]["prompt_tokens"] == NUM_PROMPT_TOKENS
+    assert printed["usage"]["cache_hit_tokens"] == 128
+    assert printed["usage"]["cache_miss_tokens"] == 2
+    assert printed["usage"]["completion_tokens"] == 2
+    assert printed["usage"]["reuse"] == {
+        "device": 64,
+        "host": 0,
+        "cache_ram": 64,
+        "cache_disk": 0,
+        "peer": 0,
+    }
+    content = printed["receipt"]
+    assert content.pop("state") == "settled"
+    digest = content.pop("content_sha256")
+    verify(Receipt.from_fields(content, content_sha256=digest), router.book)
+
+
+async def test_interrupt_ends_the_request_and_shows_its_bill() -> None:
+    router = ScriptedRouter([until_cancelled()])
+    async with serve(router) as address:
+        process = await start(["generate", "p", "-m", "demo"], address)
+        assert process.stdout is not None
+        await process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        ended = await end(process)
+    assert router.cancelled.is_set()
+    assert ended.status == 130
+    assert ended.err.startswith("[cancelled] prompt 130 tokens")
+    assert "USD" in ended.err
+
+
+async def test_an_error_is_one_line_with_reason_and_request_id() -> None:
+    router = ScriptedRouter([refuse(errors.ModelNotFound("no model\nnamed x"))])
+    async with serve(router) as address:
+        ended = await tidemill("generate", "p", "-m", "x", address=address)
+    (request,) = router.requests
+    assert ended.status == 1
+    assert ended.out == ""
+    assert ended.err == (
+        f"error: MODEL_NOT_FOUND: no model named x (request {request.request_id})\n"
+    )
+
+
+async def test_a_conversation_remembers_and_survives_a_refusal() -> None:
+    router = ScriptedRouter(
+        [answer("one"), refuse(errors.InvalidRequest("too long")), answer("two")]
+    )
+    async with serve(router) as address:
+        ended = await tidemill(
+            "chat", "--system", "be brief", address=address, stdin=b"a\n\nb\nc\n"
+        )
+    assert ended.status == 0
+    assert ended.out == "one\ntwo\n"
+    assert "error: INVALID_REQUEST: too long" in ended.err
+    said = [(message.role, message.content) for message in router.requests[-1].chat.messages]
+    assert said == [
+        (pb.CHAT_ROLE_SYSTEM, "be brief"),
+        (pb.CHAT_ROLE_USER, "a"),
+        (pb.CHAT_ROLE_ASSISTANT, "one"),
+        (pb.CHAT_ROLE_USER, "c"),
+    ]
+
+
+async def test_a_prompt_may_come_from_stdin_and_options_reach_the_router() -> None:
+    router = ScriptedRouter([answer("ok")])
+    async with serve(router) as address:
+        ended = await tidemill(
+            *("generate", "-", "--max-tokens", "5", "--temperature", "0", "--max-cost", "0.02USD"),
+            address=address,
+            stdin=b"from a pipe",
+        )
+    assert ended.status == 0
+    (request,) = router.requests
+    assert request.prompt == "from a pipe"
+    assert request.model == "demo"  # the only one served
+    assert request.sampling.max_tokens == 5
+    assert request.sampling.HasField("temperature")
+    assert request.max_cost == pb.MaxCost(currency="USD", nano=20_000_000)
+
+
+async def test_models_and_keys_print_plain_lines() -> None:
+    async with serve(ScriptedRouter([answer("ok")])) as address:
+        models = await tidemill("models", address=address)
+        made = await tidemill("keys", "create", "acme", "--label", "ci", address=address)
+        listed = await tidemill("keys", "list", "--json", address=address)
+        revoked = await tidemill("keys", "revoke", "key0", address=address)
+        tenant = await tidemill("tenants", "create", "mill", address=address)
+    assert "hit 0.07, miss 0.27, output 1.1 USD/1M tokens" in models.out
+    assert made.out == "tm_key0.secret\n"
+    assert json.loads(listed.out)["keys"][0]["label"] == "ci"
+    assert revoked.out == "key key0 revoked\n"
+    assert tenant.out == "tenant mill made\n"
+
+
+async def test_dev_certs_are_made_where_asked(tmp_path: Path) -> None:
+    ended = await tidemill("certs", "dev", str(tmp_path / "certs"), "--host", "mill.example")
+    assert ended.status == 0
+    assert ended.out == f"export TIDEMILL_CA={tmp_path / 'certs' / 'ca.pem'}\n"
+    assert (tmp_path / "certs" / "router.key").stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["generate", "p", "--address", "nowhere"], "is not host:port"),
+        (["chat", "--json"], "--json answers one message"),
+        (["models", "--api-key-file", "/nonexistent"], "cannot read the key"),
+        (["models", "--ca", "/nonexistent"], "cannot read /nonexistent"),
+    ],
+)
+async def test_wrong_settings_exit_with_two_and_say_what(
+    arguments: list[str], complaint: str
+) -> None:
+    ended = await tidemill(*arguments)
+    assert ended.status == 2
+    assert ended.err.startswith("error: CONFIG_ERROR: ")
+    assert complaint in ended.err
+
+
+async def test_a_reader_that_leaves_ends_the_request() -> None:
+    router = ScriptedRouter([until_cancelled()])
+    async with serve(router) as address:
+        process = await start(["generate", "p", "-m", "demo"], address)
+        assert process.stdout is not None
+        await process.stdout.read(1)
+        process._transport.get_pipe_transport(1).close()  # type: ignore[attr-defined]
+        await asyncio.wait_for(router.gone.wait(), 10)
+        assert await process.wait() == 1
