@@ -22,7 +22,7 @@ from tidemill.billing import (
 from tidemill.billing.canonical import canonical_bytes
 from tidemill.errors import ReceiptError
 
-BOOK_FILE = Path(__file__).parents[2] / "prices" / "deepseek-2025-02.toml"
+BOOK_FILE = Path(__file__).parents[3] / "prices" / "deepseek-2025-02.toml"
 BOOK = load_price_book(BOOK_FILE)
 BOOK_FROM_MS = 1_740_499_200_000
 

@@ -20,7 +20,7 @@ from tidemill.billing import (
 )
 from tidemill.errors import ConfigError
 
-BOOK = load_price_book(Path(__file__).parents[2] / "prices" / "deepseek-2025-02.toml")
+BOOK = load_price_book(Path(__file__).parents[3] / "prices" / "deepseek-2025-02.toml")
 BEIJING = dt.timezone(dt.timedelta(hours=8))
 
 TWO_TARIFFS = """

@@ -8,7 +8,7 @@ import pytest
 from tidemill.billing import Decides, PriceBook, Prices, load_price_book, parse_price_book
 from tidemill.errors import ConfigError
 
-BOOK_FILE = Path(__file__).parents[2] / "prices" / "deepseek-2025-02.toml"
+BOOK_FILE = Path(__file__).parents[3] / "prices" / "deepseek-2025-02.toml"
 BEIJING = dt.timezone(dt.timedelta(hours=8))
 
 SMALL = """
