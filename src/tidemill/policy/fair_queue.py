@@ -42,7 +42,7 @@ class FairQueue(Generic[Item]):
     """Waiting requests of all tenants; `clock` is in seconds and only feeds `retry_after_s`.
 
     `push` and `remove` are O(1); `pop` is O(1) where costs stay below `quantum` and
-    O(waiting tenants) at worst; `positions` and `position` O(waiting requests).
+    O(waiting tenants) at worst; `positions` is O(waiting requests).
     """
 
     def __init__(
@@ -117,23 +117,17 @@ class FairQueue(Generic[Item]):
 
     def position(self, request_id: str) -> int:
         """Requests that will be served before this one if none arrives; KeyError if unknown."""
-        if request_id not in self._tenant_of:
-            raise KeyError(request_id)
-        return [queued_id for queued_id, _ in self._order()].index(request_id)
+        return self.positions()[request_id]
 
-    def positions(self) -> list[tuple[Item, int]]:
-        """Every waiting item with its position, in the order of service."""
-        return [(item, position) for position, (_, item) in enumerate(self._order())]
-
-    def _order(self) -> list[tuple[str, Item]]:
-        """Ids and items as they will be served, found by serving a copy."""
+    def positions(self) -> dict[str, int]:
+        """Every waiting request's position, in the order of service."""
         rest = self._copy()
-        order = []
+        order: dict[str, int] = {}
         while (tenant := rest._next_tenant()) is not None:
-            request_id, (cost, item) = next(iter(tenant.waiting.items()))
+            request_id, (cost, _) = next(iter(tenant.waiting.items()))
             tenant.deficit -= cost
             rest._discard(request_id)
-            order.append((request_id, item))
+            order[request_id] = len(order)
         return order
 
     def _next_tenant(self) -> _Tenant[Item] | None:
