@@ -1,10 +1,13 @@
 """A real Redis (or Valkey) server, one process per test or session."""
 
+import os
 import secrets
 import shutil
+import signal
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import redis
@@ -95,6 +98,15 @@ class RedisProcess:
         if self._process is not None:
             self._process.kill()
             self._reap()
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Accepts connections and answers nothing while inside."""
+        os.kill(self.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(self.pid, signal.SIGCONT)
 
     def _reap(self) -> None:
         assert self._process is not None

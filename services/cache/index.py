@@ -85,7 +85,8 @@ class BlockIndex:
     """This node's part of the index, and its view of the other nodes'.
 
     Changes are noted at once and sent by `flush`, so no request waits for Redis to be written.
-    `address` is the host:port told to the others; set it before the first flush. `held` gives
+    `address` is the host:port told to the others; set it before the first flush. `peers` maps
+    the marks of the other living nodes to their addresses. `held` gives
     (hash, namespace, bytes) of all blocks that this node holds.
     """
 
@@ -107,7 +108,7 @@ class BlockIndex:
         self._clock = clock
         self.address = ""
         self._pending: dict[bytes, tuple[bytes, int] | None] = {}
-        self._peers: dict[bytes, str] = {}
+        self.peers: dict[bytes, str] = {}
         self._beat_at = 0.0
         self._announce_at = 0.0
         self._was_up = False
@@ -122,7 +123,7 @@ class BlockIndex:
 
     async def find(self, namespace: bytes, block_hashes: Sequence[bytes]) -> list[Location | None]:
         """Where other living nodes hold these blocks of `namespace`, as far as the index knows."""
-        if not self._peers:
+        if not self.peers:
             return [None] * len(block_hashes)
         found: list[Location | None] = []
         for start in range(0, len(block_hashes), BATCH):
@@ -160,7 +161,7 @@ class BlockIndex:
         entry = None if packed is None else Entry.unpack(packed)
         if entry is None or entry.namespace != namespace:
             return None
-        address = self._peers.get(entry.mark)
+        address = self.peers.get(entry.mark)
         return None if address is None else Location(address, entry.tier, entry.num_bytes)
 
     async def _beat(self) -> bool:
@@ -168,7 +169,7 @@ class BlockIndex:
         answer = await self._link.run(self._beat_on)
         if answer is None:
             return False
-        vanished, self._peers = answer
+        vanished, self.peers = answer
         return vanished
 
     async def _beat_on(self, redis: Redis) -> tuple[bool, dict[bytes, str]]:

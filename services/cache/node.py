@@ -1,6 +1,7 @@
 """One node of the context cache, wired together."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Iterator
 
@@ -18,6 +19,8 @@ from tidemill.api.cache.v1.cache_service_pb2_grpc import add_CacheServiceService
 from tidemill.rpc.interceptors import RoleGuard
 from tidemill.rpc.metrics import MetricsEndpoint, RpcMetrics, serve_metrics
 from tidemill.rpc.server import RpcServer
+
+logger = logging.getLogger(__name__)
 
 UPKEEP_S = 0.2
 FLUSH_STATS_S = 1.0
@@ -38,11 +41,11 @@ class CacheNode:
         self._clock = clock
         self.store = BlockStore(config.capacity_bytes)
         self.link: RedisLink | None = None
-        self._index: BlockIndex | None = None
+        self.index: BlockIndex | None = None
         node = Node(config.node_id, time.time_ns() // 1_000_000)
         if config.redis_url is not None:
             self.link = RedisLink(config.redis_url, config.redis_timeout_s, clock=clock)
-            self._index = BlockIndex(
+            self.index = BlockIndex(
                 self.link,
                 node,
                 self._held,
@@ -50,19 +53,19 @@ class CacheNode:
                 entry_ttl_s=config.entry_ttl_s,
                 clock=clock,
             )
-        self._stats = StatsBook(self.link, f"{node.node_id} {node.epoch}")
+        self.stats = StatsBook(self.link, f"{node.node_id} {node.epoch}")
         self._metrics_port: MetricsEndpoint | None = None
         self._upkeep: asyncio.Task[None] | None = None
         self.server = RpcServer(
             config.server,
             public=False,
-            readiness=lambda: None,
+            readiness=self._why_not_ready,
             guards=[RoleGuard(ALLOWED_ROLES)],
             metrics=RpcMetrics(registry),
         )
         self.server.add_service_name(SERVICE)
         metrics = CacheMetrics(self.store, lambda: self.redis_up, registry)
-        self.servicer = CacheServicer(config, self.store, self._index, self._stats, metrics)
+        self.servicer = CacheServicer(config, self.store, self.index, self.stats, metrics)
         add_CacheServiceServicer_to_server(self.servicer, self.server.server)
 
     @property
@@ -80,8 +83,8 @@ class CacheNode:
         if self.link is not None:
             await self.link.start()
         await self.server.start()
-        if self._index is not None:
-            self._index.address = self.address
+        if self.index is not None:
+            self.index.address = self.address
         metrics_address = self._config.server.metrics_address
         if metrics_address is not None:
             self._metrics_port = serve_metrics(
@@ -94,10 +97,10 @@ class CacheNode:
         await self.server.drain()
         if self._upkeep is not None:
             self._upkeep.cancel()
-            await asyncio.wait([self._upkeep])
-        if self.link is not None and self._index is not None:
-            await self._index.leave()
-            await self._stats.flush()
+            await asyncio.gather(self._upkeep, return_exceptions=True)
+        if self.link is not None and self.index is not None:
+            await self.index.leave()
+            await self.stats.flush()
             await self.link.close()
         if self._metrics_port is not None:
             self._metrics_port.close()
@@ -106,14 +109,22 @@ class CacheNode:
         for block_hash, block in self.store:
             yield block_hash, block.namespace, len(block.payload)
 
+    def _why_not_ready(self) -> str | None:
+        upkeep = self._upkeep
+        return "upkeep has failed" if upkeep is not None and upkeep.done() else None
+
     async def _keep_up(self) -> None:
-        """Everything that no request waits for."""
+        """Everything that no request waits for. Its failure is logged and fails readiness."""
         flush_at = 0.0
-        while True:
-            if self.link is not None and self._index is not None:
-                await self.link.check()
-                await self._index.flush()
-            if self._clock() >= flush_at:
-                flush_at = self._clock() + FLUSH_STATS_S
-                await self._stats.flush()
-            await asyncio.sleep(UPKEEP_S)
+        try:
+            while True:
+                if self.link is not None and self.index is not None:
+                    await self.link.check()
+                    await self.index.flush()
+                if self._clock() >= flush_at:
+                    flush_at = self._clock() + FLUSH_STATS_S
+                    await self.stats.flush()
+                await asyncio.sleep(UPKEEP_S)
+        except Exception:
+            logger.exception("upkeep has failed: the index is no longer written")
+            raise

@@ -47,13 +47,18 @@ class StatsBook:
             self._local[*row, counter] += number
             self._pending[*row, counter] += number
 
+    @property
+    def unsent(self) -> bool:
+        """Whether something counted here is not in Redis yet."""
+        return self._sent is not None or bool(self._pending)
+
     async def flush(self) -> None:
         """Add what was counted to Redis; without Redis it waits here."""
         if self._link is None:
             self._pending.clear()
             return
         async with self._flushing:
-            while self._link.up and (self._sent is not None or self._pending):
+            while self._link.up and self.unsent:
                 batch = self._sent = self._sent or self._next_batch()
                 if await self._link.run(partial(self._add, batch=batch)) is None:
                     return
