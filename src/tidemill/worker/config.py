@@ -1,0 +1,93 @@
+"""What an operator sets for one worker process, prefill or decode alike."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+from tidemill.engine import EngineConfig
+from tidemill.kv.cache_client import CacheClientConfig
+from tidemill.rpc.server import ServerConfig
+
+
+class Role(Enum):
+    """What a worker does; BOTH prefills in place as well as for others."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    BOTH = "both"
+
+    @property
+    def prefills(self) -> bool:
+        """Whether it serves PrefillService."""
+        return self is not Role.DECODE
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it serves DecodeService."""
+        return self is not Role.PREFILL
+
+
+@dataclass(frozen=True)
+class HandoverConfig:
+    """Leases and messages of hand-overs.
+
+    `offer_timeout_s` is how long decode waits for a prefill worker's first answer.
+    """
+
+    lease_s: float = 30.0
+    max_message_bytes: int = 2 << 20
+    offer_timeout_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not 65_536 <= self.max_message_bytes <= 4 << 20:
+            raise ValueError("max_message_bytes must be between 65536 and 4194304")
+        if not 0 < self.lease_s <= 3600:
+            raise ValueError("lease_s must be above 0 and at most 3600")
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """The context cache: one node's host:port, and how many blocks may wait to be stored."""
+
+    address: str
+    store_queue_blocks: int = 1024
+    client: CacheClientConfig = field(default_factory=CacheClientConfig)
+
+
+@dataclass(frozen=True)
+class RegistryConfig:
+    """The worker registry in the cache Redis; `url` holds user and password."""
+
+    url: str
+    heartbeat_s: float = 1.0
+    ttl_s: float = 5.0
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """Sections [prefill] and [decode].
+
+    `model` is the name under which `model_dir` is served; `advertise` the host:port that others
+    dial (unset: the address bound). A prompt is refused when `max_queued_tokens` uncached tokens
+    wait already, so one prompt of any length always fits an idle worker. Decode pauses for
+    `fund_wait_s` at the end of its funds; a step older than `stall_s` fails readiness.
+    """
+
+    worker_id: str
+    model: str
+    model_dir: Path
+    engine: EngineConfig
+    server: ServerConfig = field(default_factory=ServerConfig)
+    handover: HandoverConfig = field(default_factory=HandoverConfig)
+    cache: CacheConfig | None = None
+    registry: RegistryConfig | None = None
+    advertise: str | None = None
+    max_queued_tokens: int = 65_536
+    max_attempts: int = 256
+    fund_wait_s: float = 2.0
+    stall_s: float = 30.0
+
+    @property
+    def final_retention_s(self) -> float:
+        """How long a Final is kept for whoever has not acknowledged it: two leases."""
+        return 2 * self.handover.lease_s

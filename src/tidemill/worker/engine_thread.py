@@ -1,0 +1,156 @@
+"""The engine's own thread, and the event loop's view of what it computes."""
+
+import asyncio
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from types import TracebackType
+
+from tidemill.engine import Engine, FinishedOutput, Output, PrefilledOutput, Sequence
+from tidemill.errors import Internal
+
+logger = logging.getLogger(__name__)
+
+
+class Running:
+    """A submitted sequence as the event loop sees it: its outputs, in order."""
+
+    def __init__(self, thread: "EngineThread", seq: Sequence) -> None:
+        self.seq = seq
+        self._thread = thread
+        self._outputs: asyncio.Queue[Output | Internal] = asyncio.Queue()
+
+    async def next(self) -> Output:
+        """The next output. Raises Internal if the engine has failed; nothing follows then."""
+        output = await self._outputs.get()
+        if isinstance(output, Internal):
+            raise output
+        return output
+
+    def fund(self, total: int) -> None:
+        """Allow `total` generated tokens in all."""
+        self._thread.fund(self.seq.seq_id, total)
+
+    def stop(self, reason: str, keep_tokens: int | None = None) -> None:
+        """End the sequence between two steps; FinishedOutput follows unless it has ended."""
+        self._thread.stop(self.seq.seq_id, reason, keep_tokens)
+
+    def put(self, output: Output | Internal) -> None:
+        """Called by EngineThread on the event loop."""
+        self._outputs.put_nowait(output)
+
+
+class EngineThread:
+    """Runs `engine.step` while there is work and routes each output to its sequence.
+
+    Use as a context manager inside a running event loop. If a step raises, every sequence gets
+    Internal, `failure` says what happened, and the engine computes no more: the process is to be
+    replaced.
+    """
+
+    def __init__(self, engine: Engine, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.engine = engine
+        self.failure: Internal | None = None
+        self._clock = clock
+        self._loop = asyncio.get_running_loop()
+        self._running: dict[str, Running] = {}
+        self._wake = threading.Event()
+        self._closing = False
+        self._step_started: float | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def __enter__(self) -> "EngineThread":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._closing = True
+        self._wake.set()
+        self._thread.join()
+
+    @property
+    def step_age_s(self) -> float:
+        """Seconds since the step that runs now began; 0 between steps and when idle."""
+        started = self._step_started
+        return 0.0 if started is None else max(self._clock() - started, 0.0)
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences submitted and not ended."""
+        return len(self._running)
+
+    def submit(self, seq: Sequence) -> Running:
+        """Hand a sequence to the engine. Raises as Engine.submit does, Internal after a failure."""
+        if self.failure is not None:
+            raise self.failure
+        running = Running(self, seq)
+        self.engine.submit(seq)
+        self._running[seq.seq_id] = running
+        self._wake.set()
+        return running
+
+    def fund(self, seq_id: str, total: int) -> None:
+        """As Engine.fund."""
+        self.engine.fund(seq_id, total)
+        self._wake.set()
+
+    def stop(self, seq_id: str, reason: str, keep_tokens: int | None = None) -> None:
+        """As Engine.stop."""
+        self.engine.stop(seq_id, reason, keep_tokens)
+        self._wake.set()
+
+    def _run(self) -> None:
+        while True:
+            self._wake.wait()
+            self._wake.clear()
+            if self._closing:
+                return
+            try:
+                while self.engine.has_work and not self._closing:
+                    self._step()
+            except Exception as error:  # whatever a step raises ends the engine, told to all
+                self._step_started = None
+                self._post(self._fail, error)
+                return
+
+    def _step(self) -> None:
+        self._step_started = self._clock()
+        outputs = self.engine.step()
+        self._step_started = None
+        if outputs:
+            self._post(self._deliver, outputs)
+
+    def _post(self, call: Callable[..., None], argument: object) -> None:
+        try:
+            self._loop.call_soon_threadsafe(call, argument)
+        except RuntimeError:
+            logger.info("engine output after the event loop closed")
+
+    def _deliver(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            running = self._running.get(output.seq_id)
+            if running is None:
+                continue
+            ended = isinstance(output, FinishedOutput) or (
+                isinstance(output, PrefilledOutput) and running.seq.prefill_only
+            )
+            if ended:
+                del self._running[output.seq_id]
+            running.put(output)
+
+    def _fail(self, error: Exception) -> None:
+        error_id = uuid.uuid4().hex
+        logger.critical(
+            "the engine failed and computes no more", extra={"error_id": error_id}, exc_info=error
+        )
+        self.failure = Internal("the worker's engine failed", error_id=error_id)
+        for running in self._running.values():
+            running.put(self.failure)
+        self._running.clear()

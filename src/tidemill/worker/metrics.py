@@ -1,0 +1,51 @@
+"""tidemill_worker_*: what a worker did, for Prometheus."""
+
+from collections.abc import Callable
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+
+_SECONDS = (0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 120)
+
+
+class WorkerMetrics:
+    """The counters of one worker process; gauges are read from `watch`ed functions."""
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        def counter(name: str, help_text: str, *labels: str) -> Counter:
+            return Counter(f"tidemill_worker_{name}", help_text, labels, registry=registry)
+
+        self.registry = registry
+        self.reused_tokens = counter(
+            "reused_tokens", "Prompt tokens reused, by the tier they lay in.", "tier"
+        )
+        self.computed_tokens = counter("computed_tokens", "Prompt tokens computed.")
+        self.stopped_tokens = counter(
+            "stopped_prefill_tokens", "Prompt tokens computed for prefills that were stopped."
+        )
+        self.generated_tokens = counter("generated_tokens", "Completion tokens generated.")
+        self.finals = counter("finals", "Attempts that ended, by reason.", "reason")
+        self.refusals = counter("refusals", "Work refused for want of room, by reason.", "reason")
+        self.handovers = counter("handovers", "Hand-overs that ended, by state.", "state")
+        self.handover_bytes = counter(
+            "handover_bytes", "Latents moved between workers, by direction.", "direction"
+        )
+        self.pull_retries = counter("pull_retries", "Pulls repeated from the start.")
+        self.cache_failed_blocks = counter(
+            "cache_failed_blocks", "Blocks that the cache held and did not deliver sound."
+        )
+        self.cache_errors = counter("cache_errors", "Calls the cache did not serve.", "call")
+        self.cache_stored_blocks = counter("cache_stored_blocks", "Blocks sent to the cache.")
+        self.cache_dropped_blocks = counter(
+            "cache_dropped_blocks", "Blocks not stored: queue full, evicted, or cache away."
+        )
+        self.registry_errors = counter("registry_errors", "Heartbeats that Redis did not take.")
+        self.prefill_seconds = Histogram(
+            "tidemill_worker_prefill_seconds",
+            "Computing one prompt, cache fetches included.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+
+    def watch(self, name: str, help_text: str, read: Callable[[], float]) -> None:
+        """Show `read()` as gauge tidemill_worker_`name`; called by the metrics thread."""
+        Gauge(f"tidemill_worker_{name}", help_text, registry=self.registry).set_function(read)

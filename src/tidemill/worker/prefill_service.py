@@ -1,0 +1,103 @@
+"""PrefillService: proto in front of Prefiller and the hand-overs."""
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+from tidemill.api.prefill.v1 import prefill_service_pb2 as pb
+from tidemill.api.prefill.v1.prefill_service_pb2_grpc import PrefillServiceServicer
+from tidemill.errors import InvalidRequest
+from tidemill.kv.handover import Handover
+from tidemill.kv.transport import GrpcKvSource, GrpcKvTransport
+from tidemill.rpc.interceptors import Context
+from tidemill.rpc.validation import validate
+from tidemill.worker.prefiller import Prefiller, PrefillTask
+from tidemill.worker.worker import Worker
+
+
+class PrefillService(PrefillServiceServicer):
+    """Serves prefills and their hand-overs for one worker."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._prefiller = Prefiller(worker)
+        self._source = GrpcKvSource(worker.engine.pool, worker.engine.layout, worker.handovers)
+
+    async def Prefill(
+        self, request: pb.PrefillRequest, context: Context
+    ) -> AsyncIterator[pb.PrefillResponse]:
+        """The offer at once, PrefillDone when all is computed; a caller that leaves stops it."""
+        validate(request)
+        _check_transport(request)
+        wanted = PrefillTask(request.task, request.held_tokens)
+        job = await self._prefiller.admit(wanted, request.layout_fingerprint)
+        delivered = False
+        try:
+            yield pb.PrefillResponse(offer=self._offer(job.handover))
+            yield pb.PrefillResponse(done=await job.result())
+            delivered = True
+        finally:
+            if not delivered:
+                job.abandon()
+
+    async def PullKv(
+        self, request: pb.PullKvRequest, context: Context
+    ) -> AsyncIterator[pb.PullKvResponse]:
+        """The hand-over's latents from its start on."""
+        validate(request)
+        max_message_bytes = self._worker.config.handover.max_message_bytes
+        if request.HasField("max_message_bytes"):
+            max_message_bytes = request.max_message_bytes
+        handover = self._find(request.handover)
+        messages = self._source.stream(handover, max_message_bytes=max_message_bytes)
+        async with aclosing(messages):
+            async for message in messages:
+                sent = sum(len(segment.data) for segment in message.segments)
+                self._worker.metrics.handover_bytes.labels("sent").inc(sent)
+                yield message
+
+    async def RenewHandover(
+        self, request: pb.RenewHandoverRequest, context: Context
+    ) -> pb.RenewHandoverResponse:
+        """The lease begins again."""
+        validate(request)
+        self._worker.handovers.renew(self._find(request.handover))
+        return pb.RenewHandoverResponse(lease_ms=self._lease_ms())
+
+    async def ReleaseHandover(
+        self, request: pb.ReleaseHandoverRequest, context: Context
+    ) -> pb.ReleaseHandoverResponse:
+        """The puller has all it wants."""
+        validate(request)
+        released = self._worker.handovers.release(
+            request.handover.handover_id, request.handover.epoch
+        )
+        return pb.ReleaseHandoverResponse(released=released)
+
+    async def StopPrefill(
+        self, request: pb.StopPrefillRequest, context: Context
+    ) -> pb.StopPrefillResponse:
+        """Stop between chunks."""
+        validate(request)
+        stopped, computed_tokens = self._prefiller.stop(request.id)
+        return pb.StopPrefillResponse(stopped=stopped, computed_tokens=computed_tokens)
+
+    def _find(self, ref: pb.HandoverRef) -> Handover:
+        return self._worker.handovers.get(ref.handover_id, ref.epoch)
+
+    def _lease_ms(self) -> int:
+        return round(self._worker.handovers.lease_s * 1000)
+
+    def _offer(self, handover: Handover) -> pb.HandoverOffer:
+        return pb.HandoverOffer(
+            handover_id=handover.handover_id,
+            epoch=self._worker.epoch,
+            lease_ms=self._lease_ms(),
+            first_token=handover.first_token,
+            num_tokens=handover.num_tokens,
+        )
+
+
+def _check_transport(request: pb.PrefillRequest) -> None:
+    if request.HasField("kv_transport") and request.kv_transport != GrpcKvTransport.name:
+        problem = f"{request.kv_transport!r} is not spoken here"
+        raise InvalidRequest(f"kv_transport {problem}", violations=[("kv_transport", problem)])

@@ -1,0 +1,255 @@
+"""A worker process: everything wired, served, drained and taken down in order."""
+
+import argparse
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import grpc
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from tidemill import config as settings
+from tidemill.api.decode.v1.decode_service_pb2_grpc import add_DecodeServiceServicer_to_server
+from tidemill.api.prefill.v1.prefill_service_pb2_grpc import add_PrefillServiceServicer_to_server
+from tidemill.api.worker.v1.worker_service_pb2_grpc import add_WorkerServiceServicer_to_server
+from tidemill.engine import Engine
+from tidemill.errors import ConfigError
+from tidemill.kv.cache_client import CacheClient
+from tidemill.rpc import process
+from tidemill.rpc.address import is_loopback
+from tidemill.rpc.channel import internal_channel
+from tidemill.rpc.interceptors import RoleGuard
+from tidemill.rpc.metrics import RpcMetrics, serve_metrics
+from tidemill.rpc.server import RpcServer
+from tidemill.rpc.tls import TlsFiles
+from tidemill.worker.attempt_table import AttemptTable
+from tidemill.worker.block_storer import BlockStorer
+from tidemill.worker.config import RegistryConfig, Role, WorkerConfig
+from tidemill.worker.decode_service import DecodeService
+from tidemill.worker.engine_thread import EngineThread
+from tidemill.worker.metrics import WorkerMetrics
+from tidemill.worker.prefill_service import PrefillService
+from tidemill.worker.prompt import PromptReuse
+from tidemill.worker.registration import Registration
+from tidemill.worker.remote_prefill import MakeTransport, PrefillPeers
+from tidemill.worker.worker import Worker
+from tidemill.worker.worker_service import WorkerService
+
+_PACKAGE = "tidemill.api"
+WORKER_SERVICE = f"{_PACKAGE}.worker.v1.WorkerService"
+PREFILL_SERVICE = f"{_PACKAGE}.prefill.v1.PrefillService"
+DECODE_SERVICE = f"{_PACKAGE}.decode.v1.DecodeService"
+
+ALLOWED = {
+    **{
+        f"/{WORKER_SERVICE}/{method}": {"router", "prefill", "decode"}
+        for method in ("DescribeWorker", "WatchLoad")
+    },
+    **{
+        f"/{PREFILL_SERVICE}/{method}": {"decode"}
+        for method in ("Prefill", "PullKv", "RenewHandover", "ReleaseHandover", "StopPrefill")
+    },
+    **{f"/{DECODE_SERVICE}/{method}": {"router"} for method in ("Decode", "AckFinal", "GetFinal")},
+}
+
+SWEEP_S = 1.0
+
+logger = logging.getLogger(__name__)
+
+
+class RunningWorker:
+    """A worker that serves; `address` is where others dial it."""
+
+    def __init__(
+        self,
+        worker: Worker,
+        server: RpcServer,
+        decode: DecodeService | None,
+        attempts: AttemptTable,
+    ) -> None:
+        self.worker = worker
+        self.server = server
+        self.attempts = attempts
+        self._decode = decode
+
+    @property
+    def address(self) -> str:
+        """host:port for the registry."""
+        return self.worker.config.advertise or self.server.address
+
+    async def drain(self) -> None:
+        """Refuse new work, let the running work end within the server's drain_s, end the rest."""
+        self.worker.draining = True
+        await self.server.drain()
+        if self._decode is not None:
+            await self._decode.stop_all()
+
+
+@asynccontextmanager
+async def running_worker(
+    config: WorkerConfig,
+    role: Role,
+    *,
+    metrics: WorkerMetrics | None = None,
+    rpc_metrics: RpcMetrics | None = None,
+    engine: Engine | None = None,
+    make_transport: MakeTransport | None = None,
+) -> AsyncIterator[RunningWorker]:
+    """Serve until the block is left; drains then. `engine` spares loading one.
+
+    Raises ConfigError and CheckpointError before anything listens.
+    """
+    tls = config.server.tls
+    if tls is None:
+        raise ConfigError("a worker needs server.tls: cert, key and ca")
+    metrics = metrics or WorkerMetrics()
+    if engine is None:
+        engine = await asyncio.to_thread(Engine.load, config.model_dir, config.engine)
+    async with AsyncExitStack() as stack:
+        cache = _cache_client(config, tls, stack)
+        storer = None
+        if cache is not None and config.cache is not None:
+            storer = BlockStorer(
+                engine.pool, cache, max_blocks=config.cache.store_queue_blocks, metrics=metrics
+            )
+            await stack.enter_async_context(_background(storer.run))
+        thread = stack.enter_context(EngineThread(engine))
+        reuse = PromptReuse(engine, model=config.model, cache=cache, storer=storer, metrics=metrics)
+        worker = Worker(config, role, thread, reuse, storer=storer, metrics=metrics)
+        peers = PrefillPeers(
+            lambda address: internal_channel(address, role="prefill", tls=tls),
+            config.handover,
+            metrics=metrics,
+            make_transport=make_transport,
+        )
+        stack.push_async_callback(peers.close)
+        attempts = AttemptTable(retention_s=config.final_retention_s, clock=worker.clock)
+        _watch(worker, attempts)
+        server, decode = _serve(worker, attempts, peers, rpc_metrics)
+        await server.start()
+        running = RunningWorker(worker, server, decode, attempts)
+        stack.push_async_callback(running.drain)
+        await stack.enter_async_context(_background(lambda: _sweep(worker, attempts)))
+        if config.registry is not None:
+            await stack.enter_async_context(_registered(running, config.registry))
+        yield running
+
+
+def main(service: str, roles: tuple[Role, ...]) -> int:
+    """`python -m services.{service}`: parse the command line, serve until told to stop."""
+    parser = argparse.ArgumentParser(prog=f"python -m services.{service}")
+    parser.add_argument("--config", type=Path, help=f"TOML file with a [{service}] section")
+    choices = [role.value for role in roles]
+    parser.add_argument("--role", choices=choices, default=choices[0], help="default: %(default)s")
+    arguments = parser.parse_args()
+
+    async def serve(stop: asyncio.Event) -> None:
+        config = settings.load(WorkerConfig, service, arguments.config, os.environ)
+        endpoint = None
+        address = config.server.metrics_address
+        if address is not None:
+            tls = None if is_loopback(address) else config.server.tls
+            endpoint = serve_metrics(address, tls=tls)
+        async with running_worker(config, Role(arguments.role), rpc_metrics=RpcMetrics()) as worker:
+            logger.info("serving", extra={"address": worker.address, "role": arguments.role})
+            await stop.wait()
+        if endpoint is not None:
+            endpoint.close()
+
+    return process.run(service, serve)
+
+
+def _serve(
+    worker: Worker, attempts: AttemptTable, peers: PrefillPeers, rpc_metrics: RpcMetrics | None
+) -> tuple[RpcServer, DecodeService | None]:
+    server = RpcServer(
+        worker.config.server,
+        public=False,
+        readiness=worker.readiness,
+        guards=(RoleGuard(ALLOWED),),
+        metrics=rpc_metrics,
+    )
+    add_WorkerServiceServicer_to_server(WorkerService(worker), server.server)
+    server.add_service_name(WORKER_SERVICE)
+    if worker.role.prefills:
+        add_PrefillServiceServicer_to_server(PrefillService(worker), server.server)
+        server.add_service_name(PREFILL_SERVICE)
+    if not worker.role.decodes:
+        return server, None
+    decode = DecodeService(worker, attempts, peers)
+    add_DecodeServiceServicer_to_server(decode, server.server)
+    server.add_service_name(DECODE_SERVICE)
+    return server, decode
+
+
+def _cache_client(config: WorkerConfig, tls: TlsFiles, stack: AsyncExitStack) -> CacheClient | None:
+    if config.cache is None:
+        return None
+
+    def connect(address: str) -> grpc.aio.Channel:
+        return internal_channel(address, role="cache", tls=tls)
+
+    client = CacheClient(connect(config.cache.address), config.cache.client, connect=connect)
+    stack.push_async_callback(client.close)
+    return client
+
+
+def _watch(worker: Worker, attempts: AttemptTable) -> None:
+    pool, metrics = worker.engine.pool, worker.metrics
+    metrics.watch("blocks", "KV blocks of the device tier.", lambda: pool.num_blocks)
+    metrics.watch("blocks_free", "Of those, free or evictable.", lambda: pool.num_free)
+    metrics.watch("running", "Sequences in the engine.", lambda: worker.thread.num_sequences)
+    metrics.watch(
+        "queued_uncached_tokens", "Prompt tokens to be computed.", lambda: worker.backlog.num_tokens
+    )
+    metrics.watch("open_handovers", "Hand-overs not yet released.", lambda: len(worker.handovers))
+    metrics.watch("finals_kept", "Finals not yet acknowledged.", lambda: attempts.num_finals)
+    metrics.watch("step_age_seconds", "Age of the running step.", lambda: worker.thread.step_age_s)
+
+
+async def _sweep(worker: Worker, attempts: AttemptTable) -> None:
+    """End what nobody comes back for: hand-overs past their lease, Finals past their retention."""
+    period_s = min(SWEEP_S, worker.config.handover.lease_s / 4)
+    while True:
+        await asyncio.sleep(period_s)
+        expired, forgotten = worker.handovers.sweep(), attempts.sweep()
+        if expired or forgotten:
+            logger.warning("swept", extra={"handovers": expired, "finals": forgotten})
+
+
+@asynccontextmanager
+async def _registered(running: RunningWorker, config: RegistryConfig) -> AsyncIterator[None]:
+    redis = Redis.from_url(
+        config.url,
+        socket_timeout=config.heartbeat_s,
+        socket_connect_timeout=config.heartbeat_s,
+        retry=Retry(NoBackoff(), 0),
+    )
+    worker = running.worker
+    registration = Registration(
+        worker, config, redis, address=running.address, metrics=worker.metrics
+    )
+    try:
+        async with _background(registration.run):
+            yield
+        await registration.remove()
+    finally:
+        await redis.aclose()
+
+
+@asynccontextmanager
+async def _background(run: Callable[[], Coroutine[Any, Any, None]]) -> AsyncIterator[None]:
+    """Run a loop beside the block and cancel it at the end; an error in it is raised there."""
+    task = asyncio.create_task(run())
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task

@@ -1,0 +1,90 @@
+"""The worker's entry in the registry: a Redis hash that lives as long as its heartbeat."""
+
+import asyncio
+import logging
+from typing import Any
+
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from tidemill.worker.config import RegistryConfig
+from tidemill.worker.metrics import WorkerMetrics
+from tidemill.worker.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+
+def registry_key(worker_id: str) -> str:
+    """Where a worker's entry lies."""
+    return f"tm:worker:{worker_id}"
+
+
+class Registration:
+    """Writes tm:worker:{id} every `heartbeat_s`, expiring after `ttl_s`. Redis may come and go.
+
+    Fields: address, role, model, epoch (decimal), draining ("0" or "1"), version.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        config: RegistryConfig,
+        redis: "Redis",
+        *,
+        address: str,
+        metrics: WorkerMetrics,
+    ) -> None:
+        self._worker = worker
+        self._config = config
+        self._redis = redis
+        self._address = address
+        self._metrics = metrics
+        self._reached: bool | None = None
+
+    async def run(self) -> None:
+        """Beat until cancelled."""
+        while True:
+            await self.beat()
+            await asyncio.sleep(self._config.heartbeat_s)
+
+    async def beat(self) -> bool:
+        """Write the entry once; returns whether Redis took it."""
+        key = registry_key(self._worker.worker_id)
+        try:
+            async with self._redis.pipeline(transaction=True) as pipe:
+                pipe.hset(key, mapping=self._fields())
+                pipe.pexpire(key, round(self._config.ttl_s * 1000))
+                await pipe.execute()
+        except (RedisError, OSError) as error:
+            self._metrics.registry_errors.inc()
+            self._note(False, str(error))
+            return False
+        self._note(True, "")
+        return True
+
+    async def remove(self) -> None:
+        """Take the entry out at a clean stop, if Redis is there."""
+        try:
+            await self._redis.delete(registry_key(self._worker.worker_id))
+        except (RedisError, OSError):
+            self._metrics.registry_errors.inc()
+
+    def _fields(self) -> dict[Any, Any]:
+        description = self._worker.describe()
+        return {
+            "address": self._address,
+            "role": self._worker.role.value,
+            "model": description.model,
+            "epoch": str(description.epoch),
+            "draining": "1" if self._worker.draining else "0",
+            "version": description.version,
+        }
+
+    def _note(self, reached: bool, why: str) -> None:
+        if reached != self._reached:
+            self._reached = reached
+            logger.log(
+                logging.INFO if reached else logging.WARNING,
+                "registered" if reached else "registry away",
+                extra={"why": why},
+            )

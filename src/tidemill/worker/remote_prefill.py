@@ -1,0 +1,230 @@
+"""Prefill on another worker, as decode sees it: ask, pull while it computes, verify, release."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from contextlib import aclosing, suppress
+from typing import TYPE_CHECKING, cast
+
+import grpc
+
+from tidemill.api.common.v1.lifecycle_pb2 import PrefillDone
+from tidemill.api.decode.v1.decode_service_pb2 import PrefillTarget
+from tidemill.api.prefill.v1 import prefill_service_pb2 as pb
+from tidemill.api.prefill.v1.prefill_service_pb2_grpc import PrefillServiceStub
+from tidemill.errors import Cancelled, TransferError, Unavailable, WorkerLost
+from tidemill.kv.segments import Landing
+from tidemill.kv.threads import in_thread
+from tidemill.kv.transport import GrpcKvTransport, KvTransport
+from tidemill.rpc.status import from_rpc_error
+from tidemill.worker.config import HandoverConfig
+from tidemill.worker.metrics import WorkerMetrics
+
+if TYPE_CHECKING:  # a name that only the stubs have
+    from tidemill.api.prefill.v1.prefill_service_pb2_grpc import PrefillServiceAsyncStub
+
+PULL_ATTEMPTS = 2
+CLEANUP_S = 2.0  # for telling the other side, which has a lease anyway
+SETTLE_S = 0.2
+LINGER_S = 600.0
+
+Connect = Callable[[str], grpc.aio.Channel]
+MakeTransport = Callable[["PrefillServiceAsyncStub"], KvTransport]
+
+logger = logging.getLogger(__name__)
+
+
+class PrefillPeers:
+    """Channels to prefill workers by address, opened by `connect` when first needed."""
+
+    def __init__(
+        self,
+        connect: Connect,
+        config: HandoverConfig,
+        *,
+        metrics: WorkerMetrics,
+        make_transport: MakeTransport | None = None,
+    ) -> None:
+        self._connect = connect
+        self._make_transport = make_transport or self._grpc_transport
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self.config = config
+        self.metrics = metrics
+
+    def at(self, target: PrefillTarget) -> "PrefillPeer":
+        """The worker to prefill on."""
+        channel = self._channels.get(target.address)
+        if channel is None:
+            channel = self._channels[target.address] = self._connect(target.address)
+        stub = cast("PrefillServiceAsyncStub", PrefillServiceStub(channel))
+        return PrefillPeer(self, target, stub, self._make_transport(stub))
+
+    def lost(self, target: PrefillTarget) -> None:
+        """Forget a dead worker's channel: the next call dials anew and waits for no back-off."""
+        channel = self._channels.pop(target.address, None)
+        if channel is not None:
+            closing = asyncio.create_task(channel.close(grace=LINGER_S))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+
+    async def close(self) -> None:
+        """Close all channels."""
+        for channel in self._channels.values():
+            await channel.close()
+        self._channels.clear()
+        for closing in self._closing:
+            closing.cancel()
+
+    def _grpc_transport(self, stub: "PrefillServiceAsyncStub") -> KvTransport:
+        return GrpcKvTransport(stub, max_message_bytes=self.config.max_message_bytes)
+
+
+class PrefillPeer:
+    """One prefill worker; raises WorkerLost for whatever says that it is gone."""
+
+    def __init__(
+        self,
+        peers: PrefillPeers,
+        target: PrefillTarget,
+        stub: "PrefillServiceAsyncStub",
+        transport: KvTransport,
+    ) -> None:
+        self._peers = peers
+        self._target = target
+        self._stub = stub
+        self._transport = transport
+
+    async def prefill(
+        self,
+        request: pb.PrefillRequest,
+        landing: Callable[[], Landing],
+        *,
+        timeout_s: float,
+        on_offer: Callable[[], None],
+        on_done: Callable[[PrefillDone], None],
+    ) -> PrefillDone:
+        """Have `request` prefilled and its latents in the landing's blocks, verified and released.
+
+        `on_done` is called as soon as the first token is known, usually before all has landed.
+        Raises the far side's own refusal, WorkerLost, DeadlineExceeded. Cancelling stops the
+        prefill.
+        """
+        deadline = time.monotonic() + timeout_s
+        call = self._stub.Prefill(request, timeout=timeout_s)
+        offer: pb.HandoverOffer | None = None
+        try:
+            offer = await self._offer(call)
+            on_offer()
+            done = asyncio.create_task(self._done(call, on_done))
+            await _all_or_first_error(
+                done, asyncio.create_task(self._pull(call, offer, landing, deadline))
+            )
+            return done.result()
+        except grpc.RpcError as error:
+            cause = from_rpc_error(error)
+            if not isinstance(cause, Unavailable | Cancelled):
+                raise cause from error
+            self._peers.lost(self._target)
+            offer = None
+            raise self._lost(str(cause)) from error
+        except (TransferError, TimeoutError) as error:
+            raise self._lost(str(error) or "no answer in time") from error
+        except asyncio.CancelledError:
+            await self._stop(request)
+            raise
+        finally:
+            call.cancel()
+            if offer is not None:
+                await self._release(offer)
+
+    async def _stop(self, request: pb.PrefillRequest) -> None:
+        """Tell it to stop; a worker that does not answer will see the broken stream."""
+        with suppress(grpc.RpcError):
+            await self._stub.StopPrefill(
+                pb.StopPrefillRequest(id=request.task.id), timeout=CLEANUP_S
+            )
+
+    async def _offer(self, call: "PrefillCall") -> pb.HandoverOffer:
+        first = await asyncio.wait_for(call.read(), self._peers.config.offer_timeout_s)
+        if not isinstance(first, pb.PrefillResponse):
+            raise TransferError("the prefill ended without an offer")
+        return first.offer
+
+    async def _done(
+        self, call: "PrefillCall", on_done: Callable[[PrefillDone], None]
+    ) -> PrefillDone:
+        last = await call.read()
+        if not isinstance(last, pb.PrefillResponse):
+            raise TransferError("the prefill ended without a result")
+        on_done(last.done)
+        await call.read()  # the end of the stream: nothing is left to be cancelled
+        return last.done
+
+    async def _pull(
+        self,
+        call: "PrefillCall",
+        offer: pb.HandoverOffer,
+        landing: Callable[[], Landing],
+        deadline: float,
+    ) -> None:
+        """Pull all; once more from the start if a segment is bad or the stream breaks.
+
+        If the prefill itself has failed, returns: that call says why.
+        """
+        ref = pb.HandoverRef(handover_id=offer.handover_id, epoch=offer.epoch)
+        for attempt in range(1, PULL_ATTEMPTS + 1):
+            target = landing()
+            try:
+                await self._pull_once(ref, target, deadline)
+            except (TransferError, grpc.RpcError) as error:
+                if await _has_failed(call):
+                    return
+                if attempt == PULL_ATTEMPTS or time.monotonic() >= deadline:
+                    raise
+                logger.warning("pull repeated", extra={"why": str(error)})
+                self._peers.metrics.pull_retries.inc()
+            else:
+                self._peers.metrics.handover_bytes.labels("received").inc(target.num_bytes)
+                return
+
+    async def _pull_once(self, ref: pb.HandoverRef, target: Landing, deadline: float) -> None:
+        messages = self._transport.pull(ref, timeout_s=max(deadline - time.monotonic(), 0.001))
+        async with aclosing(messages):
+            async for segments in messages:
+                await in_thread(target.write, segments)
+        target.check_complete()
+
+    async def _release(self, offer: pb.HandoverOffer) -> None:
+        ref = pb.HandoverRef(handover_id=offer.handover_id, epoch=offer.epoch)
+        with suppress(grpc.RpcError):  # its lease will end it
+            await self._stub.ReleaseHandover(
+                pb.ReleaseHandoverRequest(handover=ref), timeout=CLEANUP_S
+            )
+
+    def _lost(self, why: str) -> WorkerLost:
+        return WorkerLost(
+            f"prefill worker {self._target.worker_id}: {why}",
+            metadata={"worker_id": self._target.worker_id, "role": "prefill"},
+        )
+
+
+PrefillCall = grpc.aio.UnaryStreamCall[pb.PrefillRequest, pb.PrefillResponse]
+
+
+async def _has_failed(call: PrefillCall) -> bool:
+    """Whether the call has ended badly, or does so within a moment."""
+    with suppress(TimeoutError):
+        return await asyncio.wait_for(call.code(), SETTLE_S) is not grpc.StatusCode.OK
+    return False
+
+
+async def _all_or_first_error(*tasks: "asyncio.Task[object]") -> None:
+    """Wait for all; at the first error, or when cancelled, cancel the rest and see them end."""
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)

@@ -1,0 +1,49 @@
+"""WorkerService: what a worker is, and its load as it changes."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+
+from tidemill.api.worker.v1 import worker_service_pb2 as pb
+from tidemill.api.worker.v1.worker_service_pb2_grpc import WorkerServiceServicer
+from tidemill.rpc.interceptors import Context
+from tidemill.rpc.validation import validate
+from tidemill.worker.worker import Worker
+
+DEFAULT_INTERVAL_MS = 100
+MAX_SILENCE_S = 1.0
+
+
+class WorkerService(WorkerServiceServicer):
+    """Serves DescribeWorker and WatchLoad for one worker."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    async def DescribeWorker(
+        self, request: pb.DescribeWorkerRequest, context: Context
+    ) -> pb.DescribeWorkerResponse:
+        """What the worker is."""
+        return self._worker.describe()
+
+    async def WatchLoad(
+        self, request: pb.WatchLoadRequest, context: Context
+    ) -> AsyncIterator[pb.WatchLoadResponse]:
+        """The load now, then whenever it changed, and at least each second; ends when draining."""
+        validate(request)
+        interval_ms = request.min_interval_ms if request.HasField("min_interval_ms") else 0
+        interval_s = (interval_ms or DEFAULT_INTERVAL_MS) / 1000
+        sequence = 0
+        last: pb.WatchLoadResponse | None = None
+        sent_at = 0.0
+        while True:
+            load = self._worker.load()
+            if load != last or time.monotonic() - sent_at >= MAX_SILENCE_S:
+                sequence += 1
+                last, sent_at = load, time.monotonic()
+                message = pb.WatchLoadResponse(epoch=self._worker.epoch, sequence=sequence)
+                message.MergeFrom(load)
+                yield message
+            if load.draining:
+                return
+            await asyncio.sleep(min(interval_s, MAX_SILENCE_S))

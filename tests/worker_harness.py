@@ -1,0 +1,247 @@
+"""Real workers on free ports, and a router's side of the Decode stream."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import grpc
+import torch
+from prometheus_client import CollectorRegistry
+
+from tidemill.api.common.v1.lifecycle_pb2 import (
+    AttemptId,
+    FinishReason,
+    PrefillDone,
+    ResolvedSampling,
+    WorkerTask,
+)
+from tidemill.api.common.v1.usage_pb2 import PromptUsage
+from tidemill.api.decode.v1 import decode_service_pb2 as pb
+from tidemill.api.decode.v1.decode_service_pb2_grpc import DecodeServiceStub
+from tidemill.engine import EngineConfig
+from tidemill.errors import TidemillError
+from tidemill.rpc.channel import internal_channel
+from tidemill.rpc.server import ServerConfig
+from tidemill.rpc.status import from_rpc_error
+from tidemill.rpc.tls import TlsFiles
+from tidemill.worker.config import Role, WorkerConfig
+from tidemill.worker.metrics import WorkerMetrics
+from tidemill.worker.process import RunningWorker, running_worker
+from tidemill.worker.worker import Worker
+
+if TYPE_CHECKING:  # a name that only the stubs have
+    from tidemill.api.decode.v1.decode_service_pb2_grpc import DecodeServiceAsyncStub
+
+Tls = Callable[[str], TlsFiles]
+SCOPE = b"s" * 32
+CERTIFICATES = {Role.PREFILL: "prefill", Role.DECODE: "decode", Role.BOTH: "worker"}
+
+
+def prompt_of(num_tokens: int, *, seed: int = 1, vocab_size: int = 512) -> list[int]:
+    """Random token ids, the same for the same seed; a longer prompt begins with the shorter one."""
+    drawn = torch.randint(
+        6, vocab_size, (max(num_tokens, 1024),), generator=torch.Generator().manual_seed(seed)
+    )
+    return [int(token) for token in drawn[:num_tokens]]
+
+
+@asynccontextmanager
+async def worker_at(
+    role: Role,
+    model_dir: Path,
+    tls: Tls,
+    *,
+    worker_id: str | None = None,
+    num_blocks: int = 96,
+    prefill_chunk_tokens: int = 64,
+    make_transport: Any = None,
+    **settings: Any,
+) -> AsyncIterator[RunningWorker]:
+    """A worker of `role` over the tiny model, single-threaded."""
+    config = WorkerConfig(
+        worker_id=worker_id or role.value,
+        model="tiny",
+        model_dir=model_dir,
+        engine=EngineConfig(
+            num_blocks=num_blocks, prefill_chunk_tokens=prefill_chunk_tokens, num_threads=1
+        ),
+        server=ServerConfig(tls=tls(CERTIFICATES[role]), drain_s=0.2),
+        **settings,
+    )
+    metrics = WorkerMetrics(CollectorRegistry())
+    async with running_worker(
+        config, role, metrics=metrics, make_transport=make_transport
+    ) as running:
+        yield running
+
+
+def metric(running: RunningWorker, name: str, **labels: str) -> float:
+    """Value of tidemill_worker_`name`."""
+    registry = running.worker.metrics.registry
+    return registry.get_sample_value(f"tidemill_worker_{name}", labels) or 0.0
+
+
+def target(prefill: RunningWorker) -> pb.PrefillTarget:
+    """What Start says about a prefill worker."""
+    return pb.PrefillTarget(worker_id=prefill.worker.worker_id, address=prefill.address)
+
+
+def make_start(
+    token_ids: list[int],
+    request_id: str = "r1",
+    *,
+    prefill: RunningWorker | None = None,
+    attempt: int = 1,
+    fence: int = 1,
+    max_tokens: int = 8,
+    funded_tokens: int | None = None,
+    relayed_tokens: int = 0,
+    stop_token_ids: Iterable[int] = (),
+    scope: bytes = SCOPE,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> pb.Start:
+    """A Start as the router would send it; greedy unless told otherwise."""
+    start = pb.Start(
+        task=WorkerTask(
+            id=AttemptId(request_id=request_id, attempt=attempt, fence=fence),
+            tenant_id="alice",
+            cache_scope=scope,
+            token_ids=token_ids,
+            sampling=ResolvedSampling(
+                temperature=temperature,
+                top_p=1.0,
+                seed=seed,
+                max_tokens=max_tokens,
+                stop_token_ids=stop_token_ids,
+            ),
+        ),
+        relayed_tokens=relayed_tokens,
+    )
+    if prefill is not None:
+        start.prefill.CopyFrom(target(prefill))
+    if funded_tokens is not None:
+        start.funded_tokens = funded_tokens
+    return start
+
+
+@dataclass
+class Answer:
+    """Everything that a Decode stream said."""
+
+    tokens: list[int] = field(default_factory=list)
+    done: PrefillDone | None = None
+    finals: list[pb.Final] = field(default_factory=list)
+    error: TidemillError | None = None
+    events: list[str] = field(default_factory=list)
+
+    @property
+    def usage(self) -> PromptUsage:
+        assert self.done is not None
+        return self.done.usage
+
+    @property
+    def final(self) -> pb.Final:
+        (final,) = self.finals
+        return final
+
+    @property
+    def reason(self) -> str:
+        return FinishReason.Name(self.final.reason).removeprefix("FINISH_REASON_")
+
+
+class Attempted:
+    """One attempt in progress, from the router's side."""
+
+    def __init__(self, stub: "DecodeServiceAsyncStub", timeout: float | None) -> None:
+        self.call = stub.Decode(timeout=timeout)
+        self.answer = Answer()
+
+    async def send(self, **command: Any) -> None:
+        await self.call.write(pb.DecodeRequest(**command))
+
+    async def stop(self, reason: str = "CANCELLED", keep_tokens: int | None = None) -> None:
+        value = FinishReason.Value(f"FINISH_REASON_{reason}")
+        await self.send(stop=pb.Stop(reason=value, keep_tokens=keep_tokens))
+
+    async def fund(self, total: int) -> None:
+        await self.send(fund=pb.Fund(total_tokens=total))
+
+    async def next(self) -> str | None:
+        """Read one event into the answer; returns its name, None at the end."""
+        answer = self.answer
+        try:
+            response = await self.call.read()
+        except grpc.aio.AioRpcError as error:
+            answer.error = from_rpc_error(error)
+            return None
+        if not isinstance(response, pb.DecodeResponse):
+            return None
+        name = cast(str, response.WhichOneof("event"))
+        answer.events.append(name)
+        if name == "prefill_done":
+            answer.done = response.prefill_done
+            answer.tokens.append(response.prefill_done.first_token_id)
+        elif name == "chunk":
+            assert response.chunk.first_index == len(answer.tokens)
+            answer.tokens += response.chunk.token_ids
+            assert response.chunk.generated_tokens == len(answer.tokens)
+        else:
+            answer.finals.append(response.final)
+        return name
+
+    async def until(self, name: str) -> None:
+        while await self.next() != name:
+            assert self.answer.error is None, self.answer.error
+
+    async def finish(self) -> Answer:
+        while await self.next() is not None:
+            pass
+        return self.answer
+
+
+class RouterSide:
+    """What a router holds of one decode worker."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.channel = channel
+        self.stub = cast("DecodeServiceAsyncStub", DecodeServiceStub(channel))
+
+    async def begin(self, start: pb.Start, *, timeout: float | None = 60.0) -> Attempted:
+        attempted = Attempted(self.stub, timeout)
+        await attempted.send(start=start)
+        return attempted
+
+    async def ask(self, start: pb.Start) -> Answer:
+        """Run an attempt to its end."""
+        return await (await self.begin(start)).finish()
+
+
+@asynccontextmanager
+async def router_of(
+    decode: RunningWorker, tls: Tls, *, role: str = "router"
+) -> AsyncIterator[RouterSide]:
+    """A router's channel to `decode`."""
+    channel = internal_channel(decode.address, role="decode", tls=tls(role))
+    try:
+        yield RouterSide(channel)
+    finally:
+        await channel.close()
+
+
+async def settled(*workers: RunningWorker, within_s: float = 10.0) -> None:
+    """Wait until nobody should hold a block, then check that nobody does (R1)."""
+    for running in workers:
+        worker = running.worker
+        async with asyncio.timeout(within_s):
+            while not worker.idle:
+                await asyncio.sleep(0.01)
+        check_whole(worker)
+
+
+def check_whole(worker: Worker) -> None:
+    worker.engine.pool.check_integrity()
+    assert worker.engine.pool.num_referenced == 0
