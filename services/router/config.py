@@ -1,0 +1,108 @@
+"""The router's configuration: section [router]."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tidemill.policy import BalancerConfig, QueueLimits
+from tidemill.rpc.server import ServerConfig
+from tidemill.rpc.tls import TlsFiles
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """One served model.
+
+    `path` is its Hugging Face folder, of which the router reads the tokeniser, the chat template
+    and generation_config.json. `context_tokens` unset: what the workers announce.
+    `model_digest` in hexadecimal pins the weights; unset: that of the first worker seen.
+    """
+
+    name: str
+    path: Path
+    price_model: str
+    default_max_tokens: int = 4096
+    max_output_tokens: int = 32_768
+    context_tokens: int | None = None
+    model_digest: str | None = None
+    reasoning: bool = True
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.default_max_tokens <= self.max_output_tokens:
+            raise ValueError("default_max_tokens must lie between 1 and max_output_tokens")
+        if self.model_digest is not None and len(bytes.fromhex(self.model_digest)) != 32:
+            raise ValueError("model_digest must be 64 hexadecimal digits")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LedgerConfig:
+    """Where accounts and keys are kept, and what guards them.
+
+    `pepper_file` and `admin_key_file` hold at least 32 characters each. `key_cache_s` is how long
+    a key may be used after its last look-up, hence how late a revocation may take effect.
+    """
+
+    url: str
+    pepper_file: Path
+    admin_key_file: Path
+    timeout_s: float = 2.0
+    max_connections: int = 32
+    key_cache_s: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.key_cache_s <= 2.0:
+            raise ValueError("key_cache_s must be above 0 and at most 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FleetConfig:
+    """Where the workers are.
+
+    `cache_url` is the cache Redis in which they register; `workers` are further ones, each
+    "role@host:port" with role prefill, decode or both. `tls` is the router's own identity.
+    """
+
+    tls: TlsFiles
+    cache_url: str | None = None
+    workers: tuple[str, ...] = ()
+    discover_interval_s: float = 1.0
+    load_interval_ms: int = 100
+
+    def __post_init__(self) -> None:
+        if self.cache_url is None and not self.workers:
+            raise ValueError("neither cache_url nor workers is set: there would be no worker")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitsConfig:
+    """Bounds on one request, and patience in seconds."""
+
+    max_prompt_bytes: int = 1 << 20
+    first_token_timeout_s: float = 600.0
+    total_timeout_s: float = 1800.0
+    slow_reader_s: float = 60.0
+    final_wait_s: float = 2.0
+    coalesce_tokens: int = 8
+    coalesce_s: float = 0.05
+    max_lost_attempts: int = 2
+    retained_requests: int = 10_000
+    retained_s: float = 3600.0
+    tokenizer_threads: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """Everything that `python -m services.router` reads."""
+
+    ledger: LedgerConfig
+    fleet: FleetConfig
+    models: tuple[ModelConfig, ...]
+    price_book: Path
+    server: ServerConfig = field(default_factory=ServerConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    queue: QueueLimits = field(default_factory=QueueLimits)
+    balancer: BalancerConfig = field(default_factory=BalancerConfig)
+
+    def __post_init__(self) -> None:
+        names = [model.name for model in self.models]
+        if not names or len(set(names)) != len(names):
+            raise ValueError("models must name at least one model, and none twice")

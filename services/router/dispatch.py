@@ -1,0 +1,220 @@
+"""From the queue to a pair of workers: one dispatcher for each model."""
+
+import asyncio
+import contextlib
+import random
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from services.router.fleet import DECODE, PREFILL, Fleet, Worker
+from tidemill.policy import (
+    BalancerConfig,
+    FairQueue,
+    InFlight,
+    Placement,
+    PrefixAffinity,
+    QueueLimits,
+    WorkerLoad,
+    pick_decode,
+    pick_prefill,
+)
+
+_POLL_S = 1.0
+_RETRY_POLL_S = 0.05
+_POSITIONS_EVERY_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """The workers of one attempt; `prefill` None: the decode worker prefills in place."""
+
+    decode: Worker
+    prefill: Worker | None
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class Ticket:
+    """One request's place, in the queue or back in front of it after a refusal.
+
+    `moved` hears of a new position; `placed` is None once the place was given up. `excluded` maps
+    the workers that refused it to when, on the dispatcher's clock, they may be asked again.
+    """
+
+    key: str
+    tenant_id: str
+    num_prompt_tokens: int
+    block_hashes: Sequence[bytes]
+    moved: Callable[[int], None]
+    placed: asyncio.Future[Placed | None]
+    excluded: dict[str, float] = field(default_factory=dict)
+    position: int = -1
+
+
+class Dispatcher:
+    """Keeps the queue of one model and pops it when workers have room."""
+
+    def __init__(
+        self,
+        model: str,
+        fleet: Fleet,
+        *,
+        limits: QueueLimits,
+        balancer: BalancerConfig,
+        rng: random.Random,
+        clock: Callable[[], float],
+    ) -> None:
+        self._model = model
+        self._fleet = fleet
+        self._queue: FairQueue[Ticket] = FairQueue(limits, clock=clock)
+        self._queued: dict[str, Ticket] = {}
+        self._returned: deque[Ticket] = deque()
+        self._balancer = balancer
+        self._rng = rng
+        self._clock = clock
+        self._affinity = PrefixAffinity()
+        self._prefilling = InFlight()
+        self._decoding = InFlight()
+        self._wake = asyncio.Event()
+        self._positions_told_at = 0.0
+        fleet.subscribe(on_change=self._wake.set, on_leave=self._forget)
+
+    def __len__(self) -> int:
+        return len(self._queue) + len(self._returned)
+
+    def enqueue(self, ticket: Ticket) -> int:
+        """Take a place and return its position, 0 being next; QueueFull if there is none."""
+        request = self._request(ticket)
+        held = request.overlap_blocks
+        cost = min([ticket.num_prompt_tokens, *(request.uncached_tokens(each) for each in held)])
+        self._queue.push(ticket.key, ticket.tenant_id, cost, ticket)
+        self._queued[ticket.key] = ticket
+        ticket.position = self._queue.position(ticket.key) + len(self._returned)
+        self._wake.set()
+        return ticket.position
+
+    def put_back(self, ticket: Ticket, *, refused_by: str, for_s: float) -> None:
+        """Place the ticket anew, before all others, elsewhere than at `refused_by`."""
+        self.release(ticket.key)
+        ticket.excluded[refused_by] = self._clock() + for_s
+        ticket.placed = asyncio.get_running_loop().create_future()
+        self._returned.append(ticket)
+        self._wake.set()
+
+    def withdraw(self, ticket: Ticket) -> None:
+        """Give the place up; nothing happens to a ticket that has none."""
+        if ticket in self._returned:
+            self._returned.remove(ticket)
+        if self._queue.remove(ticket.key):
+            del self._queued[ticket.key]
+        if not ticket.placed.done():
+            ticket.placed.set_result(None)
+        self._wake.set()
+
+    def prefilled(self, key: str) -> None:
+        """The request's prefill is done."""
+        self._prefilling.remove(key)
+        self._wake.set()
+
+    def release(self, key: str) -> None:
+        """The request's attempt is over."""
+        self._prefilling.remove(key)
+        self._decoding.remove(key)
+        self._wake.set()
+
+    def check_integrity(self) -> None:
+        """That nothing of any request is left; only true when none runs (R1)."""
+        assert not self._queue
+        assert not self._queued
+        assert not self._returned
+        assert not self._prefilling
+        assert not self._decoding
+
+    async def run(self) -> None:
+        """Place tickets as room appears, until cancelled."""
+        while True:
+            patience = _RETRY_POLL_S if self._returned else _POLL_S
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), patience)
+            self._wake.clear()
+            self._place_all()
+            self._tell_positions()
+
+    def _place_all(self) -> None:
+        for ticket in list(self._returned):
+            if self._place(ticket):
+                self._returned.remove(ticket)
+        while (head := self._queue.peek()) is not None and self._place(head):
+            popped = self._queue.pop()
+            assert popped is head
+            del self._queued[head.key]
+
+    def _place(self, ticket: Ticket) -> bool:
+        placed = self._choose(ticket)
+        if placed is None:
+            return False
+        now = self._clock()
+        request = self._request(ticket)
+        prefill = placed.prefill or placed.decode
+        self._prefilling.add(
+            ticket.key, prefill.id, at=now, tokens=request.uncached_tokens(prefill.id)
+        )
+        reserve = self._balancer.decode_reserve_tokens
+        blocks = request.new_blocks(placed.decode.id, extra_tokens=reserve)
+        self._decoding.add(ticket.key, placed.decode.id, at=now, blocks=blocks)
+        self._affinity.record(prefill.id, ticket.block_hashes)
+        if not ticket.placed.done():
+            ticket.placed.set_result(placed)
+        return True
+
+    def _choose(self, ticket: Ticket) -> Placed | None:
+        now = self._clock()
+        request = self._request(ticket)
+
+        def pick(role: str, among: Sequence[Worker]) -> Worker | None:
+            loads = [worker.load for worker in among if worker.load is not None]
+            choose, busy = (
+                (pick_prefill, self._prefilling)
+                if role == PREFILL
+                else (pick_decode, self._decoding)
+            )
+            chosen: WorkerLoad | None = choose(
+                loads, request, busy, self._rng, now=now, config=self._balancer
+            )
+            return self._fleet.get(chosen.worker_id) if chosen else None
+
+        prefill = pick(PREFILL, self._fleet.usable(self._model, PREFILL))
+        if prefill is None:
+            return None
+        if DECODE in prefill.description.roles and pick(DECODE, [prefill]) is not None:
+            return Placed(prefill, None)
+        decode = pick(DECODE, self._fleet.usable(self._model, DECODE))
+        if decode is None:
+            return None
+        return Placed(decode, None if decode is prefill else prefill)
+
+    def _request(self, ticket: Ticket) -> Placement:
+        now = self._clock()
+        return Placement(
+            num_prompt_tokens=ticket.num_prompt_tokens,
+            overlap_blocks=self._affinity.overlap(ticket.block_hashes),
+            excluded=frozenset(id_ for id_, until in ticket.excluded.items() if until > now),
+        )
+
+    def _tell_positions(self) -> None:
+        now = self._clock()
+        if not len(self._queue) or now - self._positions_told_at < _POSITIONS_EVERY_S:
+            return
+        self._positions_told_at = now
+        ahead = len(self._returned)
+        for key, position in self._queue.positions().items():
+            ticket = self._queued[key]
+            if ticket.position != position + ahead:
+                ticket.position = position + ahead
+                ticket.moved(ticket.position)
+
+    def _forget(self, worker: Worker) -> None:
+        self._affinity.forget(worker.id)
+        self._prefilling.forget(worker.id)
+        self._decoding.forget(worker.id)
+        self._wake.set()

@@ -1,0 +1,214 @@
+"""Protos to domain and back, for the public services."""
+
+import hashlib
+
+from services.router.admission import Ask, Conversation, Input
+from services.router.finish import Completed, PrefillSite, Timing
+from services.router.generation import Generation
+from services.router.outbox import Accepted, Event, Moved, Piece
+from tidemill.api.billing.v1 import receipt_pb2
+from tidemill.api.common.v1 import lifecycle_pb2, usage_pb2
+from tidemill.api.router.v1 import router_service_pb2 as router_pb2
+from tidemill.billing import Decides, Prices, Receipt, Usage
+from tidemill.text import ChatMessage
+
+_ROLES = {
+    router_pb2.CHAT_ROLE_SYSTEM: "system",
+    router_pb2.CHAT_ROLE_USER: "user",
+    router_pb2.CHAT_ROLE_ASSISTANT: "assistant",
+}
+_DECIDES = {
+    Decides.COMPLETION.value: receipt_pb2.DECIDING_INSTANT_COMPLETION,
+    Decides.ARRIVAL.value: receipt_pb2.DECIDING_INSTANT_ARRIVAL,
+}
+
+
+def ask_of(request: router_pb2.GenerateRequest) -> Ask:
+    """The domain form of a validated request."""
+    sampling = request.sampling
+
+    def given(name: str) -> bool:
+        return sampling.HasField(name)  # type: ignore[arg-type]  # one of the names below
+
+    return Ask(
+        request_id=request.request_id,
+        body_sha256=hashlib.sha256(request.SerializeToString(deterministic=True)).digest(),
+        model=request.model,
+        input=_input(request),
+        stop=tuple(request.stop),
+        temperature=sampling.temperature if given("temperature") else None,
+        top_p=sampling.top_p if given("top_p") else None,
+        top_k=sampling.top_k,
+        seed=sampling.seed if given("seed") else None,
+        max_tokens=sampling.max_tokens if given("max_tokens") else None,
+        stop_token_ids=tuple(sampling.stop_token_ids),
+        max_cost=(
+            (request.max_cost.currency, request.max_cost.nano)
+            if request.HasField("max_cost")
+            else None
+        ),
+        first_token_timeout_s=(
+            request.first_token_timeout_ms / 1000
+            if request.HasField("first_token_timeout_ms")
+            else None
+        ),
+        total_timeout_s=(
+            request.total_timeout_ms / 1000 if request.HasField("total_timeout_ms") else None
+        ),
+    )
+
+
+def _input(request: router_pb2.GenerateRequest) -> Input:
+    match request.WhichOneof("input"):
+        case "chat":
+            messages = [
+                ChatMessage(_ROLES[each.role], each.content) for each in request.chat.messages
+            ]
+            return Conversation(tuple(messages))
+        case "prompt":
+            return request.prompt
+        case _:
+            return tuple(request.tokens.token_ids)
+
+
+class EventWriter:
+    """Events of one generation as messages; numbers the chunks."""
+
+    def __init__(self, generation: Generation) -> None:
+        self._admitted = generation.admitted
+        self._sequence = 0
+
+    def message(self, event: Event) -> router_pb2.GenerateResponse:
+        """The event's message."""
+        match event:
+            case Accepted():
+                accepted = router_pb2.Accepted(
+                    request_id=self._admitted.ask.request_id,
+                    position=event.position,
+                    prompt_tokens=len(self._admitted.token_ids),
+                    admitted_at_ms=self._admitted.admitted_at_ms,
+                )
+                return router_pb2.GenerateResponse(accepted=accepted)
+            case Moved():
+                return router_pb2.GenerateResponse(
+                    queued=router_pb2.Queued(position=event.position)
+                )
+            case Piece():
+                sequence = self._sequence
+                self._sequence += 1
+                return router_pb2.GenerateResponse(chunk=_chunk(event, sequence))
+            case Completed():
+                return completed_message(event)
+
+
+def completed_message(completed: Completed) -> router_pb2.GenerateResponse:
+    """The last message of a stream."""
+    return router_pb2.GenerateResponse(
+        completed=router_pb2.Completed(
+            finish_reason=lifecycle_pb2.FinishReason.ValueType(completed.finish.value),
+            usage=usage_message(completed.usage, completed.site),
+            receipt=receipt_message(completed.receipt, completed.site),
+            seed=completed.seed,
+            timing=_timing(completed.timing),
+        )
+    )
+
+
+def usage_message(usage: Usage, site: PrefillSite) -> usage_pb2.Usage:
+    """The proto form; without a prefill the prompt's split is unset."""
+    message = usage_pb2.Usage(
+        cache_hit_tokens=usage.cache_hit_tokens,
+        cache_miss_tokens=usage.cache_miss_tokens,
+        completion_tokens=usage.completion_tokens,
+        reasoning_tokens=usage.reasoning_tokens,
+        generated_tokens=usage.generated_tokens,
+        unbilled=usage_pb2.UnbilledUsage(
+            overrun_tokens=usage.unbilled.overrun,
+            failover_redo_tokens=usage.unbilled.failover_redo,
+            lost_tokens=usage.unbilled.lost,
+            server_fault_tokens=usage.unbilled.server_fault,
+        ),
+        drafted_tokens=usage.drafted_tokens,
+        accepted_tokens=usage.accepted_tokens,
+    )
+    if usage.prompt_tokens:
+        message.prompt.CopyFrom(
+            usage_pb2.PromptUsage(
+                prompt_tokens=usage.prompt_tokens,
+                computed_tokens=usage.computed_tokens,
+                reused_device_tokens=usage.reused.device,
+                reused_host_tokens=usage.reused.host,
+                reused_cache_ram_tokens=usage.reused.cache_ram,
+                reused_cache_disk_tokens=usage.reused.cache_disk,
+                reused_peer_tokens=usage.reused.peer,
+                prefill_site=(
+                    usage_pb2.PREFILL_SITE_DECODE_WORKER
+                    if site.in_place
+                    else usage_pb2.PREFILL_SITE_PREFILL_WORKER
+                ),
+                prefill_worker_id=site.worker_id,
+            )
+        )
+    return message
+
+
+def receipt_message(receipt: Receipt, site: PrefillSite) -> receipt_pb2.Receipt:
+    """The proto form; without a ledger a receipt is PRICED and no more."""
+    charge = receipt.charge
+    return receipt_pb2.Receipt(
+        request_id=receipt.request_id,
+        tenant_id=receipt.tenant_id,
+        model=receipt.model,
+        price_model=charge.model,
+        book_id=charge.book_id,
+        book_version=charge.book_version,
+        book_digest=bytes.fromhex(charge.book_digest),
+        currency=charge.currency,
+        window=charge.window,
+        prices=receipt_pb2.UnitPrices(
+            hit_pico=charge.price_hit_pico,
+            miss_pico=charge.price_miss_pico,
+            output_pico=charge.price_output_pico,
+        ),
+        admitted_at_ms=receipt.admitted_at_ms,
+        decided_at_ms=receipt.decided_at_ms,
+        decided_by=_DECIDES[charge.decided_by],
+        tariff_from_ms=charge.tariff_from_ms,
+        usage=usage_message(receipt.usage, site),
+        hit_cost_pico=charge.hit_cost_pico,
+        miss_cost_pico=charge.miss_cost_pico,
+        output_cost_pico=charge.output_cost_pico,
+        amount_nano=charge.amount_nano,
+        saved_nano=charge.saved_nano,
+        attempts=receipt.attempts,
+        state=receipt_pb2.RECEIPT_STATE_PRICED,
+        content_sha256=bytes.fromhex(receipt.content_sha256),
+    )
+
+
+def unit_prices(prices: Prices) -> receipt_pb2.UnitPrices:
+    """Prices of one window in one currency."""
+    return receipt_pb2.UnitPrices(
+        hit_pico=prices.hit, miss_pico=prices.miss, output_pico=prices.output
+    )
+
+
+def _chunk(piece: Piece, sequence: int) -> router_pb2.TextChunk:
+    return router_pb2.TextChunk(
+        sequence=sequence,
+        first_index=piece.first_index,
+        token_ids=piece.token_ids,
+        text=piece.text,
+        reasoning_text=piece.reasoning,
+        usage=usage_message(piece.usage, piece.site),
+    )
+
+
+def _timing(timing: Timing) -> router_pb2.Timing:
+    return router_pb2.Timing(
+        queued_us=timing.queued_us,
+        first_token_us=timing.first_token_us,
+        total_us=timing.total_us,
+        prefill_us=timing.prefill_us,
+        decode_busy_seconds=timing.decode_busy_seconds,
+    )

@@ -1,0 +1,95 @@
+"""The front door in domain terms: one generation for each request that is let in."""
+
+from collections.abc import Callable, Mapping
+
+from services.router.admission import Admission, Ask, request_key
+from services.router.config import LimitsConfig
+from services.router.dispatch import Dispatcher
+from services.router.finish import Completed, Finish
+from services.router.generation import Generation
+from services.router.keys import Tenant
+from services.router.metrics import RouterMetrics
+from services.router.requests import RequestBook
+from services.router.settle import Settler
+from services.router.tasks import OwnedTasks
+from tidemill.errors import TidemillError, Unavailable
+
+
+class Router:
+    """Admits, remembers and cancels requests; `dispatchers` are keyed by model name."""
+
+    def __init__(
+        self,
+        *,
+        admission: Admission,
+        dispatchers: Mapping[str, Dispatcher],
+        settler: Settler,
+        book: RequestBook,
+        tasks: OwnedTasks,
+        limits: LimitsConfig,
+        metrics: RouterMetrics,
+        clock: Callable[[], float],
+    ) -> None:
+        self._admission = admission
+        self._dispatchers = dispatchers
+        self._settler = settler
+        self._book = book
+        self._tasks = tasks
+        self._limits = limits
+        self._metrics = metrics
+        self._clock = clock
+        self._closing = False
+
+    async def generate(
+        self, ask: Ask, tenant: Tenant, *, call_timeout_s: float | None
+    ) -> Generation | Completed:
+        """A generation with a place in the queue, or how this request ended before.
+
+        Raises why it is refused; then nothing of it is left.
+        """
+        try:
+            if self._closing:
+                raise Unavailable("the router is stopping", reason="ROUTER_STOPPING")
+            return await self._let_in(ask, tenant, call_timeout_s)
+        except TidemillError as error:
+            error.request_id = ask.request_id
+            self._metrics.refused(error.reason)
+            raise
+
+    def cancel(self, tenant: Tenant, request_id: str) -> bool:
+        """End the tenant's request so that its stream closes with a bill; False if none runs."""
+        generation = self._book.find(request_key(tenant.id, request_id))
+        if generation is None:
+            return False
+        generation.end(Finish.CANCELLED)
+        return True
+
+    def close(self) -> None:
+        """Refuse new requests from now on."""
+        self._closing = True
+
+    async def _let_in(
+        self, ask: Ask, tenant: Tenant, call_timeout_s: float | None
+    ) -> Generation | Completed:
+        self._admission.catalogue.get(ask.model)
+        key = request_key(tenant.id, ask.request_id)
+        ended = self._book.begin(key, ask.body_sha256)
+        if ended is not None:
+            return ended
+        try:
+            admitted = await self._admission.admit(ask, tenant, call_timeout_s=call_timeout_s)
+            generation = Generation(
+                admitted,
+                dispatcher=self._dispatchers[ask.model],
+                settler=self._settler,
+                book=self._book,
+                tasks=self._tasks,
+                limits=self._limits,
+                clock=self._clock,
+            )
+            self._book.attach(key, generation)
+            generation.start()
+        except BaseException:
+            self._book.end(key, None)
+            raise
+        return generation

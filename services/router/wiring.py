@@ -1,0 +1,182 @@
+"""One router process: everything built from its configuration, and its life."""
+
+import asyncio
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from prometheus_client import REGISTRY, CollectorRegistry
+from redis.asyncio import Redis
+
+from services.router.admin_service import AdminService
+from services.router.admission import Admission
+from services.router.authentication import Access, KeyGuard
+from services.router.config import RouterConfig
+from services.router.dispatch import Dispatcher
+from services.router.fleet import Expected, Fleet
+from services.router.keys import Authenticator, KeyStore
+from services.router.ledger import Ledger, LedgerProbe
+from services.router.metrics import RouterMetrics
+from services.router.models import Catalogue, load_model
+from services.router.registry import Registry
+from services.router.requests import RequestBook
+from services.router.router import Router
+from services.router.service import RouterService
+from services.router.settle import Settler
+from services.router.tasks import OwnedTasks
+from tidemill.api.router.v1 import (
+    admin_service_pb2,
+    admin_service_pb2_grpc,
+    router_service_pb2,
+    router_service_pb2_grpc,
+)
+from tidemill.billing import load_price_book
+from tidemill.errors import ConfigError
+from tidemill.rpc.metrics import RpcMetrics
+from tidemill.rpc.server import RpcServer
+
+_ROUTER = router_service_pb2.DESCRIPTOR.services_by_name["RouterService"]
+_ADMIN = admin_service_pb2.DESCRIPTOR.services_by_name["AdminService"]
+_MIN_SECRET_CHARS = 32
+
+
+class RouterProcess:
+    """Build, `start()`, wait, `stop()`."""
+
+    def __init__(self, config: RouterConfig, *, registry: CollectorRegistry = REGISTRY) -> None:
+        self._config = config
+        self.tasks = OwnedTasks()
+        self._pool = ThreadPoolExecutor(config.limits.tokenizer_threads, "tokenize")
+        self._background: list[asyncio.Task[None]] = []
+        clock, rng = time.monotonic, random.SystemRandom()
+        book = load_price_book(config.price_book)
+        catalogue = Catalogue(load_model(model, book, _now_ms()) for model in config.models)
+        self.ledger = Ledger(config.ledger, self.tasks)
+        self._probe = LedgerProbe(self.ledger)
+        pepper = _read_secret(config.ledger.pepper_file, "ledger.pepper_file")
+        store = KeyStore(self.ledger, pepper.encode(), _now_ms)
+        self.fleet = Fleet(
+            expected={
+                model.name: Expected(
+                    model.tokenizer.vocab_size,
+                    bytes.fromhex(model.config.model_digest or "") or None,
+                )
+                for model in catalogue
+            },
+            clock=clock,
+            stale_after_s=config.balancer.stale_after_s,
+        )
+        url = config.fleet.cache_url
+        self._cache_redis = Redis.from_url(url, socket_timeout=2.0) if url else None
+        self._registry = Registry(config.fleet, self.fleet, redis=self._cache_redis, clock=clock)
+        self.dispatchers = {
+            model.name: Dispatcher(
+                model.name,
+                self.fleet,
+                limits=config.queue,
+                balancer=config.balancer,
+                rng=rng,
+                clock=clock,
+            )
+            for model in catalogue
+        }
+        metrics = RouterMetrics(registry)
+        limits = config.limits
+        self.requests = RequestBook(limits.retained_requests, limits.retained_s, clock)
+        metrics.watch(
+            queued=lambda: sum(map(len, self.dispatchers.values())),
+            running=lambda: len(self.requests),
+        )
+        admission = Admission(
+            catalogue=catalogue,
+            fleet=self.fleet,
+            book=book,
+            limits=limits,
+            pool=self._pool,
+            rng=rng,
+            now_ms=_now_ms,
+        )
+        self.router = Router(
+            admission=admission,
+            dispatchers=self.dispatchers,
+            settler=Settler(book=book, metrics=metrics, now_ms=_now_ms),
+            book=self.requests,
+            tasks=self.tasks,
+            limits=limits,
+            metrics=metrics,
+            clock=clock,
+        )
+        authenticator = Authenticator(store, cache_s=config.ledger.key_cache_s, clock=clock)
+        admin_key = _read_secret(config.ledger.admin_key_file, "ledger.admin_key_file")
+        self.server = RpcServer(
+            config.server,
+            public=True,
+            readiness=self._readiness,
+            guards=(KeyGuard(_access(), authenticator, admin_key),),
+            metrics=RpcMetrics(registry),
+        )
+        service = RouterService(
+            self.router, admission, slow_reader_s=limits.slow_reader_s, now_ms=_now_ms
+        )
+        router_service_pb2_grpc.add_RouterServiceServicer_to_server(service, self.server.server)
+        admin_service_pb2_grpc.add_AdminServiceServicer_to_server(
+            AdminService(store, book), self.server.server
+        )
+        for descriptor in (_ROUTER, _ADMIN):
+            self.server.add_service_name(descriptor.full_name)
+
+    async def start(self) -> None:
+        """Check the ledger, then listen; ConfigError says why not."""
+        await self.ledger.check_settings()
+        for coroutine in (
+            self._probe.run(),
+            self._registry.run(),
+            *(dispatcher.run() for dispatcher in self.dispatchers.values()),
+        ):
+            self._background.append(asyncio.create_task(coroutine))
+        await self.server.start()
+
+    async def stop(self) -> None:
+        """Refuse new requests, let running ones end within the drain time, settle the rest."""
+        self.router.close()
+        await self.server.drain()
+        await self.tasks.join(self._config.limits.final_wait_s + 1.0)
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        await self.ledger.close()
+        if self._cache_redis is not None:
+            await self._cache_redis.aclose()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _readiness(self) -> str | None:
+        if not self._probe.answers:
+            return "the ledger does not answer"
+        for name in self.dispatchers:
+            if why := self.fleet.readiness(name):
+                return why
+        return None
+
+
+def _access() -> dict[str, Access]:
+    """Every method of both services, by its full name."""
+    return {
+        f"/{service.full_name}/{method.name}": access
+        for service, access in ((_ROUTER, Access.TENANT), (_ADMIN, Access.ADMIN))
+        for method in service.methods
+    }
+
+
+def _read_secret(path: Path, key: str) -> str:
+    try:
+        secret = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"router.{key}: {path} cannot be read: {error}") from error
+    if len(secret) < _MIN_SECRET_CHARS:
+        raise ConfigError(f"router.{key}: {path} holds fewer than {_MIN_SECRET_CHARS} characters")
+    return secret
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

@@ -1,0 +1,63 @@
+"""A ledger Redis for the session; two scripted workers and a router for each test."""
+
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.redis_process import RedisProcess
+from tests.router_harness import (
+    DURABLE,
+    RouterHarness,
+    router_config,
+    running_router,
+    scripted,
+    spell,
+    write_byte_tokenizer,
+)
+from tests.scripted_worker import ScriptedWorker, answer
+from tidemill.rpc.tls import TlsFiles
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("byte-model")
+    write_byte_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ledger(redis_server: Callable[..., RedisProcess]) -> RedisProcess:
+    return redis_server(**DURABLE)
+
+
+@pytest.fixture
+def prefill() -> ScriptedWorker:
+    return ScriptedWorker("prefill-0", "prefill")
+
+
+@pytest.fixture
+def decode(model_dir: Path) -> ScriptedWorker:
+    return ScriptedWorker("decode-0", "decode", answer(spell(model_dir, "hello")))
+
+
+@pytest.fixture
+def limits() -> dict[str, Any]:
+    """LimitsConfig fields; a test module or class may override."""
+    return {}
+
+
+@pytest.fixture
+async def router(  # noqa: PLR0917 - fixtures
+    model_dir: Path,
+    ledger: RedisProcess,
+    prefill: ScriptedWorker,
+    decode: ScriptedWorker,
+    tls_files: Callable[[str], TlsFiles],
+    limits: dict[str, Any],
+) -> AsyncIterator[RouterHarness]:
+    async with scripted([prefill, decode], tls_files) as endpoints:
+        config = router_config(model_dir, ledger, endpoints, tls_files("router"), **limits)
+        async with running_router(config) as harness:
+            yield harness

@@ -1,0 +1,233 @@
+"""A worker that speaks the real protocol over real gRPC and computes nothing: it plays scripts."""
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
+
+import grpc
+from typing_extensions import override
+
+from tidemill.api.common.v1 import kv_pb2, lifecycle_pb2, usage_pb2
+from tidemill.api.decode.v1 import decode_service_pb2 as decode_pb2
+from tidemill.api.decode.v1.decode_service_pb2_grpc import (
+    DecodeServiceServicer,
+    add_DecodeServiceServicer_to_server,
+)
+from tidemill.api.worker.v1 import worker_service_pb2 as worker_pb2
+from tidemill.api.worker.v1.worker_service_pb2_grpc import (
+    WorkerServiceServicer,
+    add_WorkerServiceServicer_to_server,
+)
+from tidemill.errors import NotFound
+from tidemill.rpc.server import RpcServer, ServerConfig
+from tidemill.rpc.tls import TlsFiles
+
+_ROLES = {
+    "prefill": worker_pb2.WORKER_ROLE_PREFILL,
+    "decode": worker_pb2.WORKER_ROLE_DECODE,
+    "both": worker_pb2.WORKER_ROLE_BOTH,
+}
+_REPORT_EVERY_S = 0.05
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Script = Callable[["Talk"], Awaitable[None]]
+
+
+class Talk:
+    """One attempt from the worker's side."""
+
+    def __init__(self, worker: "ScriptedWorker", start: decode_pb2.Start, context: Context) -> None:
+        self.worker = worker
+        self.start = start
+        self.stopped: asyncio.Future[decode_pb2.Stop] = asyncio.get_running_loop().create_future()
+        self.generated = 0
+        self._context = context
+
+    async def prefill_done(self, token_id: int, **reused: int) -> None:
+        """The first token; `reused` are tokens by tier, the rest of the prompt was computed."""
+        num_prompt = len(self.start.task.token_ids)
+        usage = usage_pb2.PromptUsage(
+            prompt_tokens=num_prompt,
+            computed_tokens=num_prompt - sum(reused.values()),
+            prefill_site=usage_pb2.PREFILL_SITE_PREFILL_WORKER,
+            prefill_worker_id=self.start.prefill.worker_id,
+        )
+        for tier, tokens in reused.items():
+            setattr(usage, f"reused_{tier}_tokens", tokens)
+        done = lifecycle_pb2.PrefillDone(first_token_id=token_id, usage=usage, prefill_us=7)
+        self.generated = 1
+        await self._context.write(decode_pb2.DecodeResponse(prefill_done=done))
+
+    async def tokens(self, token_ids: Sequence[int]) -> None:
+        """Tokens after the first, in one chunk."""
+        chunk = decode_pb2.Chunk(
+            attempt=self.start.task.id.attempt,
+            first_index=self.generated,
+            token_ids=token_ids,
+            generated_tokens=self.generated + len(token_ids),
+        )
+        self.generated += len(token_ids)
+        await self._context.write(decode_pb2.DecodeResponse(chunk=chunk))
+
+    async def final(self, reason: str, *, generated: int | None = None) -> None:
+        """The end; `generated` unset: what was sent."""
+        final = decode_pb2.Final(
+            id=self.start.task.id,
+            reason=lifecycle_pb2.FinishReason.Value(f"FINISH_REASON_{reason}"),
+            generated_tokens=self.generated if generated is None else generated,
+            busy_seconds=0.25,
+        )
+        await self._context.write(decode_pb2.DecodeResponse(final=final))
+
+    async def send(self, response: decode_pb2.DecodeResponse) -> None:
+        """Anything at all."""
+        await self._context.write(response)
+
+
+def answer(token_ids: Sequence[int], *, pause_s: float = 0.0, **reused: int) -> Script:
+    """Generates `token_ids` one by one until stopped; the end is LENGTH or what Stop says."""
+
+    async def play(talk: Talk) -> None:
+        await talk.prefill_done(token_ids[0], **reused)
+        for token_id in token_ids[1 : talk.start.task.sampling.max_tokens]:
+            await asyncio.sleep(pause_s)
+            if talk.stopped.done():
+                reason = lifecycle_pb2.FinishReason.Name(talk.stopped.result().reason)
+                await talk.final(reason.removeprefix("FINISH_REASON_"))
+                return
+            await talk.tokens([token_id])
+        await talk.final("LENGTH")
+
+    return play
+
+
+class ScriptedWorker(DecodeServiceServicer, WorkerServiceServicer):
+    """Plays `scripts` in turn, the last one for ever, and remembers what it was told."""
+
+    def __init__(
+        self,
+        worker_id: str,
+        role: str,
+        *scripts: Script,
+        model: str = "tiny",
+        digest: bytes = hashlib.sha256(b"weights").digest(),
+        vocab_size: int = 512,
+        context_tokens: int = 1024,
+    ) -> None:
+        self.worker_id = worker_id
+        self.role = role
+        self.scripts = list(scripts)
+        self.epoch = 1
+        self.model = model
+        self.digest = digest
+        self.vocab_size = vocab_size
+        self.context_tokens = context_tokens
+        self.free_blocks = 100
+        self.draining = False
+        self.reporting = True
+        self.starts: list[decode_pb2.Start] = []
+        self.stops: list[decode_pb2.Stop] = []
+        self.acknowledged: list[lifecycle_pb2.AttemptId] = []
+        self.running = 0
+        self._server: RpcServer | None = None
+
+    @property
+    def endpoint(self) -> str:
+        """role@host:port, as the router's configuration wants it."""
+        assert self._server is not None
+        return f"{self.role}@{self._server.address}"
+
+    async def start(self, tls: TlsFiles, *, address: str = "127.0.0.1:0") -> None:
+        """Listen."""
+        config = ServerConfig(address=address, tls=tls, drain_s=0.0)
+        self._server = RpcServer(config, public=False, readiness=lambda: None)
+        add_DecodeServiceServicer_to_server(self, self._server.server)
+        add_WorkerServiceServicer_to_server(self, self._server.server)
+        await self._server.start()
+
+    async def vanish(self) -> None:
+        """Cut every call and stop listening, without a word."""
+        assert self._server is not None
+        await self._server.server.stop(None)
+        await self._server.drain()
+
+    @override
+    async def Decode(  # type: ignore[override]  # writes to the context
+        self, request_iterator: AsyncIterator[decode_pb2.DecodeRequest], context: Context
+    ) -> None:
+        first = await anext(request_iterator)
+        self.starts.append(first.start)
+        script = self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0]
+        talk = Talk(self, first.start, context)
+        listening = asyncio.create_task(self._listen(request_iterator, talk))
+        self.running += 1
+        try:
+            await script(talk)
+        finally:
+            self.running -= 1
+            listening.cancel()
+            await asyncio.gather(listening, return_exceptions=True)
+
+    async def _listen(self, requests: AsyncIterator[decode_pb2.DecodeRequest], talk: Talk) -> None:
+        async for request in requests:
+            assert request.HasField("stop")
+            self.stops.append(request.stop)
+            talk.stopped.set_result(request.stop)
+
+    @override
+    async def AckFinal(
+        self, request: decode_pb2.AckFinalRequest, context: Context
+    ) -> decode_pb2.AckFinalResponse:
+        self.acknowledged.append(request.id)
+        return decode_pb2.AckFinalResponse(held=True)
+
+    @override
+    async def GetFinal(
+        self, request: decode_pb2.GetFinalRequest, context: Context
+    ) -> decode_pb2.GetFinalResponse:
+        raise NotFound("scripted workers keep nothing")
+
+    @override
+    async def DescribeWorker(
+        self, request: worker_pb2.DescribeWorkerRequest, context: Context
+    ) -> worker_pb2.DescribeWorkerResponse:
+        return worker_pb2.DescribeWorkerResponse(
+            worker_id=self.worker_id,
+            epoch=self.epoch,
+            role=_ROLES[self.role],
+            model=self.model,
+            layout=kv_pb2.KvLayout(
+                dtype="float32",
+                block_tokens=64,
+                num_layers=3,
+                latent_dim=48,
+                model_digest=self.digest,
+            ),
+            max_context_tokens=self.context_tokens,
+            kv_transports=["grpc"],
+            vocab_size=self.vocab_size,
+        )
+
+    @override
+    async def WatchLoad(
+        self, request: worker_pb2.WatchLoadRequest, context: Context
+    ) -> AsyncIterator[worker_pb2.WatchLoadResponse]:
+        sequence = 0
+        while True:
+            sequence += 1
+            if self.reporting:
+                yield worker_pb2.WatchLoadResponse(
+                    epoch=self.epoch,
+                    sequence=sequence,
+                    running=self.running,
+                    draining=self.draining,
+                    tiers=[
+                        worker_pb2.KvTierLoad(
+                            tier=worker_pb2.KV_TIER_DEVICE,
+                            total_blocks=100,
+                            free_blocks=self.free_blocks,
+                        )
+                    ],
+                )
+            await asyncio.sleep(_REPORT_EVERY_S)
