@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 import grpc
 
 from tidemill.errors import Internal, LocalError, PermissionDenied, TidemillError
+from tidemill.rpc.malformed import parsed, tolerant
 from tidemill.rpc.metrics import RpcMetrics
 from tidemill.rpc.status import abort
 from tidemill.rpc.tls import roles_of_peer
@@ -87,19 +88,19 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         async def respond(request: Any, context: Context) -> Any:
             async with self._entered(method, context):
-                return await behaviour(request, context)
+                return await behaviour(parsed(request), context)
 
         async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
             async with (
                 self._entered(method, context),
-                aclosing(behaviour(request, context)) as responses,
+                aclosing(behaviour(parsed(request), context)) as responses,
             ):
                 async for response in responses:
                     yield response
 
         guarded: Handler = make_handler(
             stream if inspect.isasyncgenfunction(behaviour) else respond,
-            request_deserializer=handler.request_deserializer,
+            request_deserializer=tolerant(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
         return guarded
