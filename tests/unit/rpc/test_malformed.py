@@ -28,7 +28,7 @@ async def _join(requests: AsyncIterator[StringValue], context: Any) -> bytes:
 async def _served(*guards: Guard) -> AsyncIterator[grpc.aio.Channel]:
     server = RpcServer(ServerConfig(drain_s=0), public=True, readiness=lambda: None, guards=guards)
     parse = StringValue.FromString
-    handlers = {
+    handlers: dict[str, Any] = {
         "Unary": grpc.unary_unary_rpc_method_handler(_unary, request_deserializer=parse),
         "Join": grpc.stream_unary_rpc_method_handler(_join, request_deserializer=parse),
     }
