@@ -23,7 +23,7 @@ from redis.asyncio import Redis
 from services.cache.redis_link import RedisLink
 
 BATCH = 512
-HEARTBEAT_S = 2.0
+HEARTBEAT_S = 1.0
 NODE_TTL_S = 10.0
 
 _ENTRY_PREFIX = b"tm:b:"

@@ -47,6 +47,7 @@ async def namespace_of(requests: AsyncIterator[pb.StoreBlocksRequest]) -> pb.Blo
     first = await _next(requests)
     if first is None or first.WhichOneof("content") != "namespace":
         raise _bad("namespace", "must come first")
+    validate(first)
     return first.namespace
 
 
@@ -82,12 +83,9 @@ async def arrivals(
 
 async def _next(requests: AsyncIterator[pb.StoreBlocksRequest]) -> pb.StoreBlocksRequest | None:
     try:
-        request = await asyncio.wait_for(anext(requests, None), STALL_S)
+        return await asyncio.wait_for(anext(requests, None), STALL_S)
     except TimeoutError:
         raise DeadlineExceeded(f"no message came for {STALL_S:g} s") from None
-    if request is not None:
-        validate(request)
-    return request
 
 
 def _piece(request: pb.StoreBlocksRequest) -> BlockPiece:

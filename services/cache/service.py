@@ -1,7 +1,9 @@
 """CacheService: between the protos and the store, the index and the statistics."""
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from services.cache.config import CacheConfig
@@ -75,15 +77,21 @@ class CacheServicer(CacheServiceServicer):
         validate(request)
         namespace, row = _digest(request.namespace), _row(request.namespace)
         self._store.touch_chain(namespace, request.block_hashes)
-        for block_hash in request.block_hashes:
-            block = await self._sound(namespace, block_hash, row)
-            if block is None:
-                return
-            for piece in split(block_hash, block.payload, block.payload_sha256):
-                yield pb.FetchBlocksResponse(piece=piece, tier=pb.CACHE_TIER_RAM)
-            self._stats.count(row, "delivered")
-            self._metrics.delivered.inc()
-            self._metrics.delivered_bytes.inc(len(block.payload))
+        # While one block is sent, the next one is verified.
+        first, *rest = request.block_hashes
+        verifying = asyncio.create_task(self._sound(namespace, first, row))
+        try:
+            for block_hash, following in zip_longest(request.block_hashes, rest):
+                block = await verifying
+                if block is None:
+                    return
+                if following is not None:
+                    verifying = asyncio.create_task(self._sound(namespace, following, row))
+                for piece in split(block_hash, block.payload, block.payload_sha256):
+                    yield pb.FetchBlocksResponse(piece=piece, tier=pb.CACHE_TIER_RAM)
+                self._delivered(row, block)
+        finally:
+            verifying.cancel()
 
     async def StoreBlocks(
         self, request_iterator: AsyncIterator[pb.StoreBlocksRequest], context: Context
@@ -162,6 +170,11 @@ class CacheServicer(CacheServiceServicer):
         self._stats.count(row, "failed")
         self._metrics.failed.labels(cause).inc()
         return None
+
+    def _delivered(self, row: Row, block: StoredBlock) -> None:
+        self._stats.count(row, "delivered")
+        self._metrics.delivered.inc()
+        self._metrics.delivered_bytes.inc(len(block.payload))
 
     def _wants(self, first: BlockPiece) -> bool:
         return first.block_hash not in self._store and self._store.fits(first.total_bytes)

@@ -217,22 +217,30 @@ class CacheClient:
         request = pb.FetchBlocksRequest(namespace=_to_proto(namespace), block_hashes=hashes)
         node.admit()
         call = node.stub.FetchBlocks(request, timeout=self._config.fetch_s)
+        # While one block is hashed here and used by the caller, the next one is on its way.
+        reading = asyncio.create_task(self._read_block(call))
         try:
             for block_hash in hashes:
                 with node.watch():
-                    found = await self._read_block(call, block_hash)
+                    found = await reading
                 if found is None:
                     return
-                yield found
+                block, tier = found
+                reading = asyncio.create_task(self._read_block(call))
+                payload = block.payload()
+                sound = await digest(payload) == block.payload_sha256
+                if block.block_hash != block_hash or not sound:
+                    return
+                yield payload, tier
         finally:
             call.cancel()
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
 
     async def _read_block(
-        self,
-        call: "grpc.aio.UnaryStreamCall[pb.FetchBlocksRequest, pb.FetchBlocksResponse]",
-        block_hash: bytes,
-    ) -> tuple[bytes, CacheTier] | None:
-        """The next block if it is `block_hash`, whole and sound; None if the stream ends first."""
+        self, call: "grpc.aio.UnaryStreamCall[pb.FetchBlocksRequest, pb.FetchBlocksResponse]"
+    ) -> tuple[Assembly, CacheTier] | None:
+        """The next block, whole and not yet verified; None if the stream ends or makes no sense."""
         assembly: Assembly | None = None
         tier = CacheTier.RAM
         try:
@@ -248,10 +256,7 @@ class CacheClient:
                     assembly.add(answer.piece)
         except InvalidRequest:
             return None
-        payload = assembly.payload()
-        if assembly.block_hash != block_hash or await digest(payload) != assembly.payload_sha256:
-            return None
-        return payload, tier
+        return assembly, tier
 
 
 class _Node:
@@ -304,9 +309,16 @@ async def _store_requests(
     namespace: CacheNamespace, blocks: Sequence[tuple[bytes, bytes]]
 ) -> AsyncIterator[pb.StoreBlocksRequest]:
     yield pb.StoreBlocksRequest(namespace=_to_proto(namespace))
-    for block_hash, payload in blocks:
-        for piece in split(block_hash, payload, await digest(payload)):
-            yield pb.StoreBlocksRequest(piece=piece)
+    hashing = asyncio.create_task(digest(blocks[0][1]))
+    try:
+        for index, (block_hash, payload) in enumerate(blocks):
+            payload_sha256 = await hashing
+            if index + 1 < len(blocks):
+                hashing = asyncio.create_task(digest(blocks[index + 1][1]))
+            for piece in split(block_hash, payload, payload_sha256):
+                yield pb.StoreBlocksRequest(piece=piece)
+    finally:
+        hashing.cancel()
 
 
 def _to_proto(namespace: CacheNamespace) -> pb.BlockNamespace:

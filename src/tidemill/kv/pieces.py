@@ -8,6 +8,7 @@ from tidemill.errors import InvalidRequest
 
 HASH_BYTES = 32
 PIECE_BYTES = 1 << 20  # a larger message would hold the event loop for too long at either end
+MAX_PIECE_BYTES = 4 << 20  # the proto's bound
 
 
 def sha256(payload: bytes) -> bytes:
@@ -30,6 +31,7 @@ def split(block_hash: bytes, payload: bytes, payload_sha256: bytes) -> Iterator[
 class Assembly:
     """One block on its way in: takes its pieces in order, and only those.
 
+    It bounds every field of a piece itself, since the validator would copy the data once more.
     With `keep=False` it checks the pieces' order and forgets their bytes. Memory grows with the
     bytes that arrived, never with what the first piece announced.
     """
@@ -37,6 +39,8 @@ class Assembly:
     def __init__(self, first: BlockPiece, *, max_bytes: int, keep: bool = True) -> None:
         if len(first.block_hash) != HASH_BYTES:
             raise _out_of_order("block_hash", f"must be {HASH_BYTES} bytes")
+        if len(first.payload_sha256) != HASH_BYTES:
+            raise _out_of_order("payload_sha256", f"must be {HASH_BYTES} bytes")
         if not 0 < first.total_bytes <= max_bytes:
             raise _out_of_order("total_bytes", f"must be between 1 and {max_bytes}")
         self.block_hash = first.block_hash
@@ -60,11 +64,14 @@ class Assembly:
             raise _out_of_order("total_bytes", "differs from the block's first piece")
         if piece.offset != self.num_bytes:
             raise _out_of_order("offset", f"must be {self.num_bytes}")
-        if not piece.data or self.num_bytes + len(piece.data) > self.total_bytes:
-            raise _out_of_order("data", "is empty, or passes the end of the block")
-        self.num_bytes += len(piece.data)
+        data = piece.data  # once: each look at a protobuf field is a copy of it
+        if not 0 < len(data) <= MAX_PIECE_BYTES:
+            raise _out_of_order("data", f"must be 1 to {MAX_PIECE_BYTES} bytes")
+        if self.num_bytes + len(data) > self.total_bytes:
+            raise _out_of_order("data", "passes the end of the block")
+        self.num_bytes += len(data)
         if self._keep:
-            self._parts.append(piece.data)
+            self._parts.append(data)
 
     def payload(self) -> bytes:
         """The whole payload, its checksum not yet compared; complete and kept blocks only."""
