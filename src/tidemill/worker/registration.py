@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from typing import Any
 
 from redis.asyncio import Redis
@@ -10,6 +11,9 @@ from redis.exceptions import RedisError
 from tidemill.worker.config import RegistryConfig
 from tidemill.worker.metrics import WorkerMetrics
 from tidemill.worker.worker import Worker
+
+INDEX_KEY = "tm:workers"
+_FORGET_AFTER_MS = 86_400_000
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +26,8 @@ def registry_key(worker_id: str) -> str:
 class Registration:
     """Writes tm:worker:{id} every `heartbeat_s`, expiring after `ttl_s`. Redis may come and go.
 
-    Fields: address, role, model, epoch (decimal), draining ("0" or "1"), version.
+    Fields: address, role, model, epoch (decimal), draining ("0" or "1"), version. The sorted set
+    tm:workers lists the ids by their last beat in milliseconds, so that nobody need scan for them.
     """
 
     def __init__(
@@ -54,6 +59,9 @@ class Registration:
             async with self._redis.pipeline(transaction=True) as pipe:
                 pipe.hset(key, mapping=self._fields())
                 pipe.pexpire(key, round(self._config.ttl_s * 1000))
+                now_ms = time.time_ns() // 1_000_000
+                pipe.zadd(INDEX_KEY, {self._worker.worker_id: now_ms})
+                pipe.zremrangebyscore(INDEX_KEY, "-inf", now_ms - _FORGET_AFTER_MS)
                 await pipe.execute()
         except (RedisError, OSError) as error:
             self._metrics.registry_errors.inc()
@@ -65,6 +73,7 @@ class Registration:
     async def remove(self) -> None:
         """Take the entry out at a clean stop, if Redis is there."""
         try:
+            await self._redis.zrem(INDEX_KEY, self._worker.worker_id)
             await self._redis.delete(registry_key(self._worker.worker_id))
         except (RedisError, OSError):
             self._metrics.registry_errors.inc()
