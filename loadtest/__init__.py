@@ -1,0 +1,1 @@
+"""Load on a running router, each answer's usage checked: `python -m loadtest --help`."""

@@ -1,0 +1,25 @@
+"""What must hold of every answer, whatever the load."""
+
+from tidemill.client import Completed, FinishReason, Stream
+from tidemill.errors import ReceiptError, UsageError
+
+_MAY_END_UNREAD = (FinishReason.CANCELLED, FinishReason.DEADLINE)
+
+
+def check(stream: Stream, completed: Completed) -> None:
+    """U1, U2 and M4 of one answer, and its bill against itself. UsageError, ReceiptError."""
+    usage = completed.usage
+    usage.check()
+    billed, received = usage.completion_tokens, len(stream.token_ids)
+    unread = completed.finish_reason in _MAY_END_UNREAD
+    if billed != received and not (unread and billed > received):
+        raise UsageError(
+            f"{billed} completion tokens billed, {received} received, end {completed.finish_reason}"
+        )
+    if completed.receipt is None:
+        raise ReceiptError("the answer came without its receipt")
+    bill = completed.receipt.to_billing().usage
+    counts = ("prompt_tokens", "cache_hit_tokens", "cache_miss_tokens", "completion_tokens")
+    differing = [name for name in counts if getattr(bill, name) != getattr(usage, name)]
+    if differing:
+        raise ReceiptError(f"receipt and usage differ in {', '.join(differing)}")
