@@ -1,6 +1,7 @@
 """Real workers on free ports, and a router's side of the Decode stream."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from tidemill.api.common.v1.lifecycle_pb2 import (
 from tidemill.api.common.v1.usage_pb2 import PromptUsage
 from tidemill.api.decode.v1 import decode_service_pb2 as pb
 from tidemill.api.decode.v1.decode_service_pb2_grpc import DecodeServiceStub
-from tidemill.engine import EngineConfig
+from tidemill.engine import EngineConfig, Output
 from tidemill.errors import TidemillError
 from tidemill.rpc.channel import internal_channel
 from tidemill.rpc.server import ServerConfig
@@ -235,11 +236,26 @@ async def router_of(
 async def settled(*workers: RunningWorker, within_s: float = 10.0) -> None:
     """Wait until nobody should hold a block, then check that nobody does (R1)."""
     for running in workers:
-        worker = running.worker
-        async with asyncio.timeout(within_s):
-            while not worker.idle:
-                await asyncio.sleep(0.01)
-        check_whole(worker)
+        await eventually(lambda: running.worker.idle, within_s)
+        check_whole(running.worker)
+
+
+async def eventually(holds: Callable[[], bool], within_s: float = 10.0) -> None:
+    """Wait until `holds()`; TimeoutError if it never does."""
+    async with asyncio.timeout(within_s):
+        while not holds():  # noqa: ASYNC110 - what tests wait for has no event
+            await asyncio.sleep(0.005)
+
+
+def slow_down(running: RunningWorker, seconds: float) -> None:
+    """Let every engine step take at least so long."""
+    step = running.worker.engine.step
+
+    def slowly() -> list[Output]:
+        time.sleep(seconds)
+        return step()
+
+    running.worker.engine.step = slowly  # type: ignore[method-assign]
 
 
 def check_whole(worker: Worker) -> None:

@@ -1,0 +1,87 @@
+"""Latents as bytes: bitwise out and in, and nothing bad lands."""
+
+import pytest
+import torch
+
+from tidemill.api.common.v1.kv_pb2 import KvSegment
+from tidemill.engine import BlockPool, KvLayout
+from tidemill.errors import TransferError
+from tidemill.kv.segments import Landing, LatentRange, bytes_per_token, from_bytes, pack, to_bytes
+
+LAYERS, DIM, TOKENS = 3, 48, 150
+
+
+def make_pool(dtype: torch.dtype, *, seed: int | None = None) -> BlockPool:
+    pool = BlockPool(num_layers=LAYERS, num_blocks=8, latent_dim=DIM, dtype=dtype)
+    if seed is not None:
+        values = torch.randn(pool.latents.shape, generator=torch.Generator().manual_seed(seed))
+        pool.latents.copy_(values)
+    return pool
+
+
+def layout(dtype: str) -> KvLayout:
+    return KvLayout(dtype=dtype, num_layers=LAYERS, latent_dim=DIM, model_digest=b"m" * 32)
+
+
+def land(pool: BlockPool, *, first_token: int = 0) -> Landing:
+    return Landing(
+        pool, layout("float32"), [5, 1, 2], first_token=first_token, num_tokens=TOKENS
+    )
+
+
+def all_segments(pool: BlockPool, *, first_token: int = 0) -> list[KvSegment]:
+    ranges = [LatentRange(layer, first_token, TOKENS) for layer in range(LAYERS)]
+    return pack(pool, [7, 0, 3], ranges)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_moved_latents_are_bitwise_those_that_were_computed(dtype: str) -> None:
+    source = make_pool(getattr(torch, dtype), seed=1)
+    sink = make_pool(getattr(torch, dtype))
+    landing = Landing(sink, layout(dtype), [5, 1, 2], first_token=10, num_tokens=TOKENS)
+    for layer in range(LAYERS):
+        landing.write(pack(source, [7, 0, 3], [LatentRange(layer, 10, 64)]))
+        landing.write(pack(source, [7, 0, 3], [LatentRange(layer, 64, TOKENS)]))
+    landing.check_complete()
+    for layer in range(LAYERS):
+        sent = source.read(layer, [7, 0, 3], 10, TOKENS)
+        assert torch.equal(sink.read(layer, [5, 1, 2], 10, TOKENS), sent)
+    assert landing.num_bytes == LAYERS * (TOKENS - 10) * bytes_per_token(layout(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_of_a_tensor_restore_it(dtype: torch.dtype) -> None:
+    values = torch.randn(5, 7).to(dtype)
+    assert torch.equal(from_bytes(to_bytes(values), dtype).view(5, 7), values)
+
+
+def test_a_flipped_bit_is_refused_and_stores_nothing() -> None:
+    sink = make_pool(torch.float32)
+    (segment, *_) = all_segments(make_pool(torch.float32, seed=1))
+    segment.data = bytes([segment.data[0] ^ 1]) + segment.data[1:]
+    with pytest.raises(TransferError, match="checksum"):
+        land(sink).write([segment])
+    assert not sink.latents.any()
+
+
+def test_segments_out_of_order_or_out_of_bounds_are_refused() -> None:
+    source = make_pool(torch.float32, seed=1)
+    first, *_ = all_segments(source)
+    for change in ({"first_token": 1}, {"num_tokens": TOKENS + 1}, {"layer": LAYERS}):
+        bad = KvSegment()
+        bad.CopyFrom(first)
+        for name, value in change.items():
+            setattr(bad, name, value)
+        with pytest.raises(TransferError):
+            land(make_pool(torch.float32)).write([bad])
+    landing = land(make_pool(torch.float32))
+    landing.write([first])
+    with pytest.raises(TransferError):
+        landing.write([first])
+
+
+def test_a_transfer_that_ends_early_is_noticed() -> None:
+    landing = land(make_pool(torch.float32))
+    landing.write(all_segments(make_pool(torch.float32, seed=1))[:-1])
+    with pytest.raises(TransferError, match=f"layer {LAYERS - 1}"):
+        landing.check_complete()
