@@ -60,7 +60,7 @@ PUBLIC_SERVER: Final[Options] = (
     *_keepalive(60_000, 20_000),
     _EXCLUSIVE_PORT,
     ("grpc.max_concurrent_streams", 256),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 15_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 15_000),
     ("grpc.max_connection_idle_ms", 300_000),
     ("grpc.max_connection_age_ms", 600_000),
     ("grpc.max_connection_age_grace_ms", 1_800_000),  # the longest stream there can be
@@ -71,7 +71,7 @@ INTERNAL_SERVER: Final[Options] = (
     *_keepalive(20_000, 5_000),
     _EXCLUSIVE_PORT,
     ("grpc.max_concurrent_streams", 1024),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
 )
 
 # Only reads are retried below the router: it re-dispatches work itself.
