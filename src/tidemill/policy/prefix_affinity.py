@@ -33,11 +33,11 @@ class PrefixAffinity:
         """Leading blocks of the chain that each worker holds; workers with none are left out."""
         counts: dict[str, int] = {}
         for length, block_hash in enumerate(hashes, start=1):
-            holders = self._holders.get(block_hash, set())
-            unbroken = [worker for worker in holders if counts.get(worker, 0) == length - 1]
-            if not unbroken:
+            # A block outlives those that follow it, so who holds it holds all before it.
+            holders = self._holders.get(block_hash)
+            if not holders:
                 break
-            counts.update(dict.fromkeys(unbroken, length))
+            counts.update(dict.fromkeys(holders, length))
         return counts
 
     def forget(self, worker_id: str) -> None:

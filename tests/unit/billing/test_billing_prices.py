@@ -129,6 +129,16 @@ def test_no_tariff_before_the_first_is_effective(book: PriceBook) -> None:
         book.tariff_at("deepseek-chat", start - 1)
 
 
+def test_the_order_of_tariffs_in_the_file_does_not_matter() -> None:
+    head, tariffs = SMALL.split("[[models.m.tariffs]]", 1)
+    swapped = parse_price_book(
+        f"{head}{LATER_TARIFF}[[models.m.tariffs]]{tariffs}", source="swapped.toml"
+    )
+    in_order = parse_price_book(SMALL + LATER_TARIFF, source="two.toml")
+    assert swapped.models == in_order.models
+    assert swapped.digest == in_order.digest
+
+
 def test_the_end_of_a_window_is_told_in_advance(book: PriceBook) -> None:
     ends = [
         book.window_ends_at("deepseek-chat", beijing(f"2025-03-01 {clock}"))

@@ -111,6 +111,9 @@ def test_prefill_needs_free_blocks_for_what_it_does_not_hold() -> None:
     request = Placement(num_prompt_tokens=640)
     assert prefill([worker("a", free_blocks=9)], request) is None
     assert prefill([worker("a", free_blocks=10)], request) == "a"
+    in_flight = InFlight()
+    in_flight.add("r", "a", at=NOW, blocks=1)
+    assert prefill([worker("a", free_blocks=10)], request, in_flight) is None
     held = Placement(num_prompt_tokens=640, overlap_blocks={"a": 4})
     assert prefill([worker("a", free_blocks=6)], held) == "a"
 
@@ -127,6 +130,14 @@ def test_decode_evens_out_requests_where_kv_use_is_equal() -> None:
     assert {decode(loads, Placement(num_prompt_tokens=100), seed=seed) for seed in range(20)} == {
         "b"
     }
+
+
+def test_own_unreported_requests_count_for_decode_at_once() -> None:
+    loads = [worker("a", running=10), worker("b", running=12)]
+    in_flight = InFlight()
+    for number in range(8):
+        in_flight.add(str(number), "a", at=NOW)
+    assert decode(loads, Placement(num_prompt_tokens=100), in_flight) == "b"
 
 
 def test_decode_compares_shares_of_unequal_pools() -> None:

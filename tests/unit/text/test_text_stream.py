@@ -103,6 +103,23 @@ def test_unclosed_reasoning_counts_to_the_last_token(tokenizer: Tokenizer) -> No
     assert stream.num_reasoning_tokens == stream.num_tokens == len("<think>wh ST") + 1
 
 
+def test_text_released_in_bulk_behind_the_closing_tag_is_no_reasoning(
+    tokenizer: Tokenizer,
+) -> None:
+    stream = TextStream(tokenizer, ["</think>so what"], reasoning=True)
+    ids = spell(tokenizer, "<think>why</think>so be it")
+    assert drain(stream, [ids]) == ("so be it", "why", ids)
+    assert stream.num_reasoning_tokens == len("<think>why</think>")
+
+
+def test_a_tag_cut_off_at_the_end_is_text(tokenizer: Tokenizer) -> None:
+    stream = TextStream(tokenizer, reasoning=True)
+    assert drain(stream, [spell(tokenizer, "<think>why</thi")])[:2] == ("", "why</thi")
+    undecided = TextStream(tokenizer, reasoning=True)
+    assert drain(undecided, [spell(tokenizer, " <thi")])[:2] == (" <thi", "")
+    assert undecided.num_reasoning_tokens == 0
+
+
 def test_tags_are_text_where_reasoning_is_not_asked_for(tokenizer: Tokenizer) -> None:
     stream = TextStream(tokenizer)
     assert drain(stream, [tokenizer.encode("<think>a</think>b")[1:]])[0] == "<think>a</think>b"

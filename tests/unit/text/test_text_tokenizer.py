@@ -10,7 +10,7 @@ from tidemill.errors import CheckpointError, InvalidRequest
 from tidemill.text import ChatMessage, SamplingDefaults, Tokenizer
 
 CONVERSATION = [
-    ChatMessage("system", "Be brief."),
+    ChatMessage("system", 'Be <brief> & "short".'),
     ChatMessage("user", "What is a tide mill? 水车 {{ 7 * 7 }}"),
     ChatMessage("assistant", "A mill."),
     ChatMessage("user", "Go on."),
@@ -23,16 +23,63 @@ def rewrite(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(kept), encoding="utf-8")
 
 
-def test_chat_and_decoding_agree_with_transformers(model_dir: Path, tokenizer: Tokenizer) -> None:
+LINES = """
+{% for message in messages %}
+    {% if message.role == "assistant" %}
+        {% continue %}
+    {% endif %}
+    {{ message.role }}: {{ message.content | tojson }}
+{% endfor %}
+{{ add_generation_prompt }} {{ eos_token }}
+"""
+BEGIN_BY_PROCESSOR = {
+    "type": "TemplateProcessing",
+    "single": [
+        {"SpecialToken": {"id": "<|begin|>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+    "special_tokens": {"<|begin|>": {"id": "<|begin|>", "ids": [0], "tokens": ["<|begin|>"]}},
+}
+
+
+@pytest.mark.parametrize("template", [None, LINES])
+@pytest.mark.parametrize("processor", [None, BEGIN_BY_PROCESSOR])
+def test_chat_and_decoding_agree_with_transformers(
+    model_dir: Path, template: str | None, processor: dict[str, Any] | None
+) -> None:
     from transformers import AutoTokenizer  # noqa: PLC0415  # slow to import
 
+    if template is not None:
+        rewrite(model_dir / "tokenizer_config.json", chat_template=template)
+    rewrite(model_dir / "tokenizer.json", post_processor=processor)
+    ours = Tokenizer.load(model_dir)
     theirs = AutoTokenizer.from_pretrained(str(model_dir))
     messages = [{"role": message.role, "content": message.content} for message in CONVERSATION]
     expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    ids = tokenizer.encode_chat(CONVERSATION)
+    ids = ours.encode_chat(CONVERSATION)
     assert ids == expected
-    assert tokenizer.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
-    assert tokenizer.encode("A token.")[1:] == theirs.encode("A token.", add_special_tokens=False)
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    assert ours.encode("A token.")[1:] == theirs.encode("A token.", add_special_tokens=False)
+    assert ours.encode("A token.")[0] == 0
+
+
+def test_padding_and_truncation_left_in_the_file_are_ignored(model_dir: Path) -> None:
+    rewrite(
+        model_dir / "tokenizer.json",
+        truncation={"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0},
+        padding={
+            "strategy": {"Fixed": 40},
+            "direction": "Right",
+            "pad_to_multiple_of": None,
+            "pad_id": 2,
+            "pad_type_id": 0,
+            "pad_token": "<|system|>",
+        },
+    )
+    loaded = Tokenizer.load(model_dir)
+    assert loaded.decode(loaded.encode("a tide mill and its pools")) == "a tide mill and its pools"
+    assert loaded.encode("a")[-1] != 2
 
 
 def test_a_prompt_starts_with_the_models_begin_token_once(tokenizer: Tokenizer) -> None:
