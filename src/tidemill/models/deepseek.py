@@ -67,23 +67,20 @@ class Attention:
     config: ModelConfig
     scale: float
 
-    def project(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden [T, D] -> query [T, H, nope + rope], latent [T, kv_lora + rope], both rotated."""
+    def project(self, hidden: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden [T, D] -> query [T, H, nope + rope], latent [T, kv_lora + rope], both rotated.
+
+        rotation [T, rope / 2] complex64.
+        """
         config = self.config
-        q_a, latent, k_rope = torch.split(
-            self.qkv_a(hidden),
-            [config.q_lora_rank, config.kv_lora_rank, config.qk_rope_head_dim],
-            dim=-1,
-        )
+        widths = [config.q_lora_rank, config.kv_lora_rank, config.qk_rope_head_dim]
+        q_a, latent, k_rope = torch.split(self.qkv_a(hidden), widths, dim=-1)
         query = self.q_b(rms_norm(q_a, self.q_a_norm, LATENT_NORM_EPS))
         query = query.view(len(hidden), config.num_attention_heads, config.qk_head_dim)
-        q_nope, q_rope = torch.split(
-            query, [config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1
-        )
-        q_rope = apply_rope(q_rope, cos.unsqueeze(1), sin.unsqueeze(1))
+        q_rope = query[..., config.qk_nope_head_dim :]
+        q_rope.copy_(apply_rope(q_rope, rotation.unsqueeze(1)))
         latent = rms_norm(latent, self.kv_a_norm, LATENT_NORM_EPS)
-        latent = torch.cat((latent, apply_rope(k_rope, cos, sin)), dim=-1)
-        return torch.cat((q_nope, q_rope), dim=-1), latent
+        return query, torch.cat((latent, apply_rope(k_rope, rotation)), dim=-1)
 
     def attend(self, query: Tensor, batch: Batch, latents: Tensor) -> Tensor:
         """query [T, H, nope + rope], one layer's pool [blocks, 64, D] -> [T, H * v]."""
@@ -116,10 +113,10 @@ class Attention:
             latents,
             batch.block_tables,
             batch.context_lens,
+            kv_lora_rank=config.kv_lora_rank,
             scale=self.scale,
         )
-        attended = attended[..., : config.kv_lora_rank].transpose(0, 1)
-        return torch.bmm(attended, self.w_uv).transpose(0, 1).flatten(1)
+        return torch.bmm(attended.transpose(0, 1), self.w_uv).transpose(0, 1).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -211,14 +208,14 @@ class DeepseekModel:
         layers: Sequence[Layer],
         norm: Tensor,
         head: Linear,
-        rope: tuple[Tensor, Tensor],
+        rotations: Tensor,
     ) -> None:
         self.config = config
         self.embedding = embedding
         self.layers = layers
         self.norm = norm
         self.head = head
-        self._cos, self._sin = rope
+        self.rotations = rotations
 
     @property
     def dtype(self) -> torch.dtype:
@@ -237,12 +234,12 @@ class DeepseekModel:
         `on_layer(i)` is called as soon as layer i's latents of this batch are in the pool.
         """
         eps = self.config.rms_norm_eps
-        cos, sin = self._cos[batch.positions], self._sin[batch.positions]
+        rotation = self.rotations[batch.positions]
         hidden = self.embedding[token_ids]
         for index, layer in enumerate(self.layers):
             pool = latents[index]
             query, latent = layer.attention.project(
-                rms_norm(hidden, layer.input_norm, eps), cos, sin
+                rms_norm(hidden, layer.input_norm, eps), rotation
             )
             pool.view(-1, pool.shape[-1]).index_copy_(0, batch.slots, latent)
             if on_layer is not None:

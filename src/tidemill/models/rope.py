@@ -8,14 +8,17 @@ from torch import Tensor
 from tidemill.models.config import ModelConfig, YarnScaling
 
 
-def rope_tables(config: ModelConfig, max_positions: int) -> tuple[Tensor, Tensor]:
-    """cos and sin, each [max_positions, qk_rope_head_dim / 2] fp32, YaRN's amplitude included."""
-    inverse = inverse_frequencies(config)
+def rope_table(config: ModelConfig, max_positions: int) -> Tensor:
+    """Rotation of each pair at each position, [max_positions, qk_rope_head_dim / 2] complex64.
+
+    YaRN's amplitude is the length of these numbers, 1 without it.
+    """
     amplitude = 1.0
     if config.rope_scaling is not None:
         amplitude = attention_amplitude(config.rope_scaling)
-    angles = torch.arange(max_positions, dtype=torch.float32).unsqueeze(1) * inverse
-    return angles.cos() * amplitude, angles.sin() * amplitude
+    positions = torch.arange(max_positions, dtype=torch.float32)
+    angles = torch.outer(positions, inverse_frequencies(config))
+    return torch.polar(torch.full_like(angles, amplitude), angles)
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:

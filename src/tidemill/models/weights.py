@@ -10,7 +10,7 @@ from tidemill.kernels.linear import make_linear
 from tidemill.models.checkpoint import Checkpoint
 from tidemill.models.config import ModelConfig
 from tidemill.models.deepseek import Attention, DeepseekModel, DenseMlp, Layer, MoeMlp
-from tidemill.models.rope import rope_tables, softmax_scale
+from tidemill.models.rope import rope_table, softmax_scale
 
 Take = Callable[..., Tensor]
 
@@ -36,7 +36,7 @@ def load_model(
         layers=[_layer(take, checkpoint, config, i) for i in range(config.num_hidden_layers)],
         norm=take("model.norm.weight", config.hidden_size),
         head=make_linear(head),
-        rope=rope_tables(config, max_context),
+        rotations=rope_table(config, max_context),
     )
 
 
@@ -63,9 +63,9 @@ def _attention(take: Take, prefix: str, config: ModelConfig) -> Attention:
     kv_b = take(
         f"{prefix}.kv_b_proj.weight", heads * (nope + config.v_head_dim), config.kv_lora_rank
     )
-    if config.rope_interleave:
-        kv_a = _deinterleave(kv_a.unsqueeze(0), rope).squeeze(0)
-        q_b = _deinterleave(q_b.view(heads, -1, config.q_lora_rank), rope).flatten(0, 1)
+    if not config.rope_interleave:
+        kv_a = _interleave(kv_a.unsqueeze(0), rope).squeeze(0)
+        q_b = _interleave(q_b.view(heads, -1, config.q_lora_rank), rope).flatten(0, 1)
     w_uk, w_uv = kv_b.view(heads, -1, config.kv_lora_rank).tensor_split([nope], dim=1)
     return Attention(
         qkv_a=make_linear(torch.cat((q_a, kv_a))),
@@ -83,10 +83,11 @@ def _attention(take: Take, prefix: str, config: ModelConfig) -> Attention:
     )
 
 
-def _deinterleave(weight: Tensor, rope: int) -> Tensor:
-    """[H, N, K] with the last `rope` rows in pairs (0, 1), (2, 3) -> evens first, then odds."""
-    plain, pairs = weight.tensor_split([weight.shape[1] - rope], dim=1)
-    return torch.cat((plain, pairs[:, 0::2], pairs[:, 1::2]), dim=1)
+def _interleave(weight: Tensor, rope: int) -> Tensor:
+    """[H, N, K] whose last `rope` rows pair as halves, (i, i + rope / 2) -> as neighbours."""
+    plain, first, second = weight.tensor_split([-rope, -rope // 2], dim=1)
+    pairs = torch.stack((first, second), dim=2).flatten(1, 2)
+    return torch.cat((plain, pairs), dim=1)
 
 
 def _expert(take: Take, prefix: str, config: ModelConfig, width: int) -> Expert:

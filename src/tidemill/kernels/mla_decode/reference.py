@@ -2,28 +2,33 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 
 def mla_decode(
-    query: Tensor, latents: Tensor, block_tables: Tensor, context_lens: Tensor, *, scale: float
+    query: Tensor,
+    latents: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    *,
+    kv_lora_rank: int,
+    scale: float,
 ) -> Tensor:
     """Attend from one position per sequence to its first context_lens positions.
 
     query [B, H, D] already absorbed (W_UK applied), D = kv_lora + rope; latents [blocks, 64, D],
     one layer's pool; block_tables [B, M] int64, padded with any valid block; context_lens [B].
-    Returns the attended latents [B, H, D]; the caller drops the rope part and applies W_UV.
+    Returns the attended latents [B, H, kv_lora], to which the caller applies W_UV.
     (DeepSeek-V2 report 2.1.2; FlashMLA's paged layout.)
+
+    Two batched products with a padded copy of the context: on a CPU twice as fast as
+    `scaled_dot_product_attention`, whose tiles suit long queries.
     """
-    batch = len(block_tables)
-    context = latents.index_select(0, block_tables.reshape(-1)).view(
-        batch, 1, -1, latents.shape[-1]
+    context = latents.index_select(0, block_tables.view(-1)).view(
+        len(block_tables), -1, latents.shape[-1]
     )
-    positions = torch.arange(context.shape[2], device=query.device)
-    outside = (positions >= context_lens.unsqueeze(1)).view(batch, 1, 1, -1)
-    mask = torch.zeros(outside.shape, dtype=query.dtype, device=query.device)
-    mask.masked_fill_(outside, float("-inf"))
-    out = scaled_dot_product_attention(
-        query.unsqueeze(1), context, context, attn_mask=mask, scale=scale
-    )
-    return out.squeeze(1)
+    scores = torch.bmm(query, context.transpose(1, 2)).float().mul_(scale)
+    positions = torch.arange(context.shape[1], device=query.device)
+    outside = positions >= context_lens.unsqueeze(1)
+    scores.masked_fill_(outside.unsqueeze(1), float("-inf"))
+    attended = torch.bmm(scores.softmax(-1).to(query.dtype), context)
+    return attended[..., :kv_lora_rank]

@@ -1,14 +1,13 @@
-"""RoPE on halves, in plain torch. Interleaved checkpoints are permuted to halves when loaded."""
+"""RoPE on adjacent pairs, as complex numbers, in plain torch."""
 
 import torch
 from torch import Tensor
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (x[i], x[i + R/2]) of x [..., R] by angles given as fp32 cos, sin [..., R/2].
+def apply_rope(x: Tensor, rotation: Tensor) -> Tensor:
+    """Rotate pairs (x[2i], x[2i + 1]) of x [..., R] by complex64 rotation [..., R/2], in fp32.
 
-    Same result as transformers' `apply_rotary_pos_emb_interleave` on the unpermuted vector.
+    As DeepSeek's `apply_rotary_emb`; checkpoints that pair halves are permuted when loaded.
     """
-    first, second = x.float().chunk(2, dim=-1)
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return rotated.to(x.dtype)
+    pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
