@@ -87,8 +87,8 @@ class Bare:
     """The client's side of the bare streams."""
 
     def __init__(self, channel: grpc.aio.Channel, num_blocks: int, block_bytes: int) -> None:
-        self._send = channel.unary_stream("/bare/Send")
-        self._receive = channel.stream_unary("/bare/Receive")
+        self._send: Any = channel.unary_stream("/bare/Send")
+        self._receive: Any = channel.stream_unary("/bare/Receive")
         self._num_blocks = num_blocks
         self._block_bytes = block_bytes
 
