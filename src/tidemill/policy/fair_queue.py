@@ -134,7 +134,7 @@ class FairQueue(Generic[Item]):
         """Move on to the tenant whose next request can be paid."""
         if not self._tenants:
             return None
-        self._skip_fruitless_rounds()
+        refused = 0
         while True:
             name, tenant = next(iter(self._tenants.items()))
             if not self._turn_begun:
@@ -144,6 +144,9 @@ class FairQueue(Generic[Item]):
                 return tenant
             self._tenants.move_to_end(name)
             self._turn_begun = False
+            refused += 1
+            if refused % len(self._tenants) == 0:
+                self._skip_fruitless_rounds()
 
     def _skip_fruitless_rounds(self) -> None:
         """Give everybody at once the turns in which nobody could pay."""
