@@ -7,7 +7,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from tidemill.errors import ConfigError
+from tidemill.errors import TidemillError
 from tidemill.rpc import logs
 
 try:
@@ -25,22 +25,31 @@ logger = logging.getLogger(__name__)
 def run(service: str, main: Main, *, log_level: str = "INFO") -> int:
     """Run `main(stop)` to its end and return the exit status.
 
-    SIGTERM and SIGINT set `stop`; main drains and returns. A second signal ends at once, as does
-    any exception (1, with its traceback in the log). ConfigError is one line on stderr and 2.
+    SIGTERM and SIGINT set `stop`; main drains and returns. A second signal ends at once (130).
+    A TidemillError (a bad configuration or checkpoint, a store that refuses) is one line on
+    stderr and 2; anything else is 1, with its traceback in the log.
     """
     logs.configure(service, level=log_level)
     try:
         with asyncio.Runner(loop_factory=_new_event_loop) as runner:
             runner.run(_supervise(main))
-    except ConfigError as error:
-        sys.stderr.write(f"tidemill {service}: {error}\n")
-        return 2
     except asyncio.CancelledError:
         return 130
-    except Exception:
+    except Exception as error:
+        cause = _cause(error)
+        if isinstance(cause, TidemillError):
+            sys.stderr.write(f"tidemill {service}: {cause}\n")
+            return 2
         logger.exception("the process failed")
         return 1
     return 0
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The one exception inside a task group's, where there is only one."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
 
 
 async def _supervise(main: Main) -> None:

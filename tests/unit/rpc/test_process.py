@@ -62,8 +62,19 @@ def test_a_second_signal_ends_at_once(start: Start) -> None:
     assert process.returncode == 130
 
 
-def test_a_bad_configuration_is_one_line_and_status_2(start: Start) -> None:
-    process = start("raise ConfigError('x.toml: router.port: unknown key')")
+IN_A_TASK_GROUP = """
+    async def fail():
+        raise ConfigError('x.toml: router.port: unknown key')
+    async with asyncio.TaskGroup() as group:
+        group.create_task(fail())
+"""
+
+
+@pytest.mark.parametrize(
+    "body", ["raise ConfigError('x.toml: router.port: unknown key')", IN_A_TASK_GROUP.lstrip()]
+)
+def test_a_bad_configuration_is_one_line_and_status_2(start: Start, body: str) -> None:
+    process = start(body)
     _, err = process.communicate(timeout=10)
     assert process.returncode == 2
     assert err == "tidemill test: x.toml: router.port: unknown key\n"
