@@ -1,0 +1,84 @@
+"""The directory in which a local stack keeps its secrets, certificates, data and logs."""
+
+import fcntl
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tidemill.certs import make_dev_certs
+from tidemill.errors import ConfigError
+
+SECRETS = ("pepper", "admin.key", "cache-redis", "cache-redis.worker", "cache-redis.router")
+LEDGER_SECRET = "ledger-redis"  # noqa: S105 - a file's name
+
+
+class StateDirectory:
+    """`path` and what lies below it; readable by its owner alone.
+
+    Secrets and certificates are made when they are missing and kept from then on, so that a
+    ledger which outlived its processes still opens.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.certs = path / "certs"
+        self.secrets = path / "secrets"
+        self.logs = path / "logs"
+        self.config = path / "tidemill.toml"
+        self.lock_fd = -1
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Have the directory to oneself; raises ConfigError if another stack runs in it.
+
+        Child processes inherit the lock, so it outlives a launcher that was killed for as long
+        as any of them still runs.
+        """
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.lock_fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(self.lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self.lock_fd)
+            raise ConfigError(f"a stack is running in {self.path}{self._who()}") from None
+        try:
+            yield
+        finally:
+            (self.path / "pids").unlink(missing_ok=True)
+            os.close(self.lock_fd)
+
+    def prepare(self) -> None:
+        """Make what is missing."""
+        for directory in (self.secrets, self.logs):
+            directory.mkdir(mode=0o700, exist_ok=True)
+        for name in (*SECRETS, LEDGER_SECRET):
+            if not (self.secrets / name).exists():
+                write_private(self.secrets / name, secrets.token_urlsafe(36))
+        if not (self.certs / "ca.pem").exists():
+            make_dev_certs(self.certs)
+
+    def secret(self, name: str) -> str:
+        """The text of one secret."""
+        return (self.secrets / name).read_text(encoding="utf-8").strip()
+
+    def note_pids(self, pids: dict[str, int]) -> None:
+        """Write down who is running, for whoever finds the directory locked."""
+        text = "".join(f"{pid} {name}\n" for name, pid in pids.items())
+        write_private(self.path / "pids", text)
+
+    def _who(self) -> str:
+        try:
+            lines = (self.path / "pids").read_text(encoding="utf-8").splitlines()
+        except OSError:
+            return ""
+        return ": " + ", ".join(lines)
+
+
+def write_private(path: Path, text: str) -> None:
+    """(Re)write a file that only its owner may read."""
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
