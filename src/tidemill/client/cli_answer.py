@@ -137,6 +137,8 @@ def _summary(completion: Completion) -> str:
     if usage.completion_tokens > 1 and timing.total_s > timing.first_token_s:
         rate = (usage.completion_tokens - 1) / (timing.total_s - timing.first_token_s)
         pace = f", then {rate:.1f} tokens/s"
+    if completion.replayed:
+        lines.append("this request had ended before: its bill is shown, its text is not kept")
     lines.append(
         f"first token {timing.first_token_s * 1000:.0f} ms{pace}; request {completion.request_id}"
     )

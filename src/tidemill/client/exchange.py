@@ -93,6 +93,7 @@ class Exchange:
             receipt=self.completed.receipt,
             seed=self.completed.seed,
             timing=self.completed.timing,
+            replayed=self.accepted is None,
         )
 
     def _take_chunk(self, chunk: TextChunk) -> None:

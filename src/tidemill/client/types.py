@@ -239,7 +239,11 @@ Event = Accepted | Queued | TextChunk | Completed
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Completion:
-    """A whole answer with its bill."""
+    """A whole answer with its bill.
+
+    `replayed`: the request had come to its end before, under the same id. The bill is that one;
+    the text is not kept by the router, so there is none.
+    """
 
     request_id: str
     text: str
@@ -250,6 +254,7 @@ class Completion:
     receipt: Receipt | None
     seed: int
     timing: Timing
+    replayed: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """`text`, `token_ids`, `finish_reason`, `usage`, `receipt`, as `--json` prints them.
