@@ -28,6 +28,7 @@ TidemillError
     ├── ConfigError
     ├── CheckpointError
     ├── PoolExhausted
+    ├── PoolCorrupted                            a bug: the pool's books do not balance
     ├── TransferError
     ├── UsageError                               counts that cannot all be true
     └── ReceiptError                             a receipt that does not verify
@@ -302,6 +303,12 @@ class PoolExhausted(LocalError):
     """No free block is left, and none that may be evicted."""
 
     reason = "POOL_EXHAUSTED"
+
+
+class PoolCorrupted(LocalError):
+    """A block pool's books do not balance: a bug, found by check_integrity() or at the deed."""
+
+    reason = "POOL_CORRUPTED"
 
 
 class TransferError(LocalError):

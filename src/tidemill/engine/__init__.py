@@ -6,7 +6,7 @@ while engine.has_work:
     for output in engine.step(): ...
 """
 
-from tidemill.engine.block_pool import BlockPool, PoolCorrupted
+from tidemill.engine.block_pool import BlockPool
 from tidemill.engine.config import EngineConfig
 from tidemill.engine.engine import Engine
 from tidemill.engine.layout import KvLayout
@@ -20,6 +20,7 @@ from tidemill.engine.outputs import (
 )
 from tidemill.engine.sampling import SamplingParams
 from tidemill.engine.sequence import FinishReason, Sequence
+from tidemill.errors import PoolCorrupted
 
 __all__ = [
     "BlockPool",

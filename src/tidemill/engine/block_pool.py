@@ -8,13 +8,7 @@ import torch
 from torch import Tensor
 
 from tidemill.blocks import BLOCK_TOKENS
-from tidemill.errors import LocalError, PoolExhausted
-
-
-class PoolCorrupted(LocalError):
-    """The pool's books contradict each other; the message says where."""
-
-    reason = "POOL_CORRUPTED"
+from tidemill.errors import PoolCorrupted, PoolExhausted
 
 
 class BlockPool:
