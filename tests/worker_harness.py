@@ -236,8 +236,12 @@ async def router_of(
 async def settled(*workers: RunningWorker, within_s: float = 10.0) -> None:
     """Wait until nobody should hold a block, then check that nobody does (R1)."""
     for running in workers:
-        await eventually(lambda: running.worker.idle, within_s)
+        await _idle(running.worker, within_s)
         check_whole(running.worker)
+
+
+async def _idle(worker: Worker, within_s: float) -> None:
+    await eventually(lambda: worker.idle, within_s)
 
 
 async def eventually(holds: Callable[[], bool], within_s: float = 10.0) -> None:

@@ -68,9 +68,7 @@ Touch = Callable[[int, Sequence[KvSegment]], Any]
 
 def touched(touch: Touch, made: list[TouchedTransport]) -> Callable[[Any], KvTransport]:
     def make(stub: Any) -> KvTransport:
-        made.append(
-            TouchedTransport(GrpcKvTransport(stub, max_message_bytes=65_536), touch)
-        )
+        made.append(TouchedTransport(GrpcKvTransport(stub, max_message_bytes=65_536), touch))
         return made[-1]
 
     return make
@@ -153,7 +151,9 @@ async def test_kv_lands_bitwise_as_it_was_computed(model_dir: Path, tls_files: T
         assert len(computed) == len(landed) == 4
         assert all(torch.equal(a, b) for a, b in zip(computed, landed, strict=True))
         assert torch.stack(computed).any()
-        assert metric(decode, "handover_bytes_total", direction="received") == 4 * layout.block_bytes
+        assert (
+            metric(decode, "handover_bytes_total", direction="received") == 4 * layout.block_bytes
+        )
 
 
 async def test_only_what_decode_does_not_hold_is_moved(model_dir: Path, tls_files: Tls) -> None:
@@ -304,9 +304,7 @@ async def test_a_lease_that_runs_out_frees_the_blocks(model_dir: Path, tls_files
         assert not (await stub.ReleaseHandover(pb.ReleaseHandoverRequest(handover=ref))).released
 
 
-async def test_a_hand_over_of_an_earlier_epoch_is_refused(
-    model_dir: Path, tls_files: Tls
-) -> None:
+async def test_a_hand_over_of_an_earlier_epoch_is_refused(model_dir: Path, tls_files: Tls) -> None:
     async with (
         worker_at(Role.PREFILL, model_dir, tls_files) as prefill,
         stub_of(prefill, tls_files) as stub,
@@ -338,6 +336,54 @@ async def test_a_decode_worker_that_vanishes_stops_the_prefill(
         await settled(prefill, within_s=2.0)
         assert metric(prefill, "stopped_prefill_tokens_total") < 900
         assert metric(prefill, "handovers_total", state="aborted") == 1
+
+
+async def test_a_prefill_worker_lost_after_the_first_token_leaves_a_final_that_counts_it(
+    model_dir: Path, tls_files: Tls
+) -> None:
+    lost = asyncio.Event()
+
+    async def hang_then_break(_pull: int, _segments: Sequence[KvSegment]) -> None:
+        await lost.wait()
+        raise grpc.aio.AioRpcError(
+            grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata(), "cut"
+        )
+
+    async with (
+        worker_at(Role.PREFILL, model_dir, tls_files) as prefill,
+        worker_at(
+            Role.DECODE, model_dir, tls_files, make_transport=touched(hang_then_break, [])
+        ) as decode,
+        router_of(decode, tls_files) as router,
+    ):
+        attempt = await router.begin(make_start(prompt_of(200), prefill=prefill))
+        await attempt.until("prefill_done")
+        lost.set()
+        answer = await attempt.finish()
+        assert isinstance(answer.error, WorkerLost)
+        assert (answer.reason, answer.final.generated_tokens) == ("SERVER_FAULT", 1)
+        assert answer.final.prompt == answer.usage
+        await settled(decode)
+
+
+async def test_a_failed_prefill_engine_is_a_lost_worker_with_the_error_id(
+    model_dir: Path, tls_files: Tls
+) -> None:
+    async with (
+        worker_at(Role.PREFILL, model_dir, tls_files) as prefill,
+        worker_at(Role.DECODE, model_dir, tls_files) as decode,
+        router_of(decode, tls_files) as router,
+    ):
+
+        def fail() -> list[Any]:
+            raise RuntimeError("out of luck")
+
+        prefill.worker.engine.step = fail  # type: ignore[method-assign]
+        answer = await router.ask(make_start(prompt_of(200), prefill=prefill))
+        assert isinstance(answer.error, WorkerLost)
+        assert answer.error.metadata["error_id"]
+        assert answer.reason == "SERVER_FAULT"
+        await settled(prefill, decode)
 
 
 async def test_a_worker_of_another_layout_is_refused(model_dir: Path, tls_files: Tls) -> None:

@@ -212,6 +212,10 @@ class Attempt:
         while True:
             output = await running.next()
             if isinstance(output, FinishedOutput):
+                seq = running.seq
+                if seq.num_computed_tokens > seq.num_prompt_tokens:
+                    computed = seq.token_ids[: seq.num_computed_tokens]
+                    self._worker.reuse.generated(self._blocks, computed)
                 return _Ending(_reason(output.reason), output.busy_seconds)
             if isinstance(output, PrefilledOutput):
                 self._prefilled_in_place(output.first_token_id, running.seq.busy_seconds)

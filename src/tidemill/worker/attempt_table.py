@@ -40,7 +40,8 @@ class AttemptTable:
     @property
     def num_finals(self) -> int:
         """Finals kept for somebody."""
-        return sum(len(request.finals) for request in self._requests.values())
+        # The copy lets the metrics thread read while the event loop adds and removes.
+        return sum(len(request.finals) for request in list(self._requests.values()))
 
     def check(self, attempt: AttemptId) -> None:
         """Raise what `begin` would raise."""

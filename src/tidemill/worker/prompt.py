@@ -20,9 +20,13 @@ from tidemill.worker.metrics import WorkerMetrics
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked: token ids, the chain hashes of their full blocks, and whose they are."""
+    """What is asked: token ids, the chain hashes of their full blocks, and whose they are.
+
+    `root` is the hash that the chain hangs on.
+    """
 
     token_ids: tuple[int, ...]
+    root: bytes
     hashes: tuple[bytes, ...]
     namespace: CacheNamespace
 
@@ -45,6 +49,7 @@ class PromptBlocks:
         self.prompt = prompt
         self.block_table = [*claimed, *fresh]
         self.num_device_tokens = len(claimed) * BLOCK_TOKENS
+        self._hashes = list(prompt.hashes)
         self.num_fetched = dict.fromkeys(CacheTier, 0)
         self.num_computed_tokens = self.num_device_tokens
         self.fetch_seconds = 0.0
@@ -70,11 +75,17 @@ class PromptBlocks:
     def computed(self, *, to: int) -> list[bytes]:
         """Latents up to position `to` are final: commits full blocks, returns their hashes."""
         self.num_computed_tokens = to
-        hashes = list(self.prompt.hashes[self._num_committed : to // BLOCK_TOKENS])
+        hashes = self._hashes[self._num_committed : to // BLOCK_TOKENS]
         for block_hash in hashes:
             self._pool.commit(self.block_table[self._num_committed], block_hash)
             self._num_committed += 1
         return hashes
+
+    def generated(self, token_ids: Sequence[int]) -> None:
+        """Name the blocks that generation has filled: `token_ids` begins with the prompt."""
+        start = len(self._hashes) * BLOCK_TOKENS
+        last = self._hashes[-1] if self._hashes else self.prompt.root
+        self._hashes += chain_hashes(last, token_ids[start:])
 
     def release(self) -> None:
         """Give every block back; safe to repeat."""
@@ -133,7 +144,7 @@ class PromptReuse:
             layout_fingerprint=self._fingerprint,
             model=self._model,
         )
-        return Prompt(token_ids, tuple(chain_hashes(root, token_ids)), namespace)
+        return Prompt(token_ids, root, tuple(chain_hashes(root, token_ids)), namespace)
 
     def reusable(self, prompt: Prompt) -> tuple[bytes, ...]:
         """Hashes that may be hits (U2): whole blocks, never the last token's."""
@@ -185,6 +196,11 @@ class PromptReuse:
         if hashes and self._storer is not None:
             self._storer.offer(blocks.prompt.namespace, hashes)
 
+    def generated(self, blocks: PromptBlocks, token_ids: Sequence[int]) -> None:
+        """Latents of all `token_ids`, prompt and generated, are final: reuse them likewise."""
+        blocks.generated(token_ids)
+        self.computed(blocks, to=len(token_ids))
+
     def _write(self, block_id: int, payload: bytes) -> None:
         shape = (self._layout.num_layers, BLOCK_TOKENS, self._layout.latent_dim)
         values = from_bytes(payload, self._pool.latents.dtype).view(shape)
@@ -208,7 +224,8 @@ class Backlog:
     @property
     def num_tokens(self) -> int:
         """Prompt tokens admitted and not yet computed, reused ones excluded."""
-        return sum(blocks.num_uncomputed_tokens for blocks in self._prompts)
+        # The copy lets the metrics thread read while the event loop adds and removes.
+        return sum(blocks.num_uncomputed_tokens for blocks in tuple(self._prompts))
 
     def has_room(self, num_tokens: int) -> bool:
         """Whether a prompt with so many uncached tokens is admitted; an idle worker takes any."""

@@ -44,7 +44,6 @@ class Registration:
         self._redis = redis
         self._address = address
         self._metrics = metrics
-        self._reached: bool | None = None
 
     async def run(self) -> None:
         """Beat until cancelled."""
@@ -90,8 +89,8 @@ class Registration:
         }
 
     def _note(self, reached: bool, why: str) -> None:
-        if reached != self._reached:
-            self._reached = reached
+        if reached != self._worker.registered:
+            self._worker.registered = reached
             logger.log(
                 logging.INFO if reached else logging.WARNING,
                 "registered" if reached else "registry away",

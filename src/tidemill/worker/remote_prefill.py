@@ -3,9 +3,9 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import aclosing, suppress
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import grpc
 
@@ -13,7 +13,15 @@ from tidemill.api.common.v1.lifecycle_pb2 import PrefillDone
 from tidemill.api.decode.v1.decode_service_pb2 import PrefillTarget
 from tidemill.api.prefill.v1 import prefill_service_pb2 as pb
 from tidemill.api.prefill.v1.prefill_service_pb2_grpc import PrefillServiceStub
-from tidemill.errors import Cancelled, TransferError, Unavailable, WorkerLost
+from tidemill.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InvalidRequest,
+    TidemillError,
+    TransferError,
+    Unavailable,
+    WorkerLost,
+)
 from tidemill.kv.segments import Landing
 from tidemill.kv.threads import in_thread
 from tidemill.kv.transport import GrpcKvTransport, KvTransport
@@ -25,7 +33,7 @@ if TYPE_CHECKING:  # a name that only the stubs have
     from tidemill.api.prefill.v1.prefill_service_pb2_grpc import PrefillServiceAsyncStub
 
 PULL_ATTEMPTS = 2
-CLEANUP_S = 2.0  # for telling the other side, which has a lease anyway
+CLEANUP_S = 1.0  # for telling the other side, which has a lease anyway
 SETTLE_S = 0.2
 LINGER_S = 600.0
 
@@ -49,7 +57,7 @@ class PrefillPeers:
         self._connect = connect
         self._make_transport = make_transport or self._grpc_transport
         self._channels: dict[str, grpc.aio.Channel] = {}
-        self._closing: set[asyncio.Task[None]] = set()
+        self._later: set[asyncio.Task[None]] = set()
         self.config = config
         self.metrics = metrics
 
@@ -65,17 +73,23 @@ class PrefillPeers:
         """Forget a dead worker's channel: the next call dials anew and waits for no back-off."""
         channel = self._channels.pop(target.address, None)
         if channel is not None:
-            closing = asyncio.create_task(channel.close(grace=LINGER_S))
-            self._closing.add(closing)
-            closing.add_done_callback(self._closing.discard)
+            self.later(channel.close(grace=LINGER_S))
+
+    def later(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do what nobody has to wait for."""
+        task = asyncio.create_task(work)
+        self._later.add(task)
+        task.add_done_callback(self._later.discard)
 
     async def close(self) -> None:
-        """Close all channels."""
+        """Close all channels, once what was left for later had a moment."""
+        if self._later:
+            await asyncio.wait(self._later, timeout=CLEANUP_S)
+        for task in self._later:
+            task.cancel()
         for channel in self._channels.values():
             await channel.close()
         self._channels.clear()
-        for closing in self._closing:
-            closing.cancel()
 
     def _grpc_transport(self, stub: "PrefillServiceAsyncStub") -> KvTransport:
         return GrpcKvTransport(stub, max_message_bytes=self.config.max_message_bytes)
@@ -108,8 +122,8 @@ class PrefillPeer:
         """Have `request` prefilled and its latents in the landing's blocks, verified and released.
 
         `on_done` is called as soon as the first token is known, usually before all has landed.
-        Raises the far side's own refusal, WorkerLost, DeadlineExceeded. Cancelling stops the
-        prefill.
+        Raises the far side's refusal as it is; once it has offered, WorkerLost for whatever fails
+        there, or DeadlineExceeded. Cancelling stops the prefill.
         """
         deadline = time.monotonic() + timeout_s
         call = self._stub.Prefill(request, timeout=timeout_s)
@@ -124,20 +138,22 @@ class PrefillPeer:
             return done.result()
         except grpc.RpcError as error:
             cause = from_rpc_error(error)
-            if not isinstance(cause, Unavailable | Cancelled):
+            if isinstance(cause, Unavailable | Cancelled):
+                self._peers.lost(self._target)
+                offer = None
+                raise self._lost(cause) from error
+            if offer is None or isinstance(cause, InvalidRequest | DeadlineExceeded):
                 raise cause from error
-            self._peers.lost(self._target)
-            offer = None
-            raise self._lost(str(cause)) from error
+            raise self._lost(cause) from error
         except (TransferError, TimeoutError) as error:
-            raise self._lost(str(error) or "no answer in time") from error
+            raise self._lost(error) from error
         except asyncio.CancelledError:
-            await self._stop(request)
+            self._peers.later(self._stop(request))
             raise
         finally:
             call.cancel()
             if offer is not None:
-                await self._release(offer)
+                self._peers.later(self._release(offer))
 
     async def _stop(self, request: pb.PrefillRequest) -> None:
         """Tell it to stop; a worker that does not answer will see the broken stream."""
@@ -203,11 +219,11 @@ class PrefillPeer:
                 pb.ReleaseHandoverRequest(handover=ref), timeout=CLEANUP_S
             )
 
-    def _lost(self, why: str) -> WorkerLost:
-        return WorkerLost(
-            f"prefill worker {self._target.worker_id}: {why}",
-            metadata={"worker_id": self._target.worker_id, "role": "prefill"},
-        )
+    def _lost(self, cause: Exception) -> WorkerLost:
+        metadata = dict(cause.metadata) if isinstance(cause, TidemillError) else {}
+        metadata |= {"worker_id": self._target.worker_id, "role": "prefill"}
+        why = str(cause) or "no answer in time"
+        return WorkerLost(f"prefill worker {self._target.worker_id}: {why}", metadata=metadata)
 
 
 PrefillCall = grpc.aio.UnaryStreamCall[pb.PrefillRequest, pb.PrefillResponse]

@@ -60,6 +60,7 @@ class Worker:
             epoch=self.epoch, lease_s=config.handover.lease_s, clock=clock
         )
         self.draining = False
+        self.registered: bool | None = None  # whether the registry took the last heartbeat
         self.num_waiting = 0  # attempts that wait for their KV
         self._checked_at = clock()
         self._corrupted: str | None = None

@@ -1,0 +1,278 @@
+"""Worker processes as operators run them: registry, load stream, drain, and kill -9."""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from redis.asyncio import Redis
+
+from tests.redis_process import RedisProcess
+from tests.tiny_model import make_tiny_checkpoint
+from tests.worker_harness import (
+    RouterSide,
+    Tls,
+    eventually,
+    make_start,
+    metric,
+    prompt_of,
+    router_of,
+    settled,
+    slow_down,
+    worker_at,
+)
+from tidemill.api.worker.v1 import worker_service_pb2 as pb
+from tidemill.api.worker.v1.worker_service_pb2_grpc import WorkerServiceStub
+from tidemill.errors import WorkerLost
+from tidemill.rpc.channel import internal_channel
+from tidemill.worker.config import RegistryConfig, Role
+from tidemill.worker.process import RunningWorker
+
+START_S = 60.0
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@asynccontextmanager
+async def worker_stub(running: RunningWorker, tls: Tls) -> AsyncIterator[Any]:
+    channel = internal_channel(running.address, role=running.worker.role.value, tls=tls("router"))
+    try:
+        yield cast(Any, WorkerServiceStub(channel))
+    finally:
+        await channel.close()
+
+
+async def test_a_worker_describes_itself(model_dir: Path, tls_files: Tls) -> None:
+    async with (
+        worker_at(Role.PREFILL, model_dir, tls_files, worker_id="p7") as worker,
+        worker_stub(worker, tls_files) as stub,
+    ):
+        said = await stub.DescribeWorker(pb.DescribeWorkerRequest())
+        assert (said.worker_id, said.role, said.model) == ("p7", pb.WORKER_ROLE_PREFILL, "tiny")
+        assert said.epoch == worker.worker.epoch
+        assert (said.layout.num_layers, said.layout.latent_dim) == (3, 48)
+        assert said.layout.model_digest == worker.worker.engine.layout.model_digest
+        assert (said.max_context_tokens, said.vocab_size) == (1024, 512)
+        assert list(said.kv_transports) == ["grpc"]
+
+
+async def test_load_is_pushed_on_change_and_at_least_each_second(
+    model_dir: Path, tls_files: Tls
+) -> None:
+    async with (
+        worker_at(Role.PREFILL, model_dir, tls_files) as prefill,
+        worker_at(Role.DECODE, model_dir, tls_files) as decode,
+        router_of(decode, tls_files) as router,
+        worker_stub(prefill, tls_files) as stub,
+    ):
+        slow_down(prefill, 0.05)
+        loads: list[pb.WatchLoadResponse] = []
+
+        async def watch() -> None:
+            async for load in stub.WatchLoad(pb.WatchLoadRequest(min_interval_ms=20)):
+                loads.append(load)  # noqa: PERF401 - read below while it grows
+
+        watching = asyncio.create_task(watch())
+        await eventually(lambda: len(loads) == 1)
+        started = time.monotonic()
+        await eventually(lambda: len(loads) == 2)
+        assert 0.5 < time.monotonic() - started < 2.0
+        await router.ask(make_start(prompt_of(640), prefill=prefill))
+        await eventually(lambda: loads[-1].open_handovers == 0)
+        assert [load.sequence for load in loads] == list(range(1, len(loads) + 1))
+        assert {load.epoch for load in loads} == {prefill.worker.epoch}
+        queued = [load.queued_uncached_tokens for load in loads]
+        assert 0 < max(queued) <= 640
+        assert sum(a != b for a, b in pairwise(queued)) >= 3
+        assert max(load.prefilling for load in loads) == 1
+        tiers = [load.tiers[0] for load in loads]
+        assert min(tier.free_blocks for tier in tiers) == 96 - 10
+        assert tiers[-1].free_blocks == tiers[-1].total_blocks == 96
+        prefill.worker.draining = True
+        await watching
+        assert loads[-1].draining
+
+
+@pytest.mark.redis
+async def test_the_registry_knows_live_workers_and_survives_its_redis(
+    model_dir: Path, tls_files: Tls, redis_server: Callable[..., RedisProcess]
+) -> None:
+    server = redis_server()
+    config = RegistryConfig(server.url, heartbeat_s=0.1, ttl_s=0.5)
+    redis = Redis.from_url(server.url, decode_responses=True)
+    async with worker_at(Role.DECODE, model_dir, tls_files, registry=config) as worker:
+        await eventually(lambda: bool(worker.worker.registered))
+        entry = await redis.hgetall("tm:worker:decode")
+        assert entry["address"] == worker.address
+        assert (entry["role"], entry["model"]) == ("decode", "tiny")
+        assert entry["epoch"] == str(worker.worker.epoch)
+        assert entry["draining"] == "0"
+        assert 0 < await redis.pttl("tm:worker:decode") <= 500
+        server.kill()
+        await eventually(lambda: metric(worker, "registry_errors_total") > 0)
+        assert worker.worker.readiness() is None
+        server.start()
+        await eventually(lambda: bool(worker.worker.registered))
+        await redis.aclose()
+        redis = Redis.from_url(server.url)
+        assert await redis.exists("tm:worker:decode")
+    assert not await redis.exists("tm:worker:decode")
+    await redis.aclose()
+
+
+class WorkerProcess:
+    """`python -m services.{service}` with a config file, on a known port."""
+
+    def __init__(self, service: str, path: Path, port: int, *arguments: str) -> None:
+        self.address = f"127.0.0.1:{port}"
+        self._command = [sys.executable, "-m", f"services.{service}", "--config", str(path)]
+        self._command += arguments
+        self.process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> None:
+        self.process = await asyncio.create_subprocess_exec(
+            *self._command,
+            cwd=REPOSITORY,
+            stderr=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.DEVNULL,
+        )
+
+    async def wait_serving(self) -> None:
+        async with asyncio.timeout(START_S):
+            while True:
+                assert self.process is not None
+                assert self.process.stderr is not None
+                line = await self.process.stderr.readline()
+                assert line, "the worker ended before it served"
+                if json.loads(line).get("message") == "serving":
+                    return
+
+    async def end(self, number: int = signal.SIGTERM) -> int:
+        assert self.process is not None
+        if self.process.returncode is None:
+            os.kill(self.process.pid, number)
+        await self.process.communicate()
+        return self.process.returncode or 0
+
+
+def config_file(
+    directory: Path, service: str, model_dir: Path, certs: Path, *, port: int, extra: str = ""
+) -> Path:
+    path = directory / f"{service}.toml"
+    path.write_text(
+        f"""
+[{service}]
+worker_id = "{service}-0"
+model = "tiny"
+model_dir = "{model_dir}"
+{extra}
+[{service}.engine]
+num_blocks = 96
+prefill_chunk_tokens = 16
+num_threads = 1
+[{service}.server]
+address = "127.0.0.1:{port}"
+drain_s = 0.5
+[{service}.server.tls]
+cert = "{certs}/{service}.pem"
+key = "{certs}/{service}.key"
+ca = "{certs}/ca.pem"
+"""
+    )
+    return path
+
+
+async def test_a_killed_prefill_worker_is_a_typed_error_within_two_seconds(
+    model_dir: Path,
+    tls_files: Tls,
+    dev_certs: Path,
+    tmp_path: Path,
+    free_port: Callable[[], int],
+) -> None:
+    port = free_port()
+    path = config_file(tmp_path, "prefill", model_dir, dev_certs, port=port)
+    process = WorkerProcess("prefill", path, port)
+    await process.start()
+    async with (
+        worker_at(Role.DECODE, model_dir, tls_files) as decode,
+        router_of(decode, tls_files) as router,
+    ):
+        await process.wait_serving()
+        start = make_start(prompt_of(1000))
+        start.prefill.worker_id, start.prefill.address = "prefill-0", process.address
+        attempt = await router.begin(start)
+        await eventually(lambda: decode.worker.num_waiting == 1)
+        await asyncio.sleep(0.1)
+        await process.end(signal.SIGKILL)
+        killed_at = time.monotonic()
+        answer = await attempt.finish()
+        assert time.monotonic() - killed_at < 2.0
+        assert isinstance(answer.error, WorkerLost)
+        assert answer.error.metadata["worker_id"] == "prefill-0"
+        await settled(decode, within_s=2.0)
+
+        refused_at = time.monotonic()
+        start.task.id.attempt = 2
+        gone = await router.ask(start)
+        assert time.monotonic() - refused_at < 2.0
+        assert isinstance(gone.error, WorkerLost)
+        await settled(decode, within_s=2.0)
+
+        await process.start()
+        await process.wait_serving()
+        start.task.id.attempt = 3
+        assert (await router.ask(start)).error is None
+        await settled(decode)
+    assert await process.end() == 0
+
+
+async def test_both_roles_in_one_process_from_either_entry_point(
+    model_dir: Path,
+    tls_files: Tls,
+    dev_certs: Path,
+    tmp_path: Path,
+    free_port: Callable[[], int],
+) -> None:
+    port = free_port()
+    path = config_file(tmp_path, "prefill", model_dir, dev_certs, port=port)
+    path.write_text(
+        path.read_text().replace("prefill.pem", "worker.pem").replace("prefill.key", "worker.key")
+    )
+    process = WorkerProcess("prefill", path, port, "--role", "both")
+    await process.start()
+    await process.wait_serving()
+    channel = internal_channel(process.address, role="decode", tls=tls_files("router"))
+    router = RouterSide(channel)
+    answer = await router.ask(make_start(prompt_of(100)))
+    assert answer.error is None
+    assert len(answer.tokens) == 8
+    await channel.close()
+    assert await process.end() == 0
+
+
+async def test_a_bad_config_is_one_line_that_names_the_key(
+    model_dir: Path, dev_certs: Path, tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    path = config_file(
+        tmp_path, "decode", model_dir, dev_certs, port=free_port(), extra="max_atempts = 3"
+    )
+    process = WorkerProcess("decode", path, 1)
+    await process.start()
+    assert process.process is not None
+    _, said = await process.process.communicate()
+    assert process.process.returncode == 2
+    assert said.decode().count("\n") == 1
+    assert "decode.max_atempts" in said.decode()
+    assert path.name in said.decode()
