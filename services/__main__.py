@@ -36,6 +36,7 @@ async def _run(arguments: argparse.Namespace) -> None:
         model_dir=arguments.model,
         both=arguments.role == "both",
         port=arguments.port,
+        empty=arguments.verb == "demo",
         say=say,
     )
 

@@ -12,6 +12,7 @@ from tidemill.errors import LocalError
 
 TENANT = "demo"
 MAX_TOKENS = 96
+SEED = 7
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")  # a random model may steer a terminal
 
 Row = tuple[str, str, str]
@@ -56,7 +57,7 @@ async def make_key(plan: Plan, tenant: str, label: str) -> str:
 
 async def _ask(client: AsyncClient, prompt: str) -> Answer:
     stream = await client.generate(
-        prompt, model=MODEL, max_tokens=MAX_TOKENS, temperature=0.0, stream=True
+        prompt, model=MODEL, max_tokens=MAX_TOKENS, seed=SEED, stream=True
     )
     async with stream:
         sys.stdout.write("    ")

@@ -38,15 +38,23 @@ def choose_model(given: Path | None, scratch: Path, say: Say) -> Path:
 
 
 async def run_stack(
-    directory: Path, use: Use, *, model_dir: Path | None, both: bool, port: int, say: Say
+    directory: Path,
+    use: Use,
+    *,
+    say: Say,
+    model_dir: Path | None = None,
+    both: bool = False,
+    port: int = 0,
+    empty: bool = False,
 ) -> None:
     """Start everything in `directory`, await `use`, stop everything in reverse order.
 
-    Raises ConfigError before anything is started, and ChildFailed when a process ends by itself.
+    `port` is the router's, 0 for a free one. With `empty` the ledger starts from nothing. Raises
+    ConfigError before anything is started, and ChildFailed when a process ends by itself.
     """
     state = StateDirectory(directory)
     with state.held():
-        state.prepare()
+        state.prepare(empty=empty)
         model_dir = choose_model(model_dir, directory.parent, say)
         plan = Plan(state, model_dir, both=both, router_port=port or free_port())
         plan.write_config()

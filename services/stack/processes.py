@@ -86,15 +86,16 @@ class Supervisor:
         deadline = time.monotonic() + timeout_s
         try:
             while waiting:
+                patience = min(SAY_AGAIN_S, max(deadline - time.monotonic(), 0))
                 done, waiting = await asyncio.wait(
-                    waiting, timeout=SAY_AGAIN_S, return_when=asyncio.FIRST_COMPLETED
+                    waiting, timeout=patience, return_when=asyncio.FIRST_COMPLETED
                 )
                 for task in done:
                     name, seconds = task.result()
                     self._say(f"  {name:<14} ready after {seconds:5.1f} s")
                     started = [each for each in started if each.child.name != name]
                 late = [each.child.name for each in started]
-                if waiting and time.monotonic() > deadline:
+                if waiting and time.monotonic() >= deadline:
                     raise ChildFailed(
                         f"not ready after {timeout_s:g} s: {', '.join(late)}\n"
                         + _tail(started[0].log)

@@ -42,8 +42,12 @@ class RedisInstance:
 
     def url(self, state: StateDirectory, user: str) -> str:
         """redis:// URL with the user's name and password."""
+        return f"redis://{user}:{self.password(state, user)}@127.0.0.1:{self.port}/0"
+
+    def password(self, state: StateDirectory, user: str) -> str:
+        """The user's password."""
         (secret,) = (each.secret for each in self.users if each.name == user)
-        return f"redis://{user}:{state.secret(secret)}@127.0.0.1:{self.port}/0"
+        return state.secret(secret)
 
 
 def cache_redis(port: int) -> RedisInstance:
@@ -89,11 +93,7 @@ def write_redis_config(instance: RedisInstance, state: StateDirectory) -> Path:
     """Write redis.conf and the ACL file; returns redis.conf's path."""
     directory = state.path / instance.name
     directory.mkdir(mode=0o700, exist_ok=True)
-    acl = ["user default off"]
-    for user in instance.users:
-        digest = hashlib.sha256(state.secret(user.secret).encode()).hexdigest()
-        acl.append(f"user {user.name} on #{digest} resetchannels -@all {user.rights}")
-    write_private(directory / "users.acl", "\n".join(acl) + "\n")
+    write_private(directory / "users.acl", acl_text(instance, state))
     lines = [
         "bind 127.0.0.1",
         f"port {instance.port}",
@@ -104,6 +104,15 @@ def write_redis_config(instance: RedisInstance, state: StateDirectory) -> Path:
     ]
     write_private(directory / "redis.conf", "\n".join(lines) + "\n")
     return directory / "redis.conf"
+
+
+def acl_text(instance: RedisInstance, state: StateDirectory) -> str:
+    """The ACL file: the instance's users with their passwords' digests, and nobody else."""
+    lines = ["user default off"]
+    for user in instance.users:
+        digest = hashlib.sha256(state.secret(user.secret).encode()).hexdigest()
+        lines.append(f"user {user.name} on #{digest} resetchannels -@all {user.rights}")
+    return "\n".join(lines) + "\n"
 
 
 async def answers(url: str) -> bool:

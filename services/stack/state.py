@@ -3,7 +3,8 @@
 import fcntl
 import os
 import secrets
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,12 +18,14 @@ LEDGER_SECRET = "ledger-redis"  # noqa: S105 - a file's name
 class StateDirectory:
     """`path` and what lies below it; readable by its owner alone.
 
+    `hosts` are further names that the certificates are good for.
     Secrets and certificates are made when they are missing and kept from then on, so that a
     ledger which outlived its processes still opens.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, hosts: Sequence[str] = ()) -> None:
         self.path = path
+        self.hosts = hosts
         self.certs = path / "certs"
         self.secrets = path / "secrets"
         self.logs = path / "logs"
@@ -49,15 +52,18 @@ class StateDirectory:
             (self.path / "pids").unlink(missing_ok=True)
             os.close(self.lock_fd)
 
-    def prepare(self) -> None:
-        """Make what is missing."""
+    def prepare(self, *, empty: bool) -> None:
+        """Make what is missing; with `empty` forget what the last stack's Redis had kept."""
+        if empty:
+            for directory in self.path.glob("redis-*"):
+                shutil.rmtree(directory)
         for directory in (self.secrets, self.logs):
             directory.mkdir(mode=0o700, exist_ok=True)
         for name in (*SECRETS, LEDGER_SECRET):
             if not (self.secrets / name).exists():
                 write_private(self.secrets / name, secrets.token_urlsafe(36))
         if not (self.certs / "ca.pem").exists():
-            make_dev_certs(self.certs)
+            make_dev_certs(self.certs, self.hosts)
 
     def secret(self, name: str) -> str:
         """The text of one secret."""
