@@ -1,11 +1,13 @@
 """Secrets for docker-compose.yml: `python -m services.stack.compose DIRECTORY --owner UID`.
 
-Makes the authority, certificates, passwords and keys in DIRECTORY/all, once, and hands each container
-a folder of its own in DIRECTORY with what it needs and nothing else. Run by the service `init`.
+Makes the authority, certificates, passwords and keys in DIRECTORY/all, once, and hands each
+container a folder of its own in DIRECTORY with what it needs and nothing else. DIRECTORY/ca.pem is
+for clients. Run by the service `init`.
 """
 
 import argparse
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +25,7 @@ def prepare(directory: Path) -> StateDirectory:
     state = StateDirectory(directory / "all", hosts=CONTAINERS)
     state.path.mkdir(mode=0o700, parents=True, exist_ok=True)
     state.prepare(empty=False)
+    shutil.copyfile(state.certs / "ca.pem", directory / "ca.pem")
     cache, ledger = cache_redis(REDIS_PORT), ledger_redis(REDIS_PORT)
     for container in CONTAINERS:
         certificate = "redis" if container.startswith("redis-") else container

@@ -21,6 +21,7 @@ ROLES: dict[str, tuple[str, ...]] = {
     "decode": ("decode",),
     "cache": ("cache",),
     "worker": ("prefill", "decode"),  # one process that does both
+    "redis": ("redis",),
 }
 
 _VALID_FOR = timedelta(days=365)
