@@ -11,7 +11,14 @@ from tidemill.api.common.v1.lifecycle_pb2 import FinishReason, PrefillDone
 from tidemill.api.common.v1.usage_pb2 import PREFILL_SITE_DECODE_WORKER, PromptUsage
 from tidemill.api.decode.v1.decode_service_pb2 import Final, Start
 from tidemill.api.prefill.v1.prefill_service_pb2 import PrefillRequest
-from tidemill.engine import FinishedOutput, PausedOutput, PrefilledOutput, Sequence
+from tidemill.engine import (
+    FinishedOutput,
+    Output,
+    PausedOutput,
+    PrefilledOutput,
+    Sequence,
+    TokensOutput,
+)
 from tidemill.engine.sequence import OnLayer
 from tidemill.errors import DeadlineExceeded, Internal, TidemillError
 from tidemill.kv.segments import Landing
@@ -56,7 +63,7 @@ class Attempt:
         on_end: "Callable[[Attempt, Final | None], None]",
     ) -> None:
         self.start = start
-        self.outbox = Outbox(start.task.id.attempt)
+        self.outbox = Outbox(start.task.id.attempt, pace_s=worker.chunk_pace_s)
         self._worker = worker
         self._blocks = blocks
         self._peer = peer
@@ -65,6 +72,7 @@ class Attempt:
         self._loop = asyncio.get_running_loop()
         self._admitted = time.perf_counter()
         self._running: Running | None = None
+        self._ending: asyncio.Future[_Ending] = self._loop.create_future()
         self._transfer: asyncio.Task[Sequence] | None = None
         self._budget_timer: asyncio.TimerHandle | None = None
         self._stop: tuple[Reason, int | None] | None = None
@@ -132,8 +140,8 @@ class Attempt:
             return _Ending(self._stop[0])
         if self._stop is not None:
             return _Ending(self._stop[0])
-        self._running = self._worker.thread.submit(seq)
-        return await self._decode(self._running)
+        self._running = self._worker.thread.submit(seq, self._on_output)
+        return await self._ending
 
     async def _fetch(self) -> Sequence:
         """Prefill in place: what the cache has now, the rest by the engine."""
@@ -207,27 +215,39 @@ class Attempt:
     def _computed(self, end: int) -> None:
         self._worker.reuse.computed(self._blocks, to=end)
 
-    async def _decode(self, running: Running) -> _Ending:
-        """Relay what the engine computes until it has dropped the sequence."""
-        while True:
-            output = await running.next()
+    def _on_output(self, output: Output | Internal) -> None:
+        """What the engine computed; a surprise here ends the attempt, not the other sequences."""
+        try:
+            self._relay(output)
+        except Exception as error:
+            logger.exception("attempt failed", extra=self._log_extra())
             if isinstance(output, FinishedOutput):
-                seq = running.seq
-                if seq.num_computed_tokens > seq.num_prompt_tokens:
-                    computed = seq.token_ids[: seq.num_computed_tokens]
-                    self._worker.reuse.generated(self._blocks, computed)
-                return _Ending(_reason(output.reason), output.busy_seconds)
-            if isinstance(output, PrefilledOutput):
-                self._prefilled_in_place(output.first_token_id, running.seq.busy_seconds)
-            elif isinstance(output, PausedOutput):
-                self._paused(running)
+                self._ending.set_exception(error)
             else:
-                self.outbox.tokens(
-                    output.token_ids[self.outbox.num_generated - output.first_index :]
-                )
+                self.fail(Internal(f"the attempt failed: {type(error).__name__}"))
 
-    def _prefilled_in_place(self, first_token_id: int, busy_seconds: float) -> None:
-        worker = self._worker
+    def _relay(self, output: Output | Internal) -> None:
+        if isinstance(output, TokensOutput):
+            self.outbox.tokens(output.first_index, output.token_ids)
+        elif isinstance(output, PrefilledOutput):
+            self._prefilled_in_place(output.first_token_id)
+        elif isinstance(output, PausedOutput):
+            self._paused()
+        elif isinstance(output, FinishedOutput):
+            self._keep_generated()
+            self._ending.set_result(_Ending(_reason(output.reason), output.busy_seconds))
+        else:
+            self._ending.set_exception(output)
+
+    def _keep_generated(self) -> None:
+        assert self._running is not None
+        seq = self._running.seq
+        if seq.num_computed_tokens > seq.num_prompt_tokens:
+            self._worker.reuse.generated(self._blocks, seq.token_ids[: seq.num_computed_tokens])
+
+    def _prefilled_in_place(self, first_token_id: int) -> None:
+        assert self._running is not None
+        worker, busy_seconds = self._worker, self._running.seq.busy_seconds
         worker.backlog.discard(self._blocks, busy_seconds=busy_seconds)
         usage = self._blocks.usage(PREFILL_SITE_DECODE_WORKER, worker.worker_id)
         seconds = busy_seconds + self._blocks.fetch_seconds
@@ -242,9 +262,11 @@ class Attempt:
             )
         )
 
-    def _paused(self, running: Running) -> None:
+    def _paused(self) -> None:
         """Out of funds: more within fund_wait_s, or the end."""
-        if self._funded is not None and running.seq.num_generated >= self._funded:
+        assert self._running is not None
+        self._cancel_budget_timer()
+        if self._funded is not None and self._running.seq.num_generated >= self._funded:
             self._budget_timer = self._loop.call_later(
                 self._worker.config.fund_wait_s, self.stop, FinishReason.FINISH_REASON_BUDGET
             )

@@ -6,40 +6,43 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 
-from tidemill.engine import Engine, FinishedOutput, Output, PrefilledOutput, Sequence
+from tidemill.engine import (
+    Engine,
+    FinishedOutput,
+    Output,
+    PrefilledOutput,
+    Sequence,
+)
 from tidemill.errors import Internal
 
 logger = logging.getLogger(__name__)
 
 
+OnOutput = Callable[[Output | Internal], None]
+
+
+@dataclass(frozen=True)
 class Running:
-    """A submitted sequence as the event loop sees it: its outputs, in order."""
+    """A submitted sequence as the event loop sees it.
 
-    def __init__(self, thread: "EngineThread", seq: Sequence) -> None:
-        self.seq = seq
-        self._thread = thread
-        self._outputs: asyncio.Queue[Output | Internal] = asyncio.Queue()
+    `on_output` is called on the event loop with each output in order; with Internal, as the last,
+    if the engine has failed. It must not raise.
+    """
 
-    async def next(self) -> Output:
-        """The next output. Raises Internal if the engine has failed; nothing follows then."""
-        output = await self._outputs.get()
-        if isinstance(output, Internal):
-            raise output
-        return output
+    seq: Sequence
+    on_output: OnOutput
+    thread: "EngineThread"
 
     def fund(self, total: int) -> None:
         """Allow `total` generated tokens in all."""
-        self._thread.fund(self.seq.seq_id, total)
+        self.thread.fund(self.seq.seq_id, total)
 
     def stop(self, reason: str, keep_tokens: int | None = None) -> None:
         """End the sequence between two steps; FinishedOutput follows unless it has ended."""
-        self._thread.stop(self.seq.seq_id, reason, keep_tokens)
-
-    def put(self, output: Output | Internal) -> None:
-        """Called by EngineThread on the event loop."""
-        self._outputs.put_nowait(output)
+        self.thread.stop(self.seq.seq_id, reason, keep_tokens)
 
 
 class EngineThread:
@@ -86,11 +89,11 @@ class EngineThread:
         """Sequences submitted and not ended."""
         return len(self._running)
 
-    def submit(self, seq: Sequence) -> Running:
+    def submit(self, seq: Sequence, on_output: OnOutput) -> Running:
         """Hand a sequence to the engine. Raises as Engine.submit does, Internal after a failure."""
         if self.failure is not None:
             raise self.failure
-        running = Running(self, seq)
+        running = Running(seq, on_output, self)
         self.engine.submit(seq)
         self._running[seq.seq_id] = running
         self._wake.set()
@@ -143,7 +146,7 @@ class EngineThread:
             )
             if ended:
                 del self._running[output.seq_id]
-            running.put(output)
+            running.on_output(output)
 
     def _fail(self, error: Exception) -> None:
         error_id = uuid.uuid4().hex
@@ -151,6 +154,6 @@ class EngineThread:
             "the engine failed and computes no more", extra={"error_id": error_id}, exc_info=error
         )
         self.failure = Internal("the worker's engine failed", error_id=error_id)
-        for running in self._running.values():
-            running.put(self.failure)
+        for running in list(self._running.values()):
+            running.on_output(self.failure)
         self._running.clear()

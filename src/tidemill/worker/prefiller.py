@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from tidemill.api.common.v1.lifecycle_pb2 import AttemptId, PrefillDone, WorkerTask
 from tidemill.api.common.v1.usage_pb2 import PREFILL_SITE_PREFILL_WORKER
 from tidemill.blocks import BLOCK_TOKENS
-from tidemill.engine import PrefilledOutput, Sequence
+from tidemill.engine import Output, PrefilledOutput, Sequence
 from tidemill.errors import (
     AlreadyExists,
     Cancelled,
     FailedPrecondition,
+    Internal,
     InvalidRequest,
     PoolExhausted,
     PrefillFull,
@@ -124,6 +125,7 @@ class PrefillJob:
         self._admitted = time.perf_counter()
         self._loop = asyncio.get_running_loop()
         self._running: Running | None = None
+        self._output: asyncio.Future[Output] = self._loop.create_future()
         self._task: asyncio.Task[PrefillDone] | None = None
         self._computing = True
 
@@ -158,13 +160,19 @@ class PrefillJob:
         self._ready(0, blocks.num_device_tokens)
         await self._worker.reuse.fetch(blocks)
         self._ready(blocks.num_device_tokens, blocks.num_cached_tokens)
-        self._running = self._worker.thread.submit(self._sequence())
+        self._running = self._worker.thread.submit(self._sequence(), self._on_output)
         if self.handover.state.closed:
             self._running.stop("cancelled")
-        output = await self._running.next()
+        output = await self._output
         if not isinstance(output, PrefilledOutput):
             raise Cancelled("the prefill was stopped")
         return self._done(output.first_token_id, self._running.seq.busy_seconds)
+
+    def _on_output(self, output: Output | Internal) -> None:
+        if isinstance(output, Internal):
+            self._output.set_exception(output)
+        else:
+            self._output.set_result(output)
 
     def _sequence(self) -> Sequence:
         task = self.wanted.task

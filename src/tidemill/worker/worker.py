@@ -21,6 +21,7 @@ from tidemill.worker.metrics import WorkerMetrics
 from tidemill.worker.prompt import Backlog, PromptReuse
 
 INTEGRITY_PERIOD_S = 5.0
+MOST_CHUNKS_PER_S = 1000.0
 
 ROLES = {
     Role.PREFILL: pb.WORKER_ROLE_PREFILL,
@@ -91,6 +92,14 @@ class Worker:
         metrics.reused_tokens.labels("cache_ram").inc(usage.reused_cache_ram_tokens)
         metrics.reused_tokens.labels("cache_disk").inc(usage.reused_cache_disk_tokens)
         metrics.prefill_seconds.observe(seconds)
+
+    def chunk_pace_s(self) -> float:
+        """Least seconds between two Chunks of one attempt: none alone, more in company.
+
+        However fast the steps are, all attempts together then send a bounded number of messages,
+        which take the interpreter from the engine's thread.
+        """
+        return self.thread.num_sequences / MOST_CHUNKS_PER_S
 
     @property
     def idle(self) -> bool:
