@@ -16,6 +16,7 @@ from services.cache.stats import StatsBook
 from services.cache.store import BlockStore
 from tidemill.api.cache.v1.cache_service_pb2 import CACHE_TIER_RAM
 from tidemill.api.cache.v1.cache_service_pb2_grpc import add_CacheServiceServicer_to_server
+from tidemill.rpc.address import is_loopback
 from tidemill.rpc.interceptors import RoleGuard
 from tidemill.rpc.metrics import MetricsEndpoint, RpcMetrics, serve_metrics
 from tidemill.rpc.server import RpcServer
@@ -87,9 +88,8 @@ class CacheNode:
             self.index.address = self.address
         metrics_address = self._config.server.metrics_address
         if metrics_address is not None:
-            self._metrics_port = serve_metrics(
-                metrics_address, tls=self._config.server.tls, registry=self.registry
-            )
+            tls = None if is_loopback(metrics_address) else self._config.server.tls
+            self._metrics_port = serve_metrics(metrics_address, tls=tls, registry=self.registry)
         self._upkeep = asyncio.create_task(self._keep_up())
 
     async def close(self) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from services.router.config import RouterConfig
 from services.router.wiring import RouterProcess
 from tidemill.config import load
+from tidemill.rpc.address import is_loopback
 from tidemill.rpc.metrics import serve_metrics
 from tidemill.rpc.process import run
 
@@ -24,8 +25,10 @@ def main() -> int:
         process = RouterProcess(config)
         await process.start()
         endpoint = None
-        if config.server.metrics_address is not None:
-            endpoint = serve_metrics(config.server.metrics_address, tls=config.server.tls)
+        address = config.server.metrics_address
+        if address is not None:
+            tls = None if is_loopback(address) else config.server.tls
+            endpoint = serve_metrics(address, tls=tls)
         print(f"router listening on {process.server.address}", flush=True)
         await stop.wait()
         await process.stop()
