@@ -105,6 +105,50 @@ async def test_load_is_pushed_on_change_and_at_least_each_second(
         assert loads[-1].draining
 
 
+async def test_a_leaked_block_or_a_stuck_step_fails_readiness(
+    model_dir: Path, tls_files: Tls
+) -> None:
+    async with (
+        worker_at(Role.BOTH, model_dir, tls_files, stall_s=0.2) as running,
+        router_of(running, tls_files) as router,
+    ):
+        worker = running.worker
+        assert worker.readiness() is None
+        slow_down(running, 0.6)
+        attempt = await router.begin(make_start(prompt_of(50), max_tokens=2))
+        await eventually(lambda: worker.readiness() is not None)
+        assert "step" in (worker.readiness() or "")
+        assert (await attempt.finish()).error is None
+        await settled(running)
+        leaked = worker.engine.pool.allocate(1)
+        worker.check_pool()
+        assert "1 blocks are held" in (worker.readiness() or "")
+        worker.engine.pool.release(leaked)
+        worker.check_pool()
+        assert worker.readiness() is None
+
+
+async def test_a_drain_ends_what_outlasts_it_with_a_final(model_dir: Path, tls_files: Tls) -> None:
+    async with (
+        worker_at(Role.BOTH, model_dir, tls_files) as running,
+        router_of(running, tls_files) as router,
+    ):
+        slow_down(running, 0.01)
+        attempts = [
+            await router.begin(make_start(prompt_of(50), name, max_tokens=max_tokens))
+            for name, max_tokens in (("short", 4), ("long", 900))
+        ]
+        for attempt in attempts:
+            await attempt.until("prefill_done")
+        draining = asyncio.create_task(running.drain())
+        short, long = [await attempt.finish() for attempt in attempts]
+        await draining
+        assert short.reason == "LENGTH"
+        assert long.reason == "SERVER_FAULT"
+        assert long.final.generated_tokens == len(long.tokens) < 900
+        await settled(running)
+
+
 @pytest.mark.redis
 async def test_the_registry_knows_live_workers_and_survives_its_redis(
     model_dir: Path, tls_files: Tls, redis_server: Callable[..., RedisProcess]

@@ -59,6 +59,7 @@ ALLOWED = {
 }
 
 SWEEP_S = 1.0
+FINALS_S = 1.0  # kept back from a drain for sending Finals
 
 logger = logging.getLogger(__name__)
 
@@ -84,9 +85,17 @@ class RunningWorker:
         return self.worker.config.advertise or self.server.address
 
     async def drain(self) -> None:
-        """Refuse new work, let the running work end within the server's drain_s, end the rest."""
+        """Refuse new work, let what runs end, and stop the rest while Finals can still be sent."""
         self.worker.draining = True
+        stopping = asyncio.create_task(self._stop_late())
         await self.server.drain()
+        stopping.cancel()
+        if self._decode is not None:
+            await self._decode.stop_all()
+
+    async def _stop_late(self) -> None:
+        drain_s = self.worker.config.server.drain_s
+        await asyncio.sleep(drain_s - min(drain_s / 2, FINALS_S))
         if self._decode is not None:
             await self._decode.stop_all()
 
