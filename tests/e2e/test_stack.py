@@ -53,6 +53,12 @@ def pids(state: Path) -> dict[str, int]:
     return {name: int(pid) for pid, name in (line.split() for line in lines)}
 
 
+def troubles(state: Path) -> str:
+    """What the services logged at WARNING or above: the reason, when an assertion fails."""
+    lines = [line for log in state.glob("logs/*.log") for line in log.read_text().splitlines()]
+    return "\n".join(line for line in lines if '"level": "WARNING"' in line or '"ERROR"' in line)
+
+
 def is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -78,7 +84,7 @@ def test_the_demo_bills_the_second_answer_for_less(
 ) -> None:
     process = launch("demo", "--role", role)
     output, errors = process.communicate(timeout=START_TIMEOUT_S)
-    assert (process.returncode, errors) == (0, "")
+    assert (process.returncode, errors) == (0, ""), troubles(tmp_path / "demo")
     cells = [re.split(r"\s{2,}", line.strip()) for line in output.splitlines()]
     rows = {name: figures for name, *figures in cells if len(figures) == 2}
     prompt_tokens, again = map(int, rows["prompt tokens"])
@@ -107,7 +113,7 @@ def test_up_says_how_to_call_it_and_stops_everything_at_ctrl_c(
         timeout=60,
         check=False,
     )
-    assert call.returncode == 0, call.stderr
+    assert call.returncode == 0, call.stderr + troubles(tmp_path / "up")
     assert '"usage"' in call.stdout
 
     running = pids(tmp_path / "up")
