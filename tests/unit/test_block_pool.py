@@ -111,6 +111,15 @@ def test_latents_moved_by_read_and_write_are_bitwise_equal() -> None:
     assert torch.equal(pool.latents[:, 5], pool.latents[:, 0])
 
 
+def test_allocated_blocks_hold_nothing_of_their_last_owner() -> None:
+    pool = make_pool(2)
+    blocks = pool.allocate(2)
+    pool.latents.fill_(float("nan"))
+    pool.release(blocks)
+    pool.allocate(2)
+    assert not pool.latents.any()
+
+
 def test_threads_never_own_a_block_together() -> None:
     pool = make_pool(16)
     owners: Counter[int] = Counter()

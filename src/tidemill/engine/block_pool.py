@@ -52,7 +52,10 @@ class BlockPool:
             return self.num_blocks - len(self._free) - len(self._evictable)
 
     def allocate(self, n: int) -> list[int]:
-        """Take n blocks, each referenced once; PoolExhausted, with nothing taken, if too few."""
+        """Take n blocks, each referenced once; PoolExhausted, with nothing taken, if too few.
+
+        They come zeroed: nothing of an earlier owner, not even a NaN, outlives its release.
+        """
         with self._lock:
             available = len(self._free) + len(self._evictable)
             if n > available:
@@ -62,7 +65,8 @@ class BlockPool:
             taken = [self._free.pop() for _ in range(n)]
             for block in taken:
                 self._references[block] = 1
-            return taken
+        self.latents[:, taken] = 0
+        return taken
 
     def claim(self, hashes: Sequence[bytes]) -> list[int]:
         """Reference the longest committed prefix of the chain; returns its blocks, perhaps none."""

@@ -23,7 +23,7 @@ def mla_decode(
     Two batched products with a padded copy of the context: on a CPU twice as fast as
     `scaled_dot_product_attention`, whose tiles suit long queries.
     """
-    context = latents.index_select(0, block_tables.view(-1)).view(
+    context = latents.index_select(0, block_tables.flatten()).view(
         len(block_tables), -1, latents.shape[-1]
     )
     scores = torch.bmm(query, context.transpose(1, 2)).float().mul_(scale)

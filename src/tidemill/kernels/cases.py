@@ -1,0 +1,56 @@
+"""Shapes that kernels are tested and timed on: one source for both."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RouteCase:
+    """Choice of top_k of num_experts in topk_group of n_group, for num_tokens tokens."""
+
+    num_tokens: int
+    num_experts: int
+    n_group: int
+    topk_group: int
+    top_k: int
+
+
+@dataclass(frozen=True)
+class MlaCase:
+    """Latent attention of num_heads heads; context_lens gives the batch, in tokens."""
+
+    num_heads: int
+    kv_lora_rank: int
+    nope_dim: int
+    rope_dim: int
+    v_head_dim: int
+    context_lens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ExpertCase:
+    """num_tokens tokens, each to top_k of num_experts SwiGLU experts of hidden x width."""
+
+    num_tokens: int
+    num_experts: int
+    top_k: int
+    hidden: int
+    width: int
+
+
+ROUTE_CASES = (
+    RouteCase(1, 16, 4, 2, 4),
+    RouteCase(33, 16, 1, 1, 4),
+    RouteCase(128, 32, 4, 2, 4),
+    RouteCase(7, 256, 8, 4, 8),  # DeepSeek-V3
+)
+MLA_CASES = (
+    MlaCase(4, 32, 16, 16, 16, (1,)),
+    MlaCase(4, 32, 16, 16, 16, (64, 65, 1, 200)),
+    MlaCase(8, 64, 32, 16, 24, (130, 63)),
+    MlaCase(16, 512, 128, 64, 128, (192,)),  # DeepSeek-V3's widths, an eighth of its heads
+)
+EXPERT_CASES = (
+    ExpertCase(1, 16, 4, 64, 32),
+    ExpertCase(5, 8, 2, 48, 40),
+    ExpertCase(70, 16, 4, 64, 32),
+)

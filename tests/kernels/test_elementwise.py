@@ -1,0 +1,72 @@
+import math
+
+import pytest
+import torch
+
+from tidemill.kernels.linear import make_linear
+from tidemill.kernels.linear.onednn import PackedLinear, can_pack
+from tidemill.kernels.linear.reference import PlainLinear
+from tidemill.kernels.rms_norm import rms_norm
+from tidemill.kernels.rope import apply_rope
+
+
+def test_rms_norm_scales_rows_to_unit_mean_square() -> None:
+    x = torch.randn(5, 64) * 3
+    weight = torch.rand(64)
+    out = rms_norm(x, weight, 1e-6)
+    for row in range(5):
+        root = math.sqrt(sum(value * value for value in x[row].tolist()) / 64 + 1e-6)
+        torch.testing.assert_close(out[row], x[row] / root * weight)
+
+
+def test_rms_norm_computes_in_fp32_whatever_the_dtype() -> None:
+    x = torch.randn(3, 64).to(torch.bfloat16) * 1000
+    exact = rms_norm(x.float(), torch.ones(64), 1e-6)
+    found = rms_norm(x, torch.ones(64, dtype=torch.bfloat16), 1e-6)
+    assert torch.equal(found, exact.to(torch.bfloat16))
+
+
+def test_rope_turns_adjacent_pairs() -> None:
+    x = torch.tensor([[1.0, 0.0, 0.0, 2.0]])
+    angles = torch.tensor([[math.pi / 2, math.pi]])
+    rotation = torch.polar(torch.ones(1, 2), angles)
+    torch.testing.assert_close(apply_rope(x, rotation), torch.tensor([[0.0, 1.0, 0.0, -2.0]]))
+
+
+def test_rope_keeps_the_dot_product_of_equal_distances() -> None:
+    query, key = torch.randn(1, 8), torch.randn(1, 8)
+    frequencies = 10000.0 ** -(torch.arange(4) / 4)
+
+    def dot(query_at: int, key_at: int) -> float:
+        turned = [
+            apply_rope(x, torch.polar(torch.ones(1, 4), position * frequencies.unsqueeze(0)))
+            for x, position in ((query, query_at), (key, key_at))
+        ]
+        return float((turned[0] * turned[1]).sum())
+
+    assert dot(7, 3) == pytest.approx(dot(104, 100), abs=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 64, 300])
+def test_packed_and_plain_products_agree(rows: int) -> None:
+    generator = torch.manual_seed(rows)
+    weight = (torch.randn(48, 96, generator=generator) * 0.1).to(torch.bfloat16)
+    if not can_pack(weight):
+        pytest.skip("this build or CPU has no bf16 products to pack for")
+    x = torch.randn(rows, 96, generator=generator).to(torch.bfloat16)
+    other = torch.randn(rows, 48, generator=generator).to(torch.bfloat16)
+    packed, plain = PackedLinear(weight), PlainLinear(weight.float())
+    wide = x.float()
+    pairs = [
+        (packed(x), plain(wide)),
+        (packed.silu(x), plain.silu(wide)),
+        (packed.times(x, other), plain.times(wide, other.float())),
+        (packed.plus(x, other), plain.plus(wide, other.float())),
+    ]
+    for found, expected in pairs:
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.float(), expected, atol=2e-2, rtol=2e-2)
+
+
+def test_fp32_weights_stay_plain() -> None:
+    assert isinstance(make_linear(torch.zeros(4, 4)), PlainLinear)

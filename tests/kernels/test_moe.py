@@ -1,0 +1,86 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from tidemill.kernels.cases import EXPERT_CASES, ROUTE_CASES, ExpertCase, RouteCase
+from tidemill.kernels.expert_mlp import Expert, expert_mlp, gather_rows, scatter_rows
+from tidemill.kernels.linear import make_linear
+from tidemill.kernels.moe_route import moe_route
+
+
+def choose_by_hand(scores: list[float], case: RouteCase) -> set[int]:
+    """The rule of the DeepSeek-V3 report, one token, in Python."""
+    size = case.num_experts // case.n_group
+    groups = [range(start, start + size) for start in range(0, case.num_experts, size)]
+    ranked = sorted(groups, key=lambda g: -sum(sorted((scores[e] for e in g), reverse=True)[:2]))
+    allowed = [expert for group in ranked[: case.topk_group] for expert in group]
+    return set(sorted(allowed, key=lambda e: -scores[e])[: case.top_k])
+
+
+@pytest.mark.parametrize("case", ROUTE_CASES, ids=str)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_routes_as_the_report_says(case: RouteCase, normalize: bool) -> None:
+    generator = torch.manual_seed(case.num_tokens)
+    logits = torch.randn(case.num_tokens, case.num_experts, generator=generator)
+    bias = torch.randn(case.num_experts, generator=generator) * 0.3
+    weights, ids = moe_route(
+        logits,
+        bias,
+        n_group=case.n_group,
+        topk_group=case.topk_group,
+        top_k=case.top_k,
+        normalize=normalize,
+        scale=2.5,
+    )
+    scores = logits.sigmoid()
+    for token in range(case.num_tokens):
+        chosen = ids[token].tolist()
+        assert set(chosen) == choose_by_hand((scores[token] + bias).tolist(), case)
+        unbiased = scores[token, ids[token]]
+        expected = unbiased / unbiased.sum() if normalize else unbiased
+        torch.testing.assert_close(weights[token], expected * 2.5)
+
+
+def test_bias_steers_the_choice_and_never_the_weights() -> None:
+    logits = torch.zeros(1, 4)
+    bias = torch.tensor([0.0, 9.0, 0.0, 9.0])
+    weights, ids = moe_route(
+        logits, bias, n_group=1, topk_group=1, top_k=2, normalize=True, scale=1.0
+    )
+    assert set(ids[0].tolist()) == {1, 3}
+    assert weights[0].tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("case", EXPERT_CASES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sorted_experts_equal_the_sum_over_choices(case: ExpertCase, dtype: torch.dtype) -> None:
+    generator = torch.manual_seed(case.num_tokens)
+
+    def weight(rows: int, columns: int) -> Tensor:
+        matrix = torch.randn(rows, columns, generator=generator) / math.sqrt(columns)
+        return matrix.to(dtype)
+
+    shapes = [(case.width, case.hidden), (case.width, case.hidden), (case.hidden, case.width)]
+    matrices = [[weight(*shape) for shape in shapes] for _ in range(case.num_experts)]
+    experts = [Expert(*map(make_linear, triple)) for triple in matrices]
+    x = torch.randn(case.num_tokens, case.hidden, generator=generator).to(dtype)
+    ids = (
+        torch.rand(case.num_tokens, case.num_experts, generator=generator).topk(case.top_k).indices
+    )
+    weights = torch.rand(ids.shape, generator=generator)
+
+    rows, order, counts = gather_rows(x, ids, case.num_experts)
+    assert sum(counts) == ids.numel()
+    out = scatter_rows(expert_mlp(rows, counts, experts), order, weights)
+
+    expected = torch.zeros(x.shape)
+    for token in range(case.num_tokens):
+        for choice, expert in enumerate(ids[token].tolist()):
+            gate, up, down = (matrix.float() for matrix in matrices[expert])
+            row = x[token].float()
+            expected[token] += weights[token, choice] * (down @ (silu(gate @ row) * (up @ row)))
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(out.float(), expected, atol=tolerance, rtol=tolerance)
