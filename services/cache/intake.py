@@ -83,7 +83,8 @@ async def arrivals(
 
 async def _next(requests: AsyncIterator[pb.StoreBlocksRequest]) -> pb.StoreBlocksRequest | None:
     try:
-        return await asyncio.wait_for(anext(requests, None), STALL_S)
+        async with asyncio.timeout(STALL_S):
+            return await anext(requests, None)
     except TimeoutError:
         raise DeadlineExceeded(f"no message came for {STALL_S:g} s") from None
 

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from itertools import zip_longest
+from itertools import pairwise
 from typing import Any
 
 from services.cache.config import CacheConfig
@@ -15,7 +15,7 @@ from services.cache.store import BlockStore, StoredBlock, namespace_digest
 from tidemill.api.cache.v1 import cache_service_pb2 as pb
 from tidemill.api.cache.v1.cache_service_pb2_grpc import CacheServiceServicer
 from tidemill.api.common.v1.kv_pb2 import BlockPiece
-from tidemill.kv.cache_client import digest
+from tidemill.kv.cache_client import INLINE_HASH_BYTES, digest
 from tidemill.kv.pieces import split
 from tidemill.rpc.validation import validate
 
@@ -77,21 +77,22 @@ class CacheServicer(CacheServiceServicer):
         validate(request)
         namespace, row = _digest(request.namespace), _row(request.namespace)
         self._store.touch_chain(namespace, request.block_hashes)
-        # While one block is sent, the next one is verified.
-        first, *rest = request.block_hashes
-        verifying = asyncio.create_task(self._sound(namespace, first, row))
+        ahead: asyncio.Task[StoredBlock | None] | None = None
         try:
-            for block_hash, following in zip_longest(request.block_hashes, rest):
-                block = await verifying
+            for block_hash, following in pairwise([*request.block_hashes, b""]):
+                block = await (ahead or self._sound(namespace, block_hash, row))
                 if block is None:
                     return
-                if following is not None:
-                    verifying = asyncio.create_task(self._sound(namespace, following, row))
+                # While a large block is sent, the next one is verified.
+                ahead = None
+                if following and len(block.payload) >= INLINE_HASH_BYTES:
+                    ahead = asyncio.create_task(self._sound(namespace, following, row))
                 for piece in split(block_hash, block.payload, block.payload_sha256):
                     yield pb.FetchBlocksResponse(piece=piece, tier=pb.CACHE_TIER_RAM)
                 self._delivered(row, block)
         finally:
-            verifying.cancel()
+            if ahead is not None:
+                ahead.cancel()
 
     async def StoreBlocks(
         self, request_iterator: AsyncIterator[pb.StoreBlocksRequest], context: Context

@@ -217,25 +217,28 @@ class CacheClient:
         request = pb.FetchBlocksRequest(namespace=_to_proto(namespace), block_hashes=hashes)
         node.admit()
         call = node.stub.FetchBlocks(request, timeout=self._config.fetch_s)
-        # While one block is hashed here and used by the caller, the next one is on its way.
-        reading = asyncio.create_task(self._read_block(call))
+        ahead: asyncio.Task[tuple[Assembly, CacheTier] | None] | None = None
         try:
             for block_hash in hashes:
                 with node.watch():
-                    found = await reading
+                    found = await (ahead or self._read_block(call))
                 if found is None:
                     return
                 block, tier = found
-                reading = asyncio.create_task(self._read_block(call))
                 payload = block.payload()
+                # While a large block is hashed here and used by the caller, the next one comes.
+                ahead = None
+                if len(payload) >= INLINE_HASH_BYTES:
+                    ahead = asyncio.create_task(self._read_block(call))
                 sound = await digest(payload) == block.payload_sha256
                 if block.block_hash != block_hash or not sound:
                     return
                 yield payload, tier
         finally:
             call.cancel()
-            reading.cancel()
-            await asyncio.gather(reading, return_exceptions=True)
+            if ahead is not None:
+                ahead.cancel()
+                await asyncio.gather(ahead, return_exceptions=True)
 
     async def _read_block(
         self, call: "grpc.aio.UnaryStreamCall[pb.FetchBlocksRequest, pb.FetchBlocksResponse]"
@@ -245,7 +248,8 @@ class CacheClient:
         tier = CacheTier.RAM
         try:
             while assembly is None or not assembly.complete:
-                answer = await asyncio.wait_for(call.read(), self._config.stall_s)
+                async with asyncio.timeout(self._config.stall_s):
+                    answer = await call.read()
                 if not isinstance(answer, pb.FetchBlocksResponse):  # the end of the stream
                     return None
                 if assembly is None:
