@@ -32,7 +32,13 @@ def choose_model(given: Path | None, scratch: Path, say: Say) -> Path:
     random_model = scratch / "random-model"
     if not (random_model / "config.json").exists():
         command = [sys.executable, "-m", "services.stack.random_checkpoint", str(random_model)]
-        subprocess.run(command, cwd=ROOT, check=True)  # noqa: S603 - fixed; torch stays out of here
+        made = subprocess.run(  # noqa: S603 - fixed; torch stays out of this process
+            command, cwd=ROOT, check=False, capture_output=True, text=True
+        )
+        if made.returncode != 0:
+            raise ConfigError(
+                f"no model in models/demo, and none can be made: {made.stderr[-500:]}"
+            )
     say("models/demo holds no weights: serving a small random model, whose text is noise")
     return random_model
 
