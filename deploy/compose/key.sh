@@ -6,4 +6,4 @@ export TIDEMILL_ADDRESS=localhost:7000 TIDEMILL_CA=/run/tidemill/ca.pem
 TIDEMILL_ADMIN_KEY=$(cat /run/tidemill/admin.key)
 export TIDEMILL_ADMIN_KEY
 tidemill tenants create "$1" >&2
-tidemill --json keys create "$1" --label compose | python -c 'import json, sys; print(json.load(sys.stdin)["key"])'
+tidemill keys create --json --label compose "$1" | python -c 'import json, sys; print(json.load(sys.stdin)["key"])'
