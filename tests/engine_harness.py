@@ -14,6 +14,7 @@ from tidemill.engine import (
     Sequence,
     TokensOutput,
 )
+from tidemill.errors import PoolExhausted
 
 GREEDY = SamplingParams(temperature=0, max_tokens=32)
 
@@ -46,7 +47,11 @@ def make_sequence_with_reuse(
     hashes = prompt_hashes(engine, prompt)[: max_hit_tokens(len(prompt)) // 64]
     claimed = engine.pool.claim(hashes)
     needed = -(-(len(prompt) + sampling.max_tokens) // 64)
-    blocks = claimed + engine.pool.allocate(needed - len(claimed))
+    try:
+        blocks = claimed + engine.pool.allocate(needed - len(claimed))
+    except PoolExhausted:
+        engine.pool.release(claimed)
+        raise
     return Sequence(
         seq_id,
         prompt,

@@ -9,6 +9,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
+# Small products: threads would only fight with the other processes of a test run.
+torch.set_num_threads(1)
+
 BOS, EOS, USER, ASSISTANT, THINK, END_THINK = (
     "<bos>",
     "<eos>",
