@@ -50,8 +50,8 @@ class RedisProcess:
             "appendonly": "no",
             **{key.replace("_", "-"): value for key, value in settings.items()},
         }
-        acl = [
-            "user default off",
+        acl = [  # `default` cannot log in, but Redis 7.0 replays the AOF with its rights
+            "user default off ~* &* +@all",
             f"user {self.user} on >{self.password} ~* &* +@all",
         ]
         config = [f"{key} {value}" for key, value in lines.items()] + acl

@@ -107,8 +107,12 @@ def write_redis_config(instance: RedisInstance, state: StateDirectory) -> Path:
 
 
 def acl_text(instance: RedisInstance, state: StateDirectory) -> str:
-    """The ACL file: the instance's users with their passwords' digests, and nobody else."""
-    lines = ["user default off"]
+    """The ACL file: the instance's users with their passwords' digests, and nobody else.
+
+    Nobody can log in as `default`, but it keeps its rights: Redis replays the AOF as that user,
+    and without rights skips every transaction and script that wrote more than once.
+    """
+    lines = ["user default off ~* &* +@all"]
     for user in instance.users:
         digest = hashlib.sha256(state.secret(user.secret).encode()).hexdigest()
         lines.append(f"user {user.name} on #{digest} resetchannels -@all {user.rights}")
