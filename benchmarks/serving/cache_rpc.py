@@ -232,10 +232,10 @@ def free_port() -> int:
         return port
 
 
-async def until_up(certs: Path, ports: tuple[int, int]) -> None:
+async def until_up(certs: Path, ports: tuple[int, ...], *, role: str = "cache") -> None:
     tls = tls_files(certs, "prefill")
     for port in ports:
-        channel = internal_channel(f"127.0.0.1:{port}", role="cache", tls=tls)
+        channel = internal_channel(f"127.0.0.1:{port}", role=role, tls=tls)
         await asyncio.wait_for(channel.channel_ready(), 60)
         await channel.close()
 

@@ -24,14 +24,12 @@ def layout(dtype: str) -> KvLayout:
 
 
 def land(pool: BlockPool, *, first_token: int = 0) -> Landing:
-    return Landing(
-        pool, layout("float32"), [5, 1, 2], first_token=first_token, num_tokens=TOKENS
-    )
+    return Landing(pool, layout("float32"), [5, 1, 2], first_token=first_token, num_tokens=TOKENS)
 
 
 def all_segments(pool: BlockPool, *, first_token: int = 0) -> list[KvSegment]:
     ranges = [LatentRange(layer, first_token, TOKENS) for layer in range(LAYERS)]
-    return pack(pool, [7, 0, 3], ranges)
+    return list(pack(pool, [7, 0, 3], ranges).segments)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -40,8 +38,8 @@ def test_moved_latents_are_bitwise_those_that_were_computed(dtype: str) -> None:
     sink = make_pool(getattr(torch, dtype))
     landing = Landing(sink, layout(dtype), [5, 1, 2], first_token=10, num_tokens=TOKENS)
     for layer in range(LAYERS):
-        landing.write(pack(source, [7, 0, 3], [LatentRange(layer, 10, 64)]))
-        landing.write(pack(source, [7, 0, 3], [LatentRange(layer, 64, TOKENS)]))
+        landing.write(pack(source, [7, 0, 3], [LatentRange(layer, 10, 64)]).segments)
+        landing.write(pack(source, [7, 0, 3], [LatentRange(layer, 64, TOKENS)]).segments)
     landing.check_complete()
     for layer in range(LAYERS):
         sent = source.read(layer, [7, 0, 3], 10, TOKENS)

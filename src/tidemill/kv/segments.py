@@ -8,6 +8,7 @@ import xxhash
 from torch import Tensor
 
 from tidemill.api.common.v1.kv_pb2 import KvSegment
+from tidemill.api.prefill.v1 import prefill_service_pb2 as pb
 from tidemill.engine import BlockPool, KvLayout
 from tidemill.errors import TransferError
 
@@ -38,21 +39,19 @@ def from_bytes(data: bytes, dtype: torch.dtype) -> Tensor:
 
 def pack(
     pool: BlockPool, block_table: Sequence[int], ranges: Sequence[LatentRange]
-) -> list[KvSegment]:
-    """Copy `ranges` out of the pool and seal each with its xxh3-64. For a thread: it copies."""
-    segments = []
+) -> pb.PullKvResponse:
+    """Copy `ranges` out of the pool into a message, each sealed with its xxh3-64. For a thread."""
+    message = pb.PullKvResponse()
     for part in ranges:
         data = to_bytes(pool.read(part.layer, block_table, part.start, part.end))
-        segments.append(
-            KvSegment(
-                layer=part.layer,
-                first_token=part.start,
-                num_tokens=part.num_tokens,
-                data=data,
-                xxh3=xxhash.xxh3_64_intdigest(data),
-            )
+        message.segments.add(
+            layer=part.layer,
+            first_token=part.start,
+            num_tokens=part.num_tokens,
+            data=data,
+            xxh3=xxhash.xxh3_64_intdigest(data),
         )
-    return segments
+    return message
 
 
 def bytes_per_token(layout: KvLayout) -> int:
@@ -86,11 +85,12 @@ class Landing:
     def write(self, segments: Sequence[KvSegment]) -> None:
         """Verify and store; TransferError and nothing stored for a bad segment. For a thread."""
         for segment in segments:
-            self._verify(segment)
-            values = from_bytes(segment.data, self._pool.latents.dtype).view(-1, self._latent_dim)
+            data = segment.data  # each look at the field copies it
+            self._verify(segment, data)
+            values = from_bytes(data, self._pool.latents.dtype).view(-1, self._latent_dim)
             self._pool.write(segment.layer, self._block_table, segment.first_token, values)
             self._next[segment.layer] += segment.num_tokens
-            self.num_bytes += len(segment.data)
+            self.num_bytes += len(data)
 
     def check_complete(self) -> None:
         """Raise TransferError unless every layer has landed up to the last token."""
@@ -100,16 +100,14 @@ class Landing:
             end = f"token {self._next[layer]} of {self._num_tokens} in layer {layer}"
             raise TransferError(f"the hand-over ended at {end}")
 
-    def _verify(self, segment: KvSegment) -> None:
+    def _verify(self, segment: KvSegment, data: bytes) -> None:
         where = f"layer {segment.layer}, tokens from {segment.first_token}"
         if segment.layer >= len(self._next):
             raise TransferError(f"{where}: there are {len(self._next)} layers")
         end = segment.first_token + segment.num_tokens
         if segment.first_token != self._next[segment.layer] or end > self._num_tokens:
             raise TransferError(f"{where}: expected token {self._next[segment.layer]}")
-        if len(segment.data) != segment.num_tokens * self._token_bytes:
-            raise TransferError(
-                f"{where}: {len(segment.data)} bytes for {segment.num_tokens} tokens"
-            )
-        if xxhash.xxh3_64_intdigest(segment.data) != segment.xxh3:
+        if len(data) != segment.num_tokens * self._token_bytes:
+            raise TransferError(f"{where}: {len(data)} bytes for {segment.num_tokens} tokens")
+        if xxhash.xxh3_64_intdigest(data) != segment.xxh3:
             raise TransferError(f"{where}: the checksum differs")

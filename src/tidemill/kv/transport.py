@@ -58,7 +58,6 @@ class GrpcKvSource:
     """The source's half: an offered hand-over as a stream of messages of bounded size."""
 
     def __init__(self, pool: BlockPool, layout: KvLayout, handovers: HandoverTable) -> None:
-        self.sent_bytes = 0
         self._pool = pool
         self._token_bytes = bytes_per_token(layout)
         self._handovers = handovers
@@ -78,10 +77,9 @@ class GrpcKvSource:
             while ranges := await handover.ranges_from(index):
                 index += len(ranges)
                 for batch in _batches(ranges, max_tokens):
-                    segments = await in_thread(pack, self._pool, handover.block_table, batch)
+                    message = await in_thread(pack, self._pool, handover.block_table, batch)
                     handover.check_open()
-                    self.sent_bytes += sum(len(segment.data) for segment in segments)
-                    yield pb.PullKvResponse(segments=segments)
+                    yield message
             handover.state = HandoverState.SENT
         finally:
             handover.pulls -= 1

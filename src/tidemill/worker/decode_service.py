@@ -20,6 +20,7 @@ from tidemill.worker.worker import Worker
 
 LONGEST_PREFILL_S = 600.0
 RETRY_DECODE_S = 0.5
+HANG_UP_S = 2.0  # for the router to close its side once it has read Final
 CLOCK_SLACK_S = 0.05  # the caller's cancel may arrive a little before our own clock says so
 
 
@@ -42,6 +43,9 @@ class DecodeService(DecodeServiceServicer):
         try:
             async for response in attempt.outbox.responses():
                 yield response
+            # A Stop that meets a closed stream breaks the router's whole call, and the Final that
+            # it has not read yet is lost to it: stay until the router has nothing more to say.
+            await asyncio.wait([commands], timeout=HANG_UP_S)
         finally:
             attempt.stop(_why_broken(context))
             commands.cancel()

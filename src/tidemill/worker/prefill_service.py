@@ -7,6 +7,8 @@ from tidemill.api.prefill.v1 import prefill_service_pb2 as pb
 from tidemill.api.prefill.v1.prefill_service_pb2_grpc import PrefillServiceServicer
 from tidemill.errors import InvalidRequest
 from tidemill.kv.handover import Handover
+from tidemill.kv.segments import bytes_per_token
+from tidemill.kv.threads import one_ahead
 from tidemill.kv.transport import GrpcKvSource, GrpcKvTransport
 from tidemill.rpc.interceptors import Context
 from tidemill.rpc.validation import validate
@@ -21,6 +23,7 @@ class PrefillService(PrefillServiceServicer):
         self._worker = worker
         self._prefiller = Prefiller(worker)
         self._source = GrpcKvSource(worker.engine.pool, worker.engine.layout, worker.handovers)
+        self._token_bytes = bytes_per_token(worker.engine.layout)
 
     async def Prefill(
         self, request: pb.PrefillRequest, context: Context
@@ -49,10 +52,10 @@ class PrefillService(PrefillServiceServicer):
             max_message_bytes = request.max_message_bytes
         handover = self._find(request.handover)
         messages = self._source.stream(handover, max_message_bytes=max_message_bytes)
-        async with aclosing(messages):
-            async for message in messages:
-                sent = sum(len(segment.data) for segment in message.segments)
-                self._worker.metrics.handover_bytes.labels("sent").inc(sent)
+        async with aclosing(one_ahead(messages)) as packed:
+            async for message in packed:
+                sent = sum(segment.num_tokens for segment in message.segments)
+                self._worker.metrics.handover_bytes.labels("sent").inc(sent * self._token_bytes)
                 yield message
 
     async def RenewHandover(

@@ -23,7 +23,7 @@ from tidemill.errors import (
     WorkerLost,
 )
 from tidemill.kv.segments import Landing
-from tidemill.kv.threads import in_thread
+from tidemill.kv.threads import in_thread, one_ahead
 from tidemill.kv.transport import GrpcKvTransport, KvTransport
 from tidemill.rpc.status import from_rpc_error
 from tidemill.worker.config import HandoverConfig
@@ -207,8 +207,8 @@ class PrefillPeer:
 
     async def _pull_once(self, ref: pb.HandoverRef, target: Landing, deadline: float) -> None:
         messages = self._transport.pull(ref, timeout_s=max(deadline - time.monotonic(), 0.001))
-        async with aclosing(messages):
-            async for segments in messages:
+        async with aclosing(one_ahead(messages)) as arrived:
+            async for segments in arrived:
                 await in_thread(target.write, segments)
         target.check_complete()
 

@@ -1,0 +1,205 @@
+"""Latents from a prefill worker's pool into a decode worker's, against a bare gRPC stream.
+
+    python -m benchmarks.serving.handover [--rounds 7] [--tokens 2048]
+
+Two processes on loopback with mutual TLS. Ours: pool -> segments with xxh3 -> PullKv -> verified
+-> pool, whole messages of 2 MiB, all layers ready from the start. Bare: the same number of bytes
+in messages of the same size, sent and counted and nothing else. Rounds alternate (ABAB); figures
+are medians, in GB/s of latents. The shape is a full V3's: 61 layers of 576 bfloat16 a token.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import torch
+
+from benchmarks.serving.cache_rpc import (
+    ROOT,
+    Timed,
+    commit,
+    cpu_name,
+    free_port,
+    median_rates,
+    tls_files,
+    until_up,
+)
+from tidemill.api.prefill.v1 import prefill_service_pb2 as pb
+from tidemill.api.prefill.v1.prefill_service_pb2_grpc import PrefillServiceStub
+from tidemill.certs import make_dev_certs
+from tidemill.engine import BlockPool, KvLayout
+from tidemill.kv.handover import Handover, HandoverState, HandoverTable
+from tidemill.kv.segments import Landing
+from tidemill.kv.threads import in_thread, one_ahead
+from tidemill.kv.transport import GrpcKvSource, GrpcKvTransport
+from tidemill.rpc.channel import internal_channel
+from tidemill.rpc.options import INTERNAL_SERVER
+from tidemill.rpc.tls import server_credentials
+
+RESULT = Path(__file__).with_name("results") / "handover.json"
+MESSAGE_BYTES = 2 << 20
+LAYERS, LATENT_DIM = 61, 576
+LAYOUT = KvLayout(
+    dtype="bfloat16", num_layers=LAYERS, latent_dim=LATENT_DIM, model_digest=b"b" * 32
+)
+
+
+def make_pool(num_tokens: int) -> BlockPool:
+    return BlockPool(
+        num_layers=LAYERS,
+        num_blocks=-(-num_tokens // 64),
+        latent_dim=LATENT_DIM,
+        dtype=torch.bfloat16,
+    )
+
+
+class Source:
+    """A prefill worker all of whose latents are computed."""
+
+    def __init__(self, num_tokens: int) -> None:
+        self._pool = make_pool(num_tokens)
+        self._pool.latents.normal_()
+        self._num_tokens = num_tokens
+        self._table = HandoverTable(epoch=1, lease_s=600.0, clock=time.monotonic)
+        self._source = GrpcKvSource(self._pool, LAYOUT, self._table)
+
+    async def pull_kv(
+        self, request: pb.PullKvRequest, _context: Any
+    ) -> AsyncIterator[pb.PullKvResponse]:
+        handover = Handover(
+            block_table=range(self._pool.num_blocks),
+            num_layers=LAYERS,
+            first_token=0,
+            num_tokens=self._num_tokens,
+            on_close=lambda _: None,
+        )
+        self._table.offer(handover)
+        for layer in range(LAYERS):
+            handover.ready(layer, 0, self._num_tokens)
+        messages = self._source.stream(handover, max_message_bytes=request.max_message_bytes)
+        async for message in one_ahead(messages):
+            yield message
+        self._table.close(handover, HandoverState.RELEASED)
+
+
+async def send_bare(request: bytes, _context: Any) -> AsyncIterator[bytes]:
+    left = int(request)
+    message = bytes(MESSAGE_BYTES)
+    while left > 0:
+        yield message[:left]
+        left -= len(message)
+
+
+async def serve(certs: Path, port: int, num_tokens: int) -> None:
+    torch.set_num_threads(1)
+    server = grpc.aio.server(options=INTERNAL_SERVER)
+    pull = grpc.unary_stream_rpc_method_handler(
+        Source(num_tokens).pull_kv,
+        request_deserializer=pb.PullKvRequest.FromString,
+        response_serializer=pb.PullKvResponse.SerializeToString,
+    )
+    services: dict[str, dict[str, Any]] = {
+        "tidemill.api.prefill.v1.PrefillService": {"PullKv": pull},
+        "bare": {"Send": grpc.unary_stream_rpc_method_handler(send_bare)},
+    }
+    handlers = [grpc.method_handlers_generic_handler(*each) for each in services.items()]
+    server.add_generic_rpc_handlers(tuple(handlers))
+    credentials = server_credentials(tls_files(certs, "prefill"), client_certs=True)
+    server.add_secure_port(f"127.0.0.1:{port}", credentials)
+    await server.start()
+    await server.wait_for_termination()
+
+
+class Puller:
+    """The decode worker's side."""
+
+    def __init__(self, channel: grpc.aio.Channel, num_tokens: int) -> None:
+        stub: Any = PrefillServiceStub(channel)
+        self._transport = GrpcKvTransport(stub, max_message_bytes=MESSAGE_BYTES)
+        self._bare: Any = channel.unary_stream("/bare/Send")
+        self._pool = make_pool(num_tokens)
+        self._num_tokens = num_tokens
+        self.num_bytes = LAYOUT.block_bytes // 64 * num_tokens
+
+    async def ours(self) -> float:
+        blocks = range(self._pool.num_blocks)
+        landing = Landing(self._pool, LAYOUT, blocks, first_token=0, num_tokens=self._num_tokens)
+        ref = pb.HandoverRef(handover_id=b"h" * 16, epoch=1)
+        begun = time.perf_counter()
+        async for segments in one_ahead(self._transport.pull(ref, timeout_s=600.0)):
+            await in_thread(landing.write, segments)
+        landing.check_complete()
+        return time.perf_counter() - begun
+
+    async def bare(self) -> float:
+        begun = time.perf_counter()
+        total = 0
+        async for message in self._bare(str(self.num_bytes).encode()):
+            total += len(message)
+        seconds = time.perf_counter() - begun
+        assert total == self.num_bytes
+        return seconds
+
+
+async def measure(certs: Path, port: int, num_tokens: int, rounds: int) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    await until_up(certs, (port,), role="prefill")
+    tls = tls_files(certs, "decode")
+    channel = internal_channel(f"127.0.0.1:{port}", role="prefill", tls=tls)
+    puller = Puller(channel, num_tokens)
+    timed: dict[str, Timed] = {"ours": puller.ours, "bare": puller.bare}
+    rates = await median_rates(timed, puller.num_bytes, rounds)
+    await channel.close()
+    return {"num_bytes": puller.num_bytes, "gb_s": rates}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--certs", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.port is not None:
+        asyncio.run(serve(arguments.certs, arguments.port, arguments.tokens))
+        return
+    with tempfile.TemporaryDirectory() as name:
+        make_dev_certs(Path(name))
+        port = free_port()
+        command = [sys.executable, "-m", "benchmarks.serving.handover", "--port", str(port)]
+        command += ["--certs", name, "--tokens", str(arguments.tokens)]
+        source = subprocess.Popen(command, cwd=ROOT)
+        try:
+            measured = asyncio.run(measure(Path(name), port, arguments.tokens, arguments.rounds))
+        finally:
+            source.terminate()
+            source.wait(20)
+    ours, bare = (measured["gb_s"][each]["median"] for each in ("ours", "bare"))
+    report = {
+        "command": f"python -m benchmarks.serving.handover --rounds {arguments.rounds} "
+        f"--tokens {arguments.tokens}",
+        "commit": commit(),
+        "device": {"cpu": cpu_name(), "cores": os.cpu_count(), "load": os.getloadavg()[0]},
+        "grpc": grpc.__version__,
+        "python": platform.python_version(),
+        **measured,
+        "ratio": ours / bare,
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(f"hand-over {ours:.3f} GB/s, bare stream {bare:.3f} GB/s, ratio {ours / bare:.2f}")
+
+
+if __name__ == "__main__":
+    main()
