@@ -41,6 +41,7 @@ class Talk:
         self.worker = worker
         self.start = start
         self.stopped: asyncio.Future[decode_pb2.Stop] = asyncio.get_running_loop().create_future()
+        self.hung_up = asyncio.Event()
         self.generated = 0
         self._context = context
 
@@ -174,6 +175,7 @@ class ScriptedWorker(DecodeServiceServicer, WorkerServiceServicer):
             assert request.HasField("stop")
             self.stops.append(request.stop)
             talk.stopped.set_result(request.stop)
+        talk.hung_up.set()
 
     @override
     async def AckFinal(

@@ -192,6 +192,7 @@ class Attempted:
             assert response.chunk.generated_tokens == len(answer.tokens)
         else:
             answer.finals.append(response.final)
+            await self.call.done_writing()  # as the router does; the worker waits for it
         return name
 
     async def until(self, name: str) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import suppress
 
 import grpc
 
@@ -61,6 +62,7 @@ class Attempt:
                     yield _generated(chunk.first_index, chunk.token_ids)
                 case "final":
                     self._ended = True
+                    await self._hang_up()
                     yield _ended(response.final)
                 case _:
                     raise _broken("an event that this router does not know")
@@ -101,8 +103,16 @@ class Attempt:
                 logger.info("attempt at %s ended without Final: %r", self.worker.id, error)
         self._call.cancel()
 
+    async def _hang_up(self) -> None:
+        """Close our side, after a Stop that is under way: the worker waits for that."""
+        async with self._writing:
+            with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                await self._call.done_writing()
+
     async def _write(self, request: decode_pb2.DecodeRequest) -> None:
         async with self._writing:
+            if self._ended:
+                return
             try:
                 await self._call.write(request)
             except grpc.aio.AioRpcError as error:

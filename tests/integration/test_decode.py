@@ -142,6 +142,19 @@ async def test_funds_that_do_not_come_end_the_attempt(model_dir: Path, tls_files
         assert answer.final.generated_tokens == 5
 
 
+async def test_a_stop_that_crosses_final_breaks_nothing(model_dir: Path, tls_files: Tls) -> None:
+    async with both_roles(model_dir, tls_files) as (_, router):
+        attempted = await router.begin(make_start(prompt_of(20), max_tokens=1))
+        response: Any = await attempted.call.read()
+        while not response.HasField("final"):
+            response = await attempted.call.read()
+        await asyncio.sleep(0.2)  # a stream that the worker closed would be known closed by now
+        await attempted.stop()
+        await attempted.call.done_writing()
+        assert await attempted.call.read() is grpc.aio.EOF
+        assert await attempted.call.code() is grpc.StatusCode.OK
+
+
 async def test_stop_during_decode_gives_one_final_with_all_that_was_generated(
     model_dir: Path, tls_files: Tls
 ) -> None:

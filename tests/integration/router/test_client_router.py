@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.router_harness import ADMIN_KEY, BOOK_PATH, MODEL, RouterHarness, spell
-from tests.scripted_worker import ScriptedWorker, answer
+from tests.scripted_worker import ScriptedWorker, Talk, answer
 from tidemill import errors
 from tidemill.billing import load_price_book
 from tidemill.client import AsyncClient, Client, FinishReason, RetryPolicy
@@ -67,6 +67,22 @@ async def test_cancel_brings_the_bill_of_what_was_generated(
     assert 3 <= stream.completed.usage.completion_tokens < 500
     stream.completed.usage.check()
     assert not await stream.cancel()
+
+
+async def test_the_router_closes_its_side_once_it_has_read_final(
+    client: AsyncClient, decode: ScriptedWorker, model_dir: Any
+) -> None:
+    talks: list[Talk] = []
+
+    async def script(talk: Talk) -> None:
+        talks.append(talk)
+        await answer(spell(model_dir, "ab"))(talk)
+        await asyncio.wait_for(talk.hung_up.wait(), 5)
+
+    decode.scripts = [script]
+    completion = await client.generate("p", model=MODEL, max_tokens=2)
+    assert completion.text == "ab"
+    assert talks[0].hung_up.is_set()
 
 
 async def test_a_worker_lost_on_the_way_is_told_with_what_it_cost(
