@@ -28,6 +28,7 @@ from tidemill.api.router.v1.admin_service_pb2_grpc import AdminServiceStub
 from tidemill.api.router.v1.router_service_pb2_grpc import RouterServiceStub
 from tidemill.errors import TidemillError
 from tidemill.rpc.channel import sdk_aio_channel
+from tidemill.rpc.server import ServerConfig
 from tidemill.rpc.status import from_rpc_error
 from tidemill.rpc.tls import TlsFiles
 
@@ -175,7 +176,7 @@ async def listen(call: Any) -> Heard:
     """Read what is left of a stream."""
     heard = Heard()
     try:
-        async for message in call:
+        while isinstance(message := await call.read(), router_pb2.GenerateResponse):
             heard.messages.append(message)
     except grpc.aio.AioRpcError as error:
         heard.error = from_rpc_error(error)
@@ -189,6 +190,7 @@ def router_config(
     tls: TlsFiles,
     *,
     cache_url: str | None = None,
+    drain_s: float = 0.0,
     **limits: Any,
 ) -> RouterConfig:
     """A configuration for tests, with secrets in `folder`, which is also the model's."""
@@ -210,6 +212,7 @@ def router_config(
             ),
         ),
         price_book=BOOK_PATH,
+        server=ServerConfig(drain_s=drain_s),
         limits=replace(LimitsConfig(), **limits),
     )
 

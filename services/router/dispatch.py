@@ -135,7 +135,8 @@ class Dispatcher:
         while True:
             patience = _RETRY_POLL_S if self._returned else _POLL_S
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), patience)
+                async with asyncio.timeout(patience):
+                    await self._wake.wait()
             self._wake.clear()
             self._place_all()
             self._tell_positions()

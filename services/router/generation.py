@@ -120,6 +120,8 @@ class Generation:
         failure: TidemillError | None = None
         try:
             await self._generate()
+            if self._ending is Finish.SERVER_FAULT:
+                failure = Unavailable("the router is stopping", reason="ROUTER_STOPPING")
         except asyncio.CancelledError:
             failure = Unavailable("the router is stopping", reason="ROUTER_STOPPING")
             raise

@@ -125,7 +125,8 @@ class Outbox:
                 return
             self._filled.clear()
             try:
-                await asyncio.wait_for(self._filled.wait(), left)
+                async with asyncio.timeout(left):
+                    await self._filled.wait()
             except TimeoutError:
                 return
             finally:

@@ -1,5 +1,6 @@
 """Which request ids are running, and how those ended that are remembered."""
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -40,6 +41,10 @@ class RequestBook:
     clock: Callable[[], float]
     _running: dict[str, _Running] = field(default_factory=dict)
     _ended: OrderedDict[str, _Ended] = field(default_factory=OrderedDict)
+    _idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self._idle.set()
 
     def __len__(self) -> int:
         """Requests that run."""
@@ -60,6 +65,7 @@ class RequestBook:
         if ended is not None:
             return ended.completed
         self._running[key] = _Running(body_sha256)
+        self._idle.clear()
         return None
 
     def attach(self, key: str, generation: "Generation") -> None:
@@ -75,9 +81,20 @@ class RequestBook:
         """All that are being served."""
         return [each.generation for each in self._running.values() if each.generation]
 
+    async def idle_within(self, patience_s: float) -> bool:
+        """Wait until nothing runs; whether it came to that."""
+        try:
+            async with asyncio.timeout(patience_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
     def end(self, key: str, completed: Completed | None) -> None:
         """The request runs no more; None: nothing to remember, the id may be used again."""
         running = self._running.pop(key)
+        if not self._running:
+            self._idle.set()
         if completed is not None:
             forget_at = self.clock() + self.retained_s
             self._ended[key] = _Ended(running.body_sha256, completed, forget_at)

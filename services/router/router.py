@@ -64,9 +64,13 @@ class Router:
         generation.end(Finish.CANCELLED)
         return True
 
-    def close(self) -> None:
-        """Refuse new requests from now on."""
+    async def close(self, patience_s: float) -> None:
+        """Refuse new requests; end those that still run after `patience_s`, unbilled."""
         self._closing = True
+        if not await self._book.idle_within(patience_s):
+            for generation in self._book.running():
+                generation.end(Finish.SERVER_FAULT)
+            await self._book.idle_within(self._limits.final_wait_s + 1.0)
 
     async def _let_in(
         self, ask: Ask, tenant: Tenant, call_timeout_s: float | None

@@ -5,6 +5,8 @@ import logging
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from tidemill.errors import TidemillError
+
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
@@ -37,5 +39,6 @@ class OwnedTasks:
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, TidemillError):
             logger.error("task %s failed", task.get_name(), exc_info=error)

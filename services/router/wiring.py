@@ -39,6 +39,7 @@ from tidemill.rpc.server import RpcServer
 _ROUTER = router_service_pb2.DESCRIPTOR.services_by_name["RouterService"]
 _ADMIN = admin_service_pb2.DESCRIPTOR.services_by_name["AdminService"]
 _MIN_SECRET_CHARS = 32
+_TASKS_S = 3.0  # for acknowledgements and ledger commands
 
 
 class RouterProcess:
@@ -47,6 +48,7 @@ class RouterProcess:
     def __init__(self, config: RouterConfig, *, registry: CollectorRegistry = REGISTRY) -> None:
         self._config = config
         self.tasks = OwnedTasks()
+        self._stopping = False
         self._pool = ThreadPoolExecutor(config.limits.tokenizer_threads, "tokenize")
         self._background: list[asyncio.Task[None]] = []
         clock, rng = time.monotonic, random.SystemRandom()
@@ -126,8 +128,20 @@ class RouterProcess:
         for descriptor in (_ROUTER, _ADMIN):
             self.server.add_service_name(descriptor.full_name)
 
+    @property
+    def ready(self) -> bool:
+        """Whether it can serve, as health says."""
+        return self._readiness() is None
+
     async def start(self) -> None:
         """Check the ledger, then listen; ConfigError says why not."""
+        try:
+            await self._start()
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def _start(self) -> None:
         await self.ledger.check_settings()
         for coroutine in (
             self._probe.run(),
@@ -138,10 +152,14 @@ class RouterProcess:
         await self.server.start()
 
     async def stop(self) -> None:
-        """Refuse new requests, let running ones end within the drain time, settle the rest."""
-        self.router.close()
+        """Refuse new requests, give running ones the drain time, write off the rest."""
+        if self._stopping:
+            return
+        self._stopping = True
+        await self.server.set_readiness_now()
+        await self.router.close(self._config.server.drain_s)
         await self.server.drain()
-        await self.tasks.join(self._config.limits.final_wait_s + 1.0)
+        await self.tasks.join(_TASKS_S)
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
@@ -151,6 +169,8 @@ class RouterProcess:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _readiness(self) -> str | None:
+        if self._stopping:
+            return "the router is stopping"
         if not self._probe.answers:
             return "the ledger does not answer"
         for name in self.dispatchers:
