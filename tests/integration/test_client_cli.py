@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import pty
 import signal
 import sys
 from collections.abc import Sequence
@@ -32,13 +34,15 @@ class Ended:
     err: str
 
 
-async def start(arguments: Sequence[str], address: str) -> asyncio.subprocess.Process:
+async def start(
+    arguments: Sequence[str], address: str, *, stdout: int = asyncio.subprocess.PIPE
+) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
         COMMAND,
         *arguments,
         env={"TIDEMILL_ADDRESS": address, "TIDEMILL_API_KEY": "tm_key.secret"},
         stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
+        stdout=stdout,
         stderr=asyncio.subprocess.PIPE,
     )
 
@@ -46,7 +50,7 @@ async def start(arguments: Sequence[str], address: str) -> asyncio.subprocess.Pr
 async def end(process: asyncio.subprocess.Process, stdin: bytes = b"") -> Ended:
     out, err = await process.communicate(stdin)
     assert process.returncode is not None
-    return Ended(process.returncode, out.decode(), err.decode())
+    return Ended(process.returncode, (out or b"").decode(), err.decode())
 
 
 async def tidemill(*arguments: str, address: str = "127.0.0.1:1", stdin: bytes = b"") -> Ended:
@@ -102,6 +106,21 @@ async def test_interrupt_ends_the_request_and_shows_its_bill() -> None:
     assert ended.status == 130
     assert ended.err.startswith("[cancelled] prompt 130 tokens")
     assert "USD" in ended.err
+
+
+async def test_a_model_cannot_steer_the_terminal() -> None:
+    async with serve(ScriptedRouter([answer("a\tb", "\x1b[2J", "\x9b31m", "c")])) as address:
+        raw = await tidemill("generate", "p", address=address)
+        terminal, end_of_terminal = pty.openpty()
+        try:
+            process = await start(["generate", "p"], address, stdout=end_of_terminal)
+            await end(process)
+            shown = os.read(terminal, 1024).decode()
+        finally:
+            os.close(terminal)
+            os.close(end_of_terminal)
+    assert "\x1b[2J\x9b31m" in raw.out  # a file gets what the model said
+    assert shown.strip() == "a\tb\ufffd[2J\ufffd31mc"
 
 
 async def test_an_error_is_one_line_with_reason_and_request_id() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from decimal import Decimal
 from types import FrameType
+from typing import TextIO
 
 from tidemill.client.cli_admin import connect
 from tidemill.client.request import Options
@@ -19,6 +20,7 @@ from tidemill.client.types import Completion, FinishReason, MaxCost, Message, Qu
 from tidemill.errors import ConfigError, TidemillError
 
 MODEL = "TIDEMILL_MODEL"
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 _EXIT_STATUS = {FinishReason.SERVER_FAULT: 1, FinishReason.CANCELLED: 130}
 
 
@@ -78,9 +80,8 @@ def _show(stream: Stream, *, as_json: bool = False) -> Completion:
                 case Queued(position=position) if position and not as_json:
                     print(f"queued, {position} ahead", file=sys.stderr)
                 case TextChunk() if not as_json:
-                    sys.stderr.write(event.reasoning)
-                    sys.stdout.write(event.text)
-                    sys.stdout.flush()
+                    _write(sys.stderr, event.reasoning)
+                    _write(sys.stdout, event.text)
         completion = stream.completion()
     if as_json:
         print(json.dumps(completion.to_dict()))
@@ -88,6 +89,12 @@ def _show(stream: Stream, *, as_json: bool = False) -> Completion:
         print()
         print(_summary(completion), file=sys.stderr)
     return completion
+
+
+def _write(to: TextIO, text: str) -> None:
+    """Write at once; a terminal is spared control characters, which a model could steer it by."""
+    to.write(_CONTROL.sub("\ufffd", text) if to.isatty() else text)
+    to.flush()
 
 
 @contextmanager
