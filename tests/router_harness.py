@@ -27,6 +27,7 @@ from tidemill.api.router.v1 import router_service_pb2 as router_pb2
 from tidemill.api.router.v1.admin_service_pb2_grpc import AdminServiceStub
 from tidemill.api.router.v1.router_service_pb2_grpc import RouterServiceStub
 from tidemill.errors import TidemillError
+from tidemill.policy import QueueLimits
 from tidemill.rpc.channel import sdk_aio_channel
 from tidemill.rpc.server import ServerConfig
 from tidemill.rpc.status import from_rpc_error
@@ -191,6 +192,7 @@ def router_config(
     *,
     cache_url: str | None = None,
     drain_s: float = 0.0,
+    queue_requests: int = 1024,
     **limits: Any,
 ) -> RouterConfig:
     """A configuration for tests, with secrets in `folder`, which is also the model's."""
@@ -213,6 +215,7 @@ def router_config(
         ),
         price_book=BOOK_PATH,
         server=ServerConfig(drain_s=drain_s),
+        queue=QueueLimits(max_requests=queue_requests),
         limits=replace(LimitsConfig(), **limits),
     )
 
