@@ -78,6 +78,10 @@ class Fleet:
     _on_change: list[Callable[[], None]] = field(default_factory=list)
     _on_leave: list[Callable[[Worker], None]] = field(default_factory=list)
 
+    def __len__(self) -> int:
+        """Workers connected, whether or not they may be picked."""
+        return len(self._workers)
+
     def subscribe(
         self, *, on_change: Callable[[], None], on_leave: Callable[[Worker], None]
     ) -> None:
