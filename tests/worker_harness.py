@@ -166,6 +166,8 @@ class Attempted:
 
     async def stop(self, reason: str = "CANCELLED", keep_tokens: int | None = None) -> None:
         value = FinishReason.Value(f"FINISH_REASON_{reason}")
+        if self.answer.finals:
+            return
         await self.send(stop=pb.Stop(reason=value, keep_tokens=keep_tokens))
 
     async def fund(self, total: int) -> None:
@@ -192,6 +194,8 @@ class Attempted:
             assert response.chunk.generated_tokens == len(answer.tokens)
         else:
             answer.finals.append(response.final)
+            if not self.call.done():
+                await self.call.done_writing()
             await self.call.done_writing()  # as the router does; the worker waits for it
         return name
 

@@ -474,7 +474,7 @@ async def run_one(
         return await attempt.finish()
     reading = asyncio.create_task(attempt.finish())
     await asyncio.sleep(delay)
-    if index % 6 and not reading.done():
+    if index % 6:
         await attempt.stop()
         return await reading
     reading.cancel()
