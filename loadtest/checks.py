@@ -1,12 +1,13 @@
 """What must hold of every answer, whatever the load."""
 
-from tidemill.client import Completed, FinishReason, Stream
+from tidemill.client import Completed, FinishReason
+from tidemill.client.generation import Progress
 from tidemill.errors import ReceiptError, UsageError
 
 _MAY_END_UNREAD = (FinishReason.CANCELLED, FinishReason.DEADLINE)
 
 
-def check(stream: Stream, completed: Completed) -> None:
+def check(stream: Progress, completed: Completed) -> None:
     """U1, U2 and M4 of one answer, and its bill against itself. UsageError, ReceiptError."""
     usage = completed.usage
     usage.check()
