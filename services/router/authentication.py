@@ -1,19 +1,69 @@
-"""Who is calling: a guard that lets nobody through without a key."""
+"""Who is calling: whose key it is, and a guard that lets nobody through without one."""
 
 import hmac
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from contextvars import ContextVar
 from enum import Enum
 
-from services.router.keys import Authenticator, Tenant
+from services.router.keys import KeyRecord, KeyStore, Tenant
 from tidemill.errors import PermissionDenied, Unauthenticated
 from tidemill.rpc.interceptors import Call
 
 _AUTHORIZATION = "authorization"
 _SCHEME = "bearer "
+_MAX_KEY_CHARS = 128
 
 _tenant: ContextVar[Tenant] = ContextVar("tenant")
+
+
+class Authenticator:
+    """Says whose a key is, asking the ledger at most every `cache_s` seconds for each key.
+
+    A revoked key therefore stops working within `cache_s`, and the keys in use outlive a ledger
+    that is away for less than that.
+    """
+
+    def __init__(
+        self,
+        store: KeyStore,
+        *,
+        cache_s: float,
+        clock: Callable[[], float],
+        max_entries: int = 10_000,
+    ) -> None:
+        self._store = store
+        self._cache_s = cache_s
+        self._clock = clock
+        self._max_entries = max_entries
+        self._cache: dict[str, tuple[float, KeyRecord]] = {}
+
+    async def tenant_of(self, api_key: str | None) -> Tenant:
+        """The key's tenant; Unauthenticated for a missing, unknown, wrong or revoked key."""
+        if not api_key:
+            raise Unauthenticated("no API key was sent", reason="API_KEY_MISSING")
+        key_id = _key_id_of(api_key)
+        record = await self._record(key_id) if key_id else None
+        digest = self._store.digest(api_key)
+        expected = record.digest if record else bytes(len(digest))
+        if not hmac.compare_digest(digest, expected) or record is None:
+            raise Unauthenticated("this API key is not known", reason="API_KEY_UNKNOWN")
+        if record.key.revoked:
+            raise Unauthenticated("this API key was revoked", reason="API_KEY_REVOKED")
+        return record.tenant
+
+    async def _record(self, key_id: str) -> KeyRecord | None:
+        asked_at = self._clock()
+        cached = self._cache.get(key_id)
+        if cached is not None and asked_at - cached[0] < self._cache_s:
+            return cached[1]
+        self._cache.pop(key_id, None)
+        record = await self._store.find(key_id)
+        if record is not None:
+            while len(self._cache) >= self._max_entries:
+                self._cache.pop(next(iter(self._cache)))
+            self._cache[key_id] = (asked_at, record)
+        return record
 
 
 class Access(Enum):
@@ -68,3 +118,16 @@ def _bearer(call: Call) -> str | None:
         if value[: len(_SCHEME)].lower() == _SCHEME:
             return value[len(_SCHEME) :].strip()
     return None
+
+
+def _key_id_of(api_key: str) -> str | None:
+    head, dot, secret = api_key.partition(".")
+    key_id = head.removeprefix("tm_")
+    well_formed = (
+        len(api_key) <= _MAX_KEY_CHARS
+        and head.startswith("tm_")
+        and key_id.isascii()
+        and key_id.isalnum()
+        and bool(dot and secret)
+    )
+    return key_id if well_formed else None

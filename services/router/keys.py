@@ -19,11 +19,10 @@ from typing import Any
 from redis.asyncio import Redis
 
 from services.router.ledger import Ledger
-from tidemill.errors import AlreadyExists, NotFound, Unauthenticated
+from tidemill.errors import AlreadyExists, NotFound
 
 SALT_BYTES = 32
 SECRET_BYTES = 24  # 192 bits
-MAX_KEY_CHARS = 128
 _KEY_ID_CHARS = 12
 _ALPHABET = string.ascii_letters + string.digits
 
@@ -135,68 +134,6 @@ class KeyStore:
             fields[b"digest"],
             Tenant(key.tenant_id, tenant[b"currency"].decode(), tenant[b"salt"]),
         )
-
-
-class Authenticator:
-    """Says whose a key is, asking the ledger at most every `cache_s` seconds for each key.
-
-    A revoked key therefore stops working within `cache_s`, and the keys in use outlive a ledger
-    that is away for less than that.
-    """
-
-    def __init__(
-        self,
-        store: KeyStore,
-        *,
-        cache_s: float,
-        clock: Callable[[], float],
-        max_entries: int = 10_000,
-    ) -> None:
-        self._store = store
-        self._cache_s = cache_s
-        self._clock = clock
-        self._max_entries = max_entries
-        self._cache: dict[str, tuple[float, KeyRecord]] = {}
-
-    async def tenant_of(self, api_key: str | None) -> Tenant:
-        """The key's tenant; Unauthenticated for a missing, unknown, wrong or revoked key."""
-        if not api_key:
-            raise Unauthenticated("no API key was sent", reason="API_KEY_MISSING")
-        key_id = _key_id_of(api_key)
-        record = await self._record(key_id) if key_id else None
-        digest = self._store.digest(api_key)
-        expected = record.digest if record else bytes(len(digest))
-        if not hmac.compare_digest(digest, expected) or record is None:
-            raise Unauthenticated("this API key is not known", reason="API_KEY_UNKNOWN")
-        if record.key.revoked:
-            raise Unauthenticated("this API key was revoked", reason="API_KEY_REVOKED")
-        return record.tenant
-
-    async def _record(self, key_id: str) -> KeyRecord | None:
-        asked_at = self._clock()
-        cached = self._cache.get(key_id)
-        if cached is not None and asked_at - cached[0] < self._cache_s:
-            return cached[1]
-        self._cache.pop(key_id, None)
-        record = await self._store.find(key_id)
-        if record is not None:
-            while len(self._cache) >= self._max_entries:
-                self._cache.pop(next(iter(self._cache)))
-            self._cache[key_id] = (asked_at, record)
-        return record
-
-
-def _key_id_of(api_key: str) -> str | None:
-    head, dot, secret = api_key.partition(".")
-    key_id = head.removeprefix("tm_")
-    well_formed = (
-        len(api_key) <= MAX_KEY_CHARS
-        and head.startswith("tm_")
-        and key_id.isascii()
-        and key_id.isalnum()
-        and bool(dot and secret)
-    )
-    return key_id if well_formed else None
 
 
 def _tenant_key(tenant_id: str) -> str:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
 from services.router.finish import Completed, PrefillSite
@@ -88,7 +88,7 @@ class Outbox:
         self._end = end
         self._filled.set()
 
-    async def events(self) -> AsyncIterator[Event]:
+    async def events(self) -> AsyncGenerator[Event, None]:
         """Everything in order, then the end."""
         while True:
             await self._filled.wait()

@@ -11,11 +11,11 @@ from redis.asyncio import Redis
 
 from services.router.admin_service import AdminService
 from services.router.admission import Admission
-from services.router.authentication import Access, KeyGuard
+from services.router.authentication import Access, Authenticator, KeyGuard
 from services.router.config import RouterConfig
 from services.router.dispatch import Dispatcher
 from services.router.fleet import Expected, Fleet
-from services.router.keys import Authenticator, KeyStore
+from services.router.keys import KeyStore
 from services.router.ledger import Ledger, LedgerProbe
 from services.router.metrics import RouterMetrics
 from services.router.models import Catalogue, load_model
@@ -38,7 +38,9 @@ from tidemill.rpc.server import RpcServer
 
 _ROUTER = router_service_pb2.DESCRIPTOR.services_by_name["RouterService"]
 _ADMIN = admin_service_pb2.DESCRIPTOR.services_by_name["AdminService"]
+_REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 _MIN_SECRET_CHARS = 32
+_REDIS_TIMEOUT_S = 2.0
 _TASKS_S = 3.0  # for acknowledgements and ledger commands
 
 
@@ -47,86 +49,78 @@ class RouterProcess:
 
     def __init__(self, config: RouterConfig, *, registry: CollectorRegistry = REGISTRY) -> None:
         self._config = config
-        self.tasks = OwnedTasks()
         self._stopping = False
-        self._pool = ThreadPoolExecutor(config.limits.tokenizer_threads, "tokenize")
         self._background: list[asyncio.Task[None]] = []
-        clock, rng = time.monotonic, random.SystemRandom()
+        self._pool = ThreadPoolExecutor(config.limits.tokenizer_threads, "tokenize")
+        self.tasks = OwnedTasks()
         book = load_price_book(config.price_book)
         catalogue = Catalogue(load_model(model, book, _now_ms()) for model in config.models)
         self.ledger = Ledger(config.ledger, self.tasks)
         self._probe = LedgerProbe(self.ledger)
-        pepper = _read_secret(config.ledger.pepper_file, "ledger.pepper_file")
-        store = KeyStore(self.ledger, pepper.encode(), _now_ms)
-        self.fleet = Fleet(
-            expected={
-                model.name: Expected(
-                    model.tokenizer.vocab_size,
-                    bytes.fromhex(model.config.model_digest or "") or None,
-                )
-                for model in catalogue
-            },
-            clock=clock,
-            stale_after_s=config.balancer.stale_after_s,
-        )
+        self.fleet = _fleet(config, catalogue)
         url = config.fleet.cache_url
-        self._cache_redis = Redis.from_url(url, socket_timeout=2.0) if url else None
-        self._registry = Registry(config.fleet, self.fleet, redis=self._cache_redis, clock=clock)
-        self.dispatchers = {
-            model.name: Dispatcher(
-                model.name,
-                self.fleet,
-                limits=config.queue,
-                balancer=config.balancer,
-                rng=rng,
-                clock=clock,
-            )
-            for model in catalogue
-        }
-        metrics = RouterMetrics(registry)
-        limits = config.limits
-        self.requests = RequestBook(limits.retained_requests, limits.retained_s, clock)
-        metrics.watch(
-            queued=lambda: sum(map(len, self.dispatchers.values())),
-            running=lambda: len(self.requests),
+        self._cache_redis = Redis.from_url(url, socket_timeout=_REDIS_TIMEOUT_S) if url else None
+        self._registry = Registry(
+            config.fleet, self.fleet, redis=self._cache_redis, clock=time.monotonic
         )
+        self.dispatchers = {
+            model.name: _dispatcher(config, model.name, self.fleet) for model in catalogue
+        }
+        limits = config.limits
+        self.requests = RequestBook(limits.retained_requests, limits.retained_s, time.monotonic)
         admission = Admission(
             catalogue=catalogue,
             fleet=self.fleet,
             book=book,
             limits=limits,
             pool=self._pool,
-            rng=rng,
+            rng=random.SystemRandom(),
             now_ms=_now_ms,
         )
-        self.router = Router(
+        self.router = self._router(admission, RouterMetrics(registry))
+        self.server = self._server(admission, RpcMetrics(registry))
+
+    def _router(self, admission: Admission, metrics: RouterMetrics) -> Router:
+        metrics.watch(
+            queued=lambda: sum(map(len, self.dispatchers.values())),
+            running=lambda: len(self.requests),
+        )
+        return Router(
             admission=admission,
             dispatchers=self.dispatchers,
-            settler=Settler(book=book, metrics=metrics, now_ms=_now_ms),
+            settler=Settler(book=admission.book, metrics=metrics, now_ms=_now_ms),
             book=self.requests,
             tasks=self.tasks,
-            limits=limits,
+            limits=self._config.limits,
             metrics=metrics,
-            clock=clock,
+            clock=time.monotonic,
         )
-        authenticator = Authenticator(store, cache_s=config.ledger.key_cache_s, clock=clock)
-        admin_key = _read_secret(config.ledger.admin_key_file, "ledger.admin_key_file")
-        self.server = RpcServer(
-            config.server,
+
+    def _server(self, admission: Admission, metrics: RpcMetrics) -> RpcServer:
+        config = self._config.ledger
+        pepper = _read_secret(config.pepper_file, "ledger.pepper_file")
+        admin_key = _read_secret(config.admin_key_file, "ledger.admin_key_file")
+        store = KeyStore(self.ledger, pepper.encode(), _now_ms)
+        authenticator = Authenticator(store, cache_s=config.key_cache_s, clock=time.monotonic)
+        server = RpcServer(
+            self._config.server,
             public=True,
             readiness=self._readiness,
             guards=(KeyGuard(_access(), authenticator, admin_key),),
-            metrics=RpcMetrics(registry),
+            metrics=metrics,
         )
         service = RouterService(
-            self.router, admission, slow_reader_s=limits.slow_reader_s, now_ms=_now_ms
+            self.router,
+            admission,
+            slow_reader_s=self._config.limits.slow_reader_s,
+            now_ms=_now_ms,
         )
-        router_service_pb2_grpc.add_RouterServiceServicer_to_server(service, self.server.server)
-        admin_service_pb2_grpc.add_AdminServiceServicer_to_server(
-            AdminService(store, book), self.server.server
-        )
+        router_service_pb2_grpc.add_RouterServiceServicer_to_server(service, server.server)
+        admin = AdminService(store, admission.book)
+        admin_service_pb2_grpc.add_AdminServiceServicer_to_server(admin, server.server)
         for descriptor in (_ROUTER, _ADMIN):
-            self.server.add_service_name(descriptor.full_name)
+            server.add_service_name(descriptor.full_name)
+        return server
 
     @property
     def ready(self) -> bool:
@@ -179,13 +173,35 @@ class RouterProcess:
         return None
 
 
+def _fleet(config: RouterConfig, catalogue: Catalogue) -> Fleet:
+    expected = {
+        model.name: Expected(
+            model.tokenizer.vocab_size, bytes.fromhex(model.config.model_digest or "") or None
+        )
+        for model in catalogue
+    }
+    return Fleet(expected, clock=time.monotonic, stale_after_s=config.balancer.stale_after_s)
+
+
+def _dispatcher(config: RouterConfig, model: str, fleet: Fleet) -> Dispatcher:
+    return Dispatcher(
+        model,
+        fleet,
+        limits=config.queue,
+        balancer=config.balancer,
+        rng=random.SystemRandom(),
+        clock=time.monotonic,
+    )
+
+
 def _access() -> dict[str, Access]:
-    """Every method of both services, by its full name."""
-    return {
+    """Every method of both services, by its full name, and reflection, where it is served."""
+    methods = {
         f"/{service.full_name}/{method.name}": access
         for service, access in ((_ROUTER, Access.TENANT), (_ADMIN, Access.ADMIN))
         for method in service.methods
     }
+    return {**methods, _REFLECTION: Access.TENANT}
 
 
 def _read_secret(path: Path, key: str) -> str:

@@ -1,0 +1,99 @@
+import asyncio
+import time
+from collections.abc import Callable
+
+from services.router.finish import PrefillSite
+from services.router.outbox import Accepted, Event, Moved, Outbox, Piece
+from tidemill.billing import Usage
+from tidemill.errors import WorkerLost
+
+
+def make(clock: Callable[[], float] = time.monotonic) -> Outbox:
+    return Outbox(max_tokens=8, max_delay_s=0.05, clock=clock)
+
+
+def piece(index: int, count: int = 1) -> Piece:
+    ids = tuple(range(index, index + count))
+    return Piece(
+        first_index=index,
+        token_ids=ids,
+        text="".join(f"{each} " for each in ids),
+        reasoning="",
+        usage=Usage(completion_tokens=index + count, generated_tokens=index + count),
+        site=PrefillSite(),
+    )
+
+
+async def drain(outbox: Outbox) -> list[Event]:
+    events: list[Event] = []
+    try:
+        async for event in outbox.events():
+            events.append(event)
+    except WorkerLost:
+        return events
+    raise AssertionError("the stream ended without its error")
+
+
+async def test_a_reader_that_is_behind_loses_nothing_and_gets_full_messages() -> None:
+    outbox = make()
+    for index in range(20):
+        outbox.put(piece(index))
+    outbox.close(WorkerLost("end"))
+    pieces = [each for each in await drain(outbox) if isinstance(each, Piece)]
+    assert [len(each.token_ids) for each in pieces] == [8, 8, 4]
+    assert [token for each in pieces for token in each.token_ids] == list(range(20))
+    assert "".join(each.text for each in pieces) == "".join(f"{each} " for each in range(20))
+    assert [each.first_index for each in pieces] == [0, 8, 16]
+    assert [each.usage.completion_tokens for each in pieces] == [8, 16, 20]
+
+
+async def test_a_piece_is_never_split() -> None:
+    outbox = make()
+    outbox.put(piece(0, 5))
+    outbox.put(piece(5, 5))
+    outbox.close(WorkerLost("end"))
+    assert [len(each.token_ids) for each in await drain(outbox) if isinstance(each, Piece)] == [
+        5,
+        5,
+    ]
+
+
+async def test_a_reader_that_keeps_up_gets_each_piece_at_once() -> None:
+    outbox = make()
+    events = outbox.events()
+    for index in range(5):
+        outbox.put(piece(index))
+        started = time.monotonic()
+        event = await anext(events)
+        assert isinstance(event, Piece)
+        assert len(event.token_ids) == 1
+        assert time.monotonic() - started < 0.04
+    await events.aclose()
+
+
+async def test_a_message_waits_at_most_its_delay_to_fill() -> None:
+    outbox = make()
+    outbox.put(piece(0))
+    outbox.put(piece(1))
+    events = outbox.events()
+    started = time.monotonic()
+    asyncio.get_running_loop().call_later(0.02, outbox.put, piece(2))
+    event = await anext(events)
+    assert isinstance(event, Piece)
+    assert event.token_ids == (0, 1, 2)
+    assert 0.04 < time.monotonic() - started < 0.5
+    await events.aclose()
+
+
+async def test_only_the_last_position_is_told_and_none_after_the_first_piece() -> None:
+    outbox = make()
+    outbox.accept(3)
+    outbox.move(2)
+    outbox.move(1)
+    events = outbox.events()
+    assert await anext(events) == Accepted(3)
+    assert await anext(events) == Moved(1)
+    outbox.move(0)
+    outbox.put(piece(0))
+    assert isinstance(await anext(events), Piece)
+    await events.aclose()
