@@ -134,6 +134,33 @@ async def test_generation_pauses_at_its_funds_and_goes_on_when_funded(
         assert answer.reason == "LENGTH"
 
 
+async def test_funds_that_come_during_prefill_count(model_dir: Path, tls_files: Tls) -> None:
+    async with split_roles(model_dir, tls_files, fund_wait_s=0.2) as (prefill, decode, router):
+        slow_down(prefill, 0.05)
+        start = make_start(prompt_of(300), prefill=prefill, max_tokens=12, funded_tokens=3)
+        attempt = await router.begin(start)
+        await eventually(lambda: decode.worker.num_waiting == 1)
+        await attempt.fund(12)
+        answer = await attempt.finish()
+        assert (len(answer.tokens), answer.reason) == (12, "LENGTH")
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+async def test_a_stop_right_behind_start_prefills_nothing(
+    model_dir: Path, tls_files: Tls, in_place: bool
+) -> None:
+    async with split_roles(model_dir, tls_files) as (prefill, decode, router):
+        start = make_start(prompt_of(900), prefill=None if in_place else prefill)
+        slow_down(prefill, 0.05)
+        slow_down(decode, 0.05)
+        attempt = await router.begin(start)
+        await attempt.stop()
+        answer = await attempt.finish()
+        assert (answer.reason, answer.events) == ("CANCELLED", ["final"])
+        await settled(prefill, decode, within_s=1.0)
+        assert metric(prefill, "stopped_prefill_tokens_total") < 200
+
+
 async def test_funds_that_do_not_come_end_the_attempt(model_dir: Path, tls_files: Tls) -> None:
     async with split_roles(model_dir, tls_files, fund_wait_s=0.2) as (prefill, _, router):
         start = make_start(prompt_of(50), prefill=prefill, max_tokens=12, funded_tokens=5)

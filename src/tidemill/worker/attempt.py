@@ -130,18 +130,25 @@ class Attempt:
         self._close(ending)
 
     async def _run(self) -> _Ending:
+        if (stopped := self._stopped()) is not None:
+            return stopped
         prefill = self._fetch() if self._peer is None else self._prefill_on(self._peer)
         self._transfer = asyncio.create_task(prefill)
         try:
             seq = await self._transfer
         except asyncio.CancelledError:
-            if self._stop is None:
-                raise
-            return _Ending(self._stop[0])
-        if self._stop is not None:
-            return _Ending(self._stop[0])
+            if (stopped := self._stopped()) is not None:
+                return stopped
+            raise
+        if (stopped := self._stopped()) is not None:
+            return stopped
         self._running = self._worker.thread.submit(seq, self._on_output)
+        if self._funded is not None:  # what came while the prompt was prefilled
+            self._running.fund(self._funded)
         return await self._ending
+
+    def _stopped(self) -> _Ending | None:
+        return None if self._stop is None else _Ending(self._stop[0])
 
     async def _fetch(self) -> Sequence:
         """Prefill in place: what the cache has now, the rest by the engine."""
@@ -277,8 +284,8 @@ class Attempt:
             self._budget_timer = None
 
     def _failed(self, error: TidemillError) -> _Ending:
-        if self._stop is not None:
-            return _Ending(self._stop[0])
+        if (stopped := self._stopped()) is not None:
+            return stopped
         if isinstance(error, DeadlineExceeded):
             return _Ending(FinishReason.FINISH_REASON_DEADLINE, error=error)
         return _Ending(FinishReason.FINISH_REASON_SERVER_FAULT, error=error)

@@ -167,7 +167,7 @@ class Worker:
             queued_uncached_tokens=self.backlog.num_tokens,
             prefilling=len(self.backlog),
             running=load.running,
-            waiting=self.num_waiting,
+            waiting=self.num_waiting + max(load.waiting - len(self.backlog), 0),
             tiers=[
                 pb.KvTierLoad(
                     tier=pb.KV_TIER_DEVICE,
