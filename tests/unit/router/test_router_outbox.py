@@ -28,7 +28,7 @@ async def drain(outbox: Outbox) -> list[Event]:
     events: list[Event] = []
     try:
         async for event in outbox.events():
-            events.append(event)
+            events.append(event)  # noqa: PERF401 - kept though the stream ends by an error
     except WorkerLost:
         return events
     raise AssertionError("the stream ended without its error")
