@@ -16,6 +16,7 @@ from services.cache.stats import StatsBook
 from services.cache.store import BlockStore
 from tidemill.api.cache.v1.cache_service_pb2 import CACHE_TIER_RAM
 from tidemill.api.cache.v1.cache_service_pb2_grpc import add_CacheServiceServicer_to_server
+from tidemill.rpc import tasks
 from tidemill.rpc.address import is_loopback
 from tidemill.rpc.interceptors import RoleGuard
 from tidemill.rpc.metrics import MetricsEndpoint, RpcMetrics, serve_metrics
@@ -96,8 +97,7 @@ class CacheNode:
         """Drain, leave the index, stop."""
         await self.server.drain()
         if self._upkeep is not None:
-            self._upkeep.cancel()
-            await asyncio.gather(self._upkeep, return_exceptions=True)
+            await tasks.end(self._upkeep)
         if self.link is not None and self.index is not None:
             await self.index.leave()
             await self.stats.flush()

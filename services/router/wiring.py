@@ -8,6 +8,8 @@ from pathlib import Path
 
 from prometheus_client import REGISTRY, CollectorRegistry
 from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 
 from services.router.admin_service import AdminService
 from services.router.admission import Admission
@@ -33,6 +35,7 @@ from tidemill.api.router.v1 import (
 )
 from tidemill.billing import load_price_book
 from tidemill.errors import ConfigError
+from tidemill.rpc import tasks
 from tidemill.rpc.metrics import RpcMetrics
 from tidemill.rpc.server import RpcServer
 
@@ -59,7 +62,7 @@ class RouterProcess:
         self._probe = LedgerProbe(self.ledger)
         self.fleet = _fleet(config, catalogue)
         url = config.fleet.cache_url
-        self._cache_redis = Redis.from_url(url, socket_timeout=_REDIS_TIMEOUT_S) if url else None
+        self._cache_redis = _cache_redis(url) if url else None
         self._registry = Registry(
             config.fleet, self.fleet, redis=self._cache_redis, clock=time.monotonic
         )
@@ -154,9 +157,7 @@ class RouterProcess:
         await self.router.close(self._config.server.drain_s)
         await self.server.drain()
         await self.tasks.join(_TASKS_S)
-        for task in self._background:
-            task.cancel()
-        await asyncio.gather(*self._background, return_exceptions=True)
+        await tasks.end(*self._background)
         await self.ledger.close()
         if self._cache_redis is not None:
             await self._cache_redis.aclose()
@@ -171,6 +172,15 @@ class RouterProcess:
             if why := self.fleet.readiness(name):
                 return why
         return None
+
+
+def _cache_redis(url: str) -> Redis:
+    return Redis.from_url(
+        url,
+        socket_timeout=_REDIS_TIMEOUT_S,
+        socket_connect_timeout=_REDIS_TIMEOUT_S,
+        retry=Retry(NoBackoff(), 1),
+    )
 
 
 def _fleet(config: RouterConfig, catalogue: Catalogue) -> Fleet:
