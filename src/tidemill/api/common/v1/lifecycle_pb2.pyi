@@ -74,7 +74,9 @@ class AttemptId(google.protobuf.message.Message):
     ATTEMPT_FIELD_NUMBER: builtins.int
     FENCE_FIELD_NUMBER: builtins.int
     request_id: builtins.str
-    """The client's request id."""
+    """Names the request among those of all tenants: made by the router from the tenant's id and the client's
+    request id.
+    """
     attempt: builtins.int
     """Attempt, from 1."""
     fence: builtins.int
