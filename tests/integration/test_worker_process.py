@@ -306,17 +306,43 @@ async def test_both_roles_in_one_process_from_either_entry_point(
     assert await process.end() == 0
 
 
-async def test_a_bad_config_is_one_line_that_names_the_key(
-    model_dir: Path, dev_certs: Path, tmp_path: Path, free_port: Callable[[], int]
+async def test_what_keeps_a_worker_from_starting_is_one_clear_line(
+    model_dir: Path,
+    tls_files: Tls,
+    dev_certs: Path,
+    tmp_path: Path,
+    free_port: Callable[[], int],
 ) -> None:
-    path = config_file(
+    empty, good = tmp_path / "empty", tmp_path / "good"
+    for directory in (empty, good):
+        directory.mkdir()
+    (empty / "config.json").write_bytes((model_dir / "config.json").read_bytes())
+    unknown_key = config_file(
         tmp_path, "decode", model_dir, dev_certs, port=free_port(), extra="max_atempts = 3"
     )
-    process = WorkerProcess("decode", path, 1)
+    async with worker_at(Role.PREFILL, model_dir, tls_files) as running:
+        port = running.server.port
+        no_weights = config_file(empty, "decode", empty, dev_certs, port=port)
+        port_taken = config_file(good, "decode", model_dir, dev_certs, port=port)
+        said = await asyncio.gather(
+            *(
+                last_words(WorkerProcess("decode", path, port))
+                for path in (unknown_key, no_weights, port_taken)
+            )
+        )
+    assert [(status, words.count("\n")) for status, words in said] == [(2, 0)] * 3
+    config_error, checkpoint_error, port_error = (words for _, words in said)
+    assert "decode.max_atempts" in config_error
+    assert unknown_key.name in config_error
+    assert "safetensors" in checkpoint_error
+    assert f"cannot listen on 127.0.0.1:{port}" in port_error
+
+
+async def last_words(process: WorkerProcess) -> tuple[int | None, str]:
+    """Exit status and the lines of stderr that are neither our log nor gRPC's."""
     await process.start()
     assert process.process is not None
     _, said = await process.process.communicate()
-    assert process.process.returncode == 2
-    assert said.decode().count("\n") == 1
-    assert "decode.max_atempts" in said.decode()
-    assert path.name in said.decode()
+    lines = [line for line in said.decode().splitlines() if line.startswith("tidemill ")]
+    assert "Traceback" not in said.decode()
+    return process.process.returncode, "\n".join(lines)

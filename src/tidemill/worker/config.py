@@ -62,6 +62,12 @@ class RegistryConfig:
     heartbeat_s: float = 1.0
     ttl_s: float = 5.0
 
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError("registry url must begin with redis://, rediss:// or unix://")
+        if not 0 < self.heartbeat_s < self.ttl_s:
+            raise ValueError("registry heartbeat_s must be above 0 and below ttl_s")
+
 
 @dataclass(frozen=True)
 class WorkerConfig:

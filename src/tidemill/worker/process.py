@@ -4,10 +4,9 @@ import argparse
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import grpc
 from redis.asyncio import Redis
@@ -19,7 +18,7 @@ from tidemill.api.decode.v1.decode_service_pb2_grpc import add_DecodeServiceServ
 from tidemill.api.prefill.v1.prefill_service_pb2_grpc import add_PrefillServiceServicer_to_server
 from tidemill.api.worker.v1.worker_service_pb2_grpc import add_WorkerServiceServicer_to_server
 from tidemill.engine import Engine
-from tidemill.errors import ConfigError
+from tidemill.errors import CheckpointError, ConfigError
 from tidemill.kv.cache_client import CacheClient
 from tidemill.rpc import process
 from tidemill.rpc.address import is_loopback
@@ -29,6 +28,7 @@ from tidemill.rpc.metrics import RpcMetrics, serve_metrics
 from tidemill.rpc.server import RpcServer
 from tidemill.rpc.tls import TlsFiles
 from tidemill.worker.attempt_table import AttemptTable
+from tidemill.worker.background import Background
 from tidemill.worker.block_storer import BlockStorer
 from tidemill.worker.config import RegistryConfig, Role, WorkerConfig
 from tidemill.worker.decode_service import DecodeService
@@ -122,15 +122,18 @@ async def running_worker(
         engine = await asyncio.to_thread(Engine.load, config.model_dir, config.engine)
     async with AsyncExitStack() as stack:
         cache = _cache_client(config, tls, stack)
+        background = await stack.enter_async_context(Background())
         storer = None
         if cache is not None and config.cache is not None:
             storer = BlockStorer(
                 engine.pool, cache, max_blocks=config.cache.store_queue_blocks, metrics=metrics
             )
-            await stack.enter_async_context(_background(storer.run))
+            background.start("block storer", storer.run)
         thread = stack.enter_context(EngineThread(engine))
         reuse = PromptReuse(engine, model=config.model, cache=cache, storer=storer, metrics=metrics)
-        worker = Worker(config, role, thread, reuse, storer=storer, metrics=metrics)
+        worker = Worker(
+            config, role, thread, reuse, storer=storer, metrics=metrics, background=background
+        )
         peers = PrefillPeers(
             lambda address: internal_channel(address, role="prefill", tls=tls),
             config.handover,
@@ -144,7 +147,7 @@ async def running_worker(
         await server.start()
         running = RunningWorker(worker, server, decode, attempts)
         stack.push_async_callback(running.drain)
-        await stack.enter_async_context(_background(lambda: _sweep(worker, attempts)))
+        background.start("sweeper", lambda: _sweep(worker, attempts))
         if config.registry is not None:
             await stack.enter_async_context(_registered(running, config.registry))
         yield running
@@ -165,9 +168,13 @@ def main(service: str, roles: tuple[Role, ...]) -> int:
         if address is not None:
             tls = None if is_loopback(address) else config.server.tls
             endpoint = serve_metrics(address, tls=tls)
-        async with running_worker(config, Role(arguments.role), rpc_metrics=RpcMetrics()) as worker:
-            logger.info("serving", extra={"address": worker.address, "role": arguments.role})
-            await stop.wait()
+        role = Role(arguments.role)
+        try:
+            async with running_worker(config, role, rpc_metrics=RpcMetrics()) as worker:
+                logger.info("serving", extra={"address": worker.address, "role": role.value})
+                await stop.wait()
+        except CheckpointError as error:
+            raise ConfigError(f"{config.model_dir}: {error}") from error
         if endpoint is not None:
             endpoint.close()
 
@@ -245,20 +252,9 @@ async def _registered(running: RunningWorker, config: RegistryConfig) -> AsyncIt
         worker, config, redis, address=running.address, metrics=worker.metrics
     )
     try:
-        async with _background(registration.run):
+        async with Background() as heartbeat:
+            heartbeat.start("heartbeat", registration.run)
             yield
         await registration.remove()
     finally:
         await redis.aclose()
-
-
-@asynccontextmanager
-async def _background(run: Callable[[], Coroutine[Any, Any, None]]) -> AsyncIterator[None]:
-    """Run a loop beside the block and cancel it at the end; an error in it is raised there."""
-    task = asyncio.create_task(run())
-    try:
-        yield
-    finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task

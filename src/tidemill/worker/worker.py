@@ -14,6 +14,7 @@ from tidemill.blocks import BLOCK_TOKENS
 from tidemill.engine import PoolCorrupted
 from tidemill.errors import FailedPrecondition, InvalidRequest
 from tidemill.kv.handover import HandoverTable
+from tidemill.worker.background import Background
 from tidemill.worker.block_storer import BlockStorer
 from tidemill.worker.config import Role, WorkerConfig
 from tidemill.worker.engine_thread import EngineThread
@@ -44,6 +45,7 @@ class Worker:
         *,
         storer: BlockStorer | None,
         metrics: WorkerMetrics,
+        background: Background,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
@@ -56,6 +58,7 @@ class Worker:
         self.storer = storer
         self.metrics = metrics
         self.clock = clock
+        self._background = background
         self.backlog = Backlog(config.max_queued_tokens)
         self.handovers = HandoverTable(
             epoch=self.epoch, lease_s=config.handover.lease_s, clock=clock
@@ -116,6 +119,8 @@ class Worker:
         """Why the worker is not ready, None when it is (R2)."""
         if self.thread.failure is not None:
             return f"the engine failed: {self.thread.failure.error_id}"
+        if self._background.failure is not None:
+            return self._background.failure
         if self.draining:
             return "draining"
         if self.thread.step_age_s > self.config.stall_s:
