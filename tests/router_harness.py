@@ -108,15 +108,11 @@ class Heard:
         return self.messages[-1].completed
 
 
-class RouterHarness:
-    """A started router, its channel and one tenant's key."""
+class RouterCaller:
+    """A channel to a router and one tenant's key."""
 
-    def __init__(
-        self, process: RouterProcess, channel: grpc.aio.Channel, registry: CollectorRegistry
-    ) -> None:
-        self.process = process
+    def __init__(self, channel: grpc.aio.Channel) -> None:
         self.channel = channel
-        self.registry = registry
         self.stub = cast(Any, RouterServiceStub(channel))
         self.admin = cast(Any, AdminServiceStub(channel))
         self.key = ""
@@ -148,6 +144,17 @@ class RouterHarness:
         metadata = bearer(self.key if key is None else key)
         answer = await self.stub.CancelGeneration(request, metadata=metadata, timeout=5)
         return bool(answer.found)
+
+
+class RouterHarness(RouterCaller):
+    """A router in this process, with a channel to it."""
+
+    def __init__(
+        self, process: RouterProcess, channel: grpc.aio.Channel, registry: CollectorRegistry
+    ) -> None:
+        super().__init__(channel)
+        self.process = process
+        self.registry = registry
 
     async def until(self, condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
         """Wait for what must come true."""

@@ -4,6 +4,8 @@ import argparse
 import asyncio
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from services.router.config import RouterConfig
@@ -12,6 +14,7 @@ from tidemill.config import load
 from tidemill.rpc.address import is_loopback
 from tidemill.rpc.metrics import serve_metrics
 from tidemill.rpc.process import run
+from tidemill.rpc.server import ServerConfig
 
 
 def main() -> int:
@@ -23,19 +26,27 @@ def main() -> int:
     async def serve(stop: asyncio.Event) -> None:
         config = load(RouterConfig, "router", arguments.config, os.environ)
         process = RouterProcess(config)
-        await process.start()
-        endpoint = None
-        address = config.server.metrics_address
-        if address is not None:
-            tls = None if is_loopback(address) else config.server.tls
-            endpoint = serve_metrics(address, tls=tls)
-        print(f"router listening on {process.server.address}", flush=True)
-        await stop.wait()
-        await process.stop()
-        if endpoint is not None:
-            endpoint.close()
+        with serving_metrics(config.server):
+            await process.start()
+            print(f"router listening on {process.server.address}", flush=True)
+            await stop.wait()
+            await process.stop()
 
     return run("router", serve)
+
+
+@contextmanager
+def serving_metrics(config: ServerConfig) -> Iterator[None]:
+    """The metrics port, where one is configured; plain on loopback."""
+    address = config.metrics_address
+    if address is None:
+        yield
+        return
+    endpoint = serve_metrics(address, tls=None if is_loopback(address) else config.tls)
+    try:
+        yield
+    finally:
+        endpoint.close()
 
 
 if __name__ == "__main__":

@@ -89,18 +89,19 @@ class Fleet:
         self._on_change.append(on_change)
         self._on_leave.append(on_leave)
 
-    def join(self, worker: Worker) -> bool:
-        """Add a worker; False if another of its id is connected."""
-        if worker.id in self._workers:
-            logger.error("two workers share one id", extra=_names(worker.description))
-            return False
+    def join(self, worker: Worker) -> None:
+        """Add a worker; ValueError if another of its id is connected."""
+        if (other := self._workers.get(worker.id)) is not None:
+            raise ValueError(
+                f"{worker.id} is the id of workers at {other.description.address} and "
+                f"{worker.description.address}"
+            )
         self._workers[worker.id] = worker
         self._adopt(worker.description)
         if why := self._objection(worker.description):
             logger.error("worker is not used: %s", why, extra=_names(worker.description))
         else:
             logger.info("worker joined", extra=_names(worker.description))
-        return True
 
     def leave(self, worker: Worker) -> None:
         """Forget a worker that is gone."""

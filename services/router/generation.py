@@ -149,10 +149,12 @@ class Generation:
                 full = target if isinstance(refusal, PrefillFull) else placed.decode
                 wait_s = max(refusal.retry_after_s or 0, _REFUSED_S[min(refused, 5)])
                 refused += 1
-            except WorkerLost as loss:
+            except TidemillError as loss:
                 if self._ending is not None:
                     return
-                if self._tally.prefilled is not None or lost >= self._limits.max_lost_attempts:
+                too_late = self._tally.prefilled is not None
+                too_often = lost >= self._limits.max_lost_attempts
+                if not isinstance(loss, WorkerLost) or too_late or too_often:
                     raise
                 self._tally.write_off()
                 full = _blamed(loss, placed)

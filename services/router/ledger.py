@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 from redis.commands.core import AsyncScript
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
 from services.router.config import LedgerConfig
@@ -37,6 +40,7 @@ class Ledger:
             timeout=config.timeout_s,
             socket_timeout=config.timeout_s,
             socket_connect_timeout=config.timeout_s,
+            retry=Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),  # for stale ones
             decode_responses=False,
         )
         self._redis: Redis = Redis(connection_pool=pool)
@@ -53,8 +57,16 @@ class Ledger:
         return script
 
     async def check_settings(self) -> None:
-        """Refuse a Redis that may lose or evict money; ConfigError names the setting."""
-        found = await self.run(_settings)
+        """Refuse a Redis that may lose or evict money; ConfigError names the setting.
+
+        ConfigError too, with what Redis said, when it does not let this router in.
+        """
+        try:
+            found = await self.run(_settings)
+        except LedgerUnavailable as error:
+            raise ConfigError(
+                f"ledger Redis cannot be used: {error.__cause__}", reason="LEDGER_UNAVAILABLE"
+            ) from error
         for name, required in REQUIRED_SETTINGS.items():
             if found.get(name) != required:
                 raise ConfigError(

@@ -174,8 +174,7 @@ class Link:
         )
         description = _description(answer, self._endpoint.address)
         worker = Worker(description, self._decode)
-        if not self._fleet.join(worker):
-            return
+        self._fleet.join(worker)
         self._worker = worker
         try:
             request = worker_pb2.WatchLoadRequest(min_interval_ms=self._interval_ms)

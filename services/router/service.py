@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -57,9 +58,10 @@ class RouterService(router_service_pb2_grpc.RouterServiceServicer):
         writer = EventWriter(generation)
         why = Finish.CANCELLED
         try:
-            async for event in generation.outbox.events():
-                async with asyncio.timeout(self._slow_reader_s):
-                    await context.write(writer.message(event))
+            async with aclosing(generation.outbox.events()) as events:
+                async for event in events:
+                    async with asyncio.timeout(self._slow_reader_s):
+                        await context.write(writer.message(event))
         except TimeoutError:
             why = Finish.SLOW_READER
             raise Aborted(

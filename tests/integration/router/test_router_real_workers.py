@@ -1,0 +1,265 @@
+"""The router over real workers on the tiny model: reuse, equality of paths, kill -9."""
+
+import asyncio
+import json
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from tests.redis_process import RedisProcess
+from tests.router_harness import (
+    MODEL,
+    Heard,
+    RouterHarness,
+    listen,
+    router_config,
+    running_router,
+)
+from tests.tiny_model import make_tiny_checkpoint
+from tests.worker_harness import prompt_of, settled, slow_down, worker_at
+from tidemill.api.common.v1 import lifecycle_pb2, sampling_pb2, usage_pb2
+from tidemill.api.router.v1 import router_service_pb2 as router_pb2
+from tidemill.errors import WorkerLost
+from tidemill.rpc.tls import TlsFiles
+from tidemill.worker.config import Role
+from tidemill.worker.process import RunningWorker
+
+pytestmark = pytest.mark.redis
+
+TlsOf = Callable[[str], TlsFiles]
+REPOSITORY = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+def ask(
+    request_id: str, num_tokens: int = 200, *, max_tokens: int = 12, **fields: Any
+) -> router_pb2.GenerateRequest:
+    return router_pb2.GenerateRequest(
+        request_id=request_id,
+        model=MODEL,
+        tokens=router_pb2.TokenInput(token_ids=prompt_of(num_tokens)),
+        sampling=sampling_pb2.Sampling(temperature=0, max_tokens=max_tokens),
+        **fields,
+    )
+
+
+@asynccontextmanager
+async def router_over(
+    tiny_dir: Path, ledger: RedisProcess, tls_files: TlsOf, *endpoints: str
+) -> AsyncIterator[RouterHarness]:
+    config = router_config(tiny_dir, ledger, endpoints, tls_files("router"))
+    async with running_router(config) as router:
+        yield router
+
+
+Pair = tuple[RunningWorker, RunningWorker, RouterHarness]
+
+
+@pytest.fixture
+async def pair(tiny_dir: Path, ledger: RedisProcess, tls_files: TlsOf) -> AsyncIterator[Pair]:
+    """A prefill worker, a decode worker, and a router over them; pools whole at the end."""
+    async with (
+        worker_at(Role.PREFILL, tiny_dir, tls_files, worker_id="p") as prefill,
+        worker_at(Role.DECODE, tiny_dir, tls_files, worker_id="d") as decode,
+        router_over(
+            tiny_dir, ledger, tls_files, f"prefill@{prefill.address}", f"decode@{decode.address}"
+        ) as router,
+    ):
+        yield prefill, decode, router
+        await settled(prefill, decode)
+
+
+def check_usage(heard: Heard, num_prompt: int) -> usage_pb2.Usage:
+    """U1, U2 and M4 of a completed stream."""
+    usage = heard.completed.usage
+    prompt = usage.prompt
+    reused = (
+        prompt.reused_device_tokens
+        + prompt.reused_host_tokens
+        + prompt.reused_cache_ram_tokens
+        + prompt.reused_cache_disk_tokens
+        + prompt.reused_peer_tokens
+    )
+    assert prompt.prompt_tokens == num_prompt == prompt.computed_tokens + reused
+    assert usage.cache_hit_tokens % 64 == 0
+    assert usage.cache_hit_tokens <= min(reused, (num_prompt - 1) // 64 * 64)
+    assert usage.cache_hit_tokens + usage.cache_miss_tokens == num_prompt
+    unbilled = usage.unbilled
+    assert usage.generated_tokens == usage.completion_tokens + unbilled.overrun_tokens
+    return usage
+
+
+async def test_a_repeated_prompt_is_a_hit_and_the_same_answer(pair: Pair) -> None:
+    _, _, router = pair
+    first, second = [await router.generate(ask(f"r{number}")) for number in range(2)]
+    assert first.token_ids == second.token_ids
+    assert len(first.token_ids) == 12
+    assert first.text == second.text
+    assert check_usage(first, 200).cache_hit_tokens == 0
+    usage = check_usage(second, 200)
+    assert usage.cache_hit_tokens == usage.prompt.reused_device_tokens == 192
+    assert usage.prompt.prefill_worker_id == "p"
+    assert usage.prompt.prefill_site == usage_pb2.PREFILL_SITE_PREFILL_WORKER
+    assert second.completed.receipt.amount_nano < first.completed.receipt.amount_nano
+    assert second.completed.receipt.saved_nano > 0
+
+
+async def test_one_worker_doing_both_gives_the_same_answer(
+    pair: Pair, tiny_dir: Path, ledger: RedisProcess, tls_files: TlsOf
+) -> None:
+    split = await pair[2].generate(ask("r1"))
+    async with (
+        worker_at(Role.BOTH, tiny_dir, tls_files) as both,
+        router_over(tiny_dir, ledger, tls_files, f"both@{both.address}") as router,
+    ):
+        whole = await router.generate(ask("r1"))
+        await settled(both)
+    assert whole.token_ids == split.token_ids
+    site = check_usage(whole, 200).prompt.prefill_site
+    assert site == usage_pb2.PREFILL_SITE_DECODE_WORKER
+
+
+async def test_a_tenant_never_hits_on_anothers_prompt(pair: Pair) -> None:
+    router = pair[2]
+    other = await router.make_tenant("eve")
+    await router.generate(ask("r1"))
+    heard = await router.generate(ask("r1"), key=other)
+    assert check_usage(heard, 200).cache_hit_tokens == 0
+
+
+async def test_a_stop_string_of_the_real_answer_ends_it_there(pair: Pair) -> None:
+    router = pair[2]
+    whole = await router.generate(ask("r1", max_tokens=24))
+    cut = whole.text[len(whole.text) // 2 :][:3]
+    heard = await router.generate(ask("r2", max_tokens=24, stop=[cut]))
+    assert heard.completed.finish_reason == lifecycle_pb2.FINISH_REASON_STOP
+    assert heard.text == whole.text[: whole.text.index(cut)]
+    assert len(heard.token_ids) == check_usage(heard, 200).completion_tokens < 24
+
+
+async def test_streams_cancelled_at_random_all_end_with_a_true_bill(pair: Pair) -> None:
+    router, rng = pair[2], Random(7)
+
+    async def one(number: int) -> Heard:
+        call = router.call(ask(f"r{number}", 64 + 10 * number, max_tokens=48))
+        if number % 3:
+            return await listen(call)
+        await asyncio.sleep(rng.uniform(0.0, 1.0))
+        await router.cancel(f"r{number}")
+        return await listen(call)
+
+    heard = await asyncio.gather(*(one(number) for number in range(12)))
+    for number, each in enumerate(heard):
+        if each.completed.usage.HasField("prompt"):
+            usage = check_usage(each, 64 + 10 * number)
+            assert usage.completion_tokens == len(each.token_ids)
+        else:
+            assert each.completed.receipt.amount_nano == 0
+
+
+async def test_a_client_that_vanishes_in_prefill_leaves_nothing(pair: Pair) -> None:
+    prefill, decode, router = pair
+    slow_down(prefill, 0.2)
+    call = router.call(ask("r1", 900))
+    await call.read()
+    await router.until(lambda: not decode.worker.idle)
+    await asyncio.sleep(0.3)
+    call.cancel()
+    await router.check_idle()
+    await settled(prefill, decode)
+
+
+class WorkerProcess:
+    """`python -m services.{role}` on the tiny model."""
+
+    def __init__(self, role: str, model_dir: Path, certs: Path, directory: Path, port: int) -> None:
+        self.endpoint = f"{role}@127.0.0.1:{port}"
+        path = directory / f"{role}.toml"
+        path.write_text(
+            f"""
+[{role}]
+worker_id = "{role}-0"
+model = "{MODEL}"
+model_dir = "{model_dir}"
+engine = {{ num_blocks = 96, num_threads = 1 }}
+[{role}.server]
+address = "127.0.0.1:{port}"
+tls = {{ cert = "{certs}/{role}.pem", key = "{certs}/{role}.key", ca = "{certs}/ca.pem" }}
+"""
+        )
+        self._command = [sys.executable, "-m", f"services.{role}", "--config", str(path)]
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> None:
+        self._process = await asyncio.create_subprocess_exec(
+            *self._command,
+            cwd=REPOSITORY,
+            stderr=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.DEVNULL,
+        )
+        assert self._process.stderr is not None
+        async for line in self._process.stderr:
+            if json.loads(line).get("message") == "serving":
+                return
+        raise AssertionError("the worker ended before it served")
+
+    async def kill(self) -> None:
+        assert self._process is not None
+        if self._process.returncode is None:
+            self._process.send_signal(signal.SIGKILL)
+        await self._process.communicate()
+
+
+@pytest.fixture
+def processes(
+    tiny_dir: Path, dev_certs: Path, tmp_path: Path, free_port: Callable[[], int]
+) -> Callable[[str], WorkerProcess]:
+    return lambda role: WorkerProcess(role, tiny_dir, dev_certs, tmp_path, free_port())
+
+
+async def test_killed_workers_are_typed_errors_within_two_seconds_and_leave_nothing(
+    tiny_dir: Path,
+    ledger: RedisProcess,
+    tls_files: TlsOf,
+    processes: Callable[[str], WorkerProcess],
+) -> None:
+    prefill, decode = processes("prefill"), processes("decode")
+    await asyncio.gather(prefill.start(), decode.start())
+    try:
+        async with router_over(
+            tiny_dir, ledger, tls_files, prefill.endpoint, decode.endpoint
+        ) as router:
+            call = router.call(ask("r1", 64, max_tokens=900))
+            for _ in range(4):
+                await call.read()
+            await decode.kill()
+            killed_at = time.monotonic()
+            heard = await listen(call)
+            assert time.monotonic() - killed_at < 2
+            assert isinstance(heard.error, WorkerLost)
+            assert heard.error.request_id == "r1"
+            await router.check_idle()
+
+            await decode.start()
+            await router.until(lambda: router.process.ready, timeout_s=15)
+            call = router.call(ask("r2", 64, max_tokens=300))
+            for _ in range(4):
+                await call.read()
+            await prefill.kill()
+            heard = await listen(call)
+            assert check_usage(heard, 64).completion_tokens == 300
+            await router.until(lambda: not router.process.ready)
+            assert (await router.generate(ask("r3"), timeout=1.0)).error is not None
+    finally:
+        await asyncio.gather(prefill.kill(), decode.kill())
