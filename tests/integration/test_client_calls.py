@@ -136,6 +136,25 @@ async def test_a_stream_yields_typed_events_in_order(face_of: FaceOf) -> None:
     assert stream.ttft_s > 0
 
 
+async def test_a_stream_left_at_its_last_event_still_gives_the_completion(face_of: FaceOf) -> None:
+    def leave(client: Client) -> Completion:
+        with client.generate("p", model="demo", stream=True) as stream:
+            while stream.completed is None:
+                next(stream)
+        return stream.completion()
+
+    async def leave_aio(client: AsyncClient) -> Completion:
+        async with await client.generate("p", model="demo", stream=True) as stream:
+            while stream.completed is None:
+                await anext(stream)
+        return await stream.completion()
+
+    async with serve(ScriptedRouter([answer("a", "b")])) as address:
+        face = face_of(address)
+        completion = await face.call(leave if isinstance(face, SyncFace) else leave_aio)
+    assert completion.text == "ab"
+
+
 async def test_cancel_ends_the_stream_with_its_bill(face_of: FaceOf) -> None:
     async with serve(ScriptedRouter([until_cancelled()])) as address:
         events, stream = await face_of(address).stream(cancel_at=3)

@@ -169,8 +169,9 @@ class AsyncStream(Progress):
 
     async def completion(self) -> Completion:
         """Read to the end; the whole answer with its bill."""
-        async for _ in self:
-            pass
+        if self.completed is None:
+            async for _ in self:
+                pass
         return self._exchange.completion()
 
     async def cancel(self) -> bool:

@@ -152,8 +152,9 @@ class Stream(Progress):
 
     def completion(self) -> Completion:
         """Read to the end; the whole answer with its bill."""
-        for _ in self:
-            pass
+        if self.completed is None:
+            for _ in self:
+                pass
         return self._exchange.completion()
 
     def cancel(self) -> bool:
