@@ -5,7 +5,7 @@ import contextlib
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from services.router.fleet import DECODE, PREFILL, Fleet, Worker
 from tidemill.policy import (
@@ -44,6 +44,7 @@ class Ticket:
     key: str
     tenant_id: str
     num_prompt_tokens: int
+    max_tokens: int
     block_hashes: Sequence[bytes]
     moved: Callable[[int], None]
     placed: asyncio.Future[Placed | None]
@@ -160,8 +161,7 @@ class Dispatcher:
         self._prefilling.add(
             ticket.key, prefill.id, at=now, tokens=request.uncached_tokens(prefill.id)
         )
-        reserve = self._balancer.decode_reserve_tokens
-        blocks = request.new_blocks(placed.decode.id, extra_tokens=reserve)
+        blocks = request.new_blocks(placed.decode.id, extra_tokens=ticket.max_tokens)
         self._decoding.add(ticket.key, placed.decode.id, at=now, blocks=blocks)
         self._affinity.record(prefill.id, ticket.block_hashes)
         if not ticket.placed.done():
@@ -171,6 +171,8 @@ class Dispatcher:
     def _choose(self, ticket: Ticket) -> Placed | None:
         now = self._clock()
         request = self._request(ticket)
+        # A decode worker takes the blocks of the longest completion at once.
+        balancer = replace(self._balancer, decode_reserve_tokens=ticket.max_tokens)
 
         def pick(role: str, among: Sequence[Worker]) -> Worker | None:
             loads = [worker.load for worker in among if worker.load is not None]
@@ -180,7 +182,7 @@ class Dispatcher:
                 else (pick_decode, self._decoding)
             )
             chosen: WorkerLoad | None = choose(
-                loads, request, busy, self._rng, now=now, config=self._balancer
+                loads, request, busy, self._rng, now=now, config=balancer
             )
             return self._fleet.get(chosen.worker_id) if chosen else None
 

@@ -88,6 +88,7 @@ class Generation:
             key=self.admitted.key,
             tenant_id=self.admitted.tenant.id,
             num_prompt_tokens=len(self.admitted.token_ids),
+            max_tokens=self.admitted.sampling.max_tokens,
             block_hashes=self.admitted.block_hashes,
             moved=self.outbox.move,
             placed=loop.create_future(),

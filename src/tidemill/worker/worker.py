@@ -159,7 +159,9 @@ class Worker:
                 mtp=layout.mtp,
                 model_digest=layout.model_digest,
             ),
-            max_context_tokens=self.engine.max_context,
+            max_context_tokens=min(
+                self.engine.max_context, self.engine.pool.num_blocks * BLOCK_TOKENS
+            ),
             kv_transports=["grpc"],
             version=version("tidemill"),
             vocab_size=self.engine.model_config.vocab_size,

@@ -263,3 +263,19 @@ async def test_killed_workers_are_typed_errors_within_two_seconds_and_leave_noth
             assert (await router.generate(ask("r3"), timeout=1.0)).error is not None
     finally:
         await asyncio.gather(prefill.kill(), decode.kill())
+
+
+async def test_a_prompt_that_no_pool_can_hold_is_refused_and_blocks_nobody(
+    tiny_dir: Path, ledger: RedisProcess, tls_files: TlsOf
+) -> None:
+    async with (
+        worker_at(Role.BOTH, tiny_dir, tls_files, num_blocks=8) as both,
+        router_over(tiny_dir, ledger, tls_files, f"both@{both.address}") as router,
+    ):
+        heard = await router.generate(ask("r1", 512))
+        assert heard.error is not None
+        assert heard.error.reason == "CONTEXT_EXCEEDED"
+        assert check_usage(await router.generate(ask("r2", 500)), 500).completion_tokens == 12
+        many = await asyncio.gather(*(router.generate(ask(f"s{each}", 300)) for each in range(6)))
+        assert [check_usage(each, 300).completion_tokens for each in many] == [12] * 6
+        await settled(both)
