@@ -26,7 +26,13 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from torch import Tensor
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from tidemill.engine import Engine, EngineConfig, SamplingParams, Sequence
 from tidemill.models.config import ModelConfig
@@ -125,24 +131,36 @@ def step_until_idle(engine: Engine) -> None:
         engine.step()
 
 
+class FirstToken(StoppingCriteria):  # type: ignore[misc]  # untyped in transformers
+    """Never stops anything: notes when `generate` had its first tokens."""
+
+    def __init__(self) -> None:
+        self.at: float | None = None
+
+    def __call__(self, input_ids: Tensor, *_: object, **__: object) -> Tensor:
+        if self.at is None:
+            self.at = time.perf_counter()
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
 def run_peer(model: DeepseekV3ForCausalLM, prompts: list[list[int]]) -> tuple[float, float]:
-    """As `run_ours`, by `generate`: once for one token, once for all."""
+    """As `run_ours`, by `generate`."""
     ids = torch.tensor(prompts)
-    seconds = []
-    for new_tokens in (1, NEW_TOKENS):
-        started = time.perf_counter()
-        with torch.inference_mode():
-            out = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                min_new_tokens=new_tokens,
-                max_new_tokens=new_tokens,
-                pad_token_id=1,
-            )
-        seconds.append(time.perf_counter() - started)
-        assert out.shape[1] == PROMPT_TOKENS + new_tokens
-    return seconds[0], seconds[1] - seconds[0]
+    first = FirstToken()
+    started = time.perf_counter()
+    with torch.inference_mode():
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=NEW_TOKENS,
+            pad_token_id=1,
+            stopping_criteria=StoppingCriteriaList([first]),
+        )
+    finished = time.perf_counter()
+    assert out.shape[1] == PROMPT_TOKENS + NEW_TOKENS
+    assert first.at is not None
+    return first.at - started, finished - first.at
 
 
 def measure(ours: Run, peer: Run, batch: int, rounds: int) -> tuple[Samples, Samples]:
@@ -228,19 +246,23 @@ def commit() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
-def report(rows: list[Row], bandwidth: float, arguments: argparse.Namespace) -> None:
-    print(f"{'batch':>5} {'prefill tok/s':>24} {'decode tok/s':>24} {'ratio':>6} {'floor':>6}")
-    for row in rows:
-        prefill = f"{row.ours_prefill_tok_s:.0f} vs {row.peer_prefill_tok_s:.0f}"
-        decode = f"{row.ours_decode_tok_s:.1f} vs {row.peer_decode_tok_s:.1f}"
-        tail = f"{row.decode_ratio:>6} {row.floor_fraction:>6}"
-        print(f"{row.batch:>5} {prefill:>24} {decode:>24} {tail}")
+HEADER = f"{'batch':>5} {'prefill tok/s':>20} {'decode tok/s':>20} {'ratio':>6} {'floor':>6}"
+
+
+def show(row: Row) -> None:
+    prefill = f"{row.ours_prefill_tok_s:.0f} vs {row.peer_prefill_tok_s:.0f}"
+    decode = f"{row.ours_decode_tok_s:.1f} vs {row.peer_decode_tok_s:.1f}"
+    tail = f"{row.decode_ratio:>6} {row.floor_fraction:>6}"
+    print(f"{row.batch:>5} {prefill:>20} {decode:>20} {tail}", flush=True)
+
+
+def write(rows: list[Row], bandwidth: float, arguments: argparse.Namespace) -> None:
     result = {
         "benchmark": "engine/peers",
         "command": f"python -m benchmarks.engine.peers --rounds {arguments.rounds} "
         f"--threads {arguments.threads} --batches {','.join(map(str, arguments.batches))}",
         "commit": commit(),
-        "device": f"{device_name()}, {arguments.threads} threads",
+        "device": f"{device_name()}, {arguments.threads} thread(s)",
         "torch": torch.__version__,
         "peer": f"transformers {transformers.__version__} generate, bfloat16, sdpa",
         "prompt_tokens": PROMPT_TOKENS,
@@ -273,6 +295,7 @@ def main() -> None:
         )
         engine = Engine.load(path, config)
         rows = []
+        print(HEADER)
         bandwidth = read_bandwidth()
         for batch in arguments.batches:
             ours, peer = measure(
@@ -283,7 +306,8 @@ def main() -> None:
             )
             bandwidth = max(bandwidth, read_bandwidth())
             rows.append(summarise(engine.model_config, batch, ours, peer, bandwidth))
-        report(rows, bandwidth, arguments)
+            show(rows[-1])
+        write(rows, bandwidth, arguments)
 
 
 if __name__ == "__main__":
