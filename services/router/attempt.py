@@ -25,7 +25,10 @@ Report = Prefilled | Generated | Ended
 
 
 class Attempt:
-    """Talks to one decode worker about one attempt."""
+    """Talks to one decode worker about one attempt.
+
+    `close` it in any case, and `acknowledge` it once its Ended has been settled.
+    """
 
     def __init__(self, worker: Worker, start: decode_pb2.Start, *, final_wait_s: float) -> None:
         self.worker = worker
@@ -35,6 +38,7 @@ class Attempt:
         self._id = start.task.id
         metadata = ((REQUEST_ID_KEY, self._id.request_id),)
         self._call = worker.decode.Decode(metadata=metadata)
+        worker.open_attempts.count += 1
         self._writing = asyncio.Lock()
         self._started = asyncio.Event()
         self._ended = False
@@ -90,6 +94,8 @@ class Attempt:
             await self.worker.decode.AckFinal(request, timeout=_ACK_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             logger.info("AckFinal did not reach %s: %s", self.worker.id, error.details())
+        finally:
+            self.worker.open_attempts.count -= 1
 
     async def close(self) -> None:
         """Leave nothing running at the worker: stop what has not ended, then hang up."""
@@ -102,6 +108,8 @@ class Attempt:
             except (TimeoutError, TidemillError) as error:
                 logger.info("attempt at %s ended without Final: %r", self.worker.id, error)
         self._call.cancel()
+        if not self._ended:
+            self.worker.open_attempts.count -= 1
 
     async def _hang_up(self) -> None:
         """Close our side, after a Stop that is under way: the worker waits for that."""

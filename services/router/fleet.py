@@ -41,12 +41,23 @@ class ModelIdentity:
 
 
 @dataclass(eq=False, slots=True)
+class OpenAttempts:
+    """How many attempts still use a worker's connection, until their Final is acknowledged."""
+
+    count: int = 0
+
+
+@dataclass(eq=False, slots=True)
 class Worker:
-    """One connected worker; `load` is None until it has reported."""
+    """One connected worker; `load` is None until it has reported.
+
+    A worker that left the fleet because it drains goes on serving its `open_attempts`.
+    """
 
     description: Description
     decode: "DecodeServiceAsyncStub"
     load: WorkerLoad | None = None
+    open_attempts: OpenAttempts = field(default_factory=OpenAttempts)
 
     @property
     def id(self) -> str:

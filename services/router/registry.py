@@ -17,7 +17,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from services.router.config import FleetConfig
-from services.router.fleet import DECODE, PREFILL, Description, Fleet, Worker
+from services.router.fleet import DECODE, PREFILL, Description, Fleet, OpenAttempts, Worker
 from tidemill.api.common.v1 import kv_pb2
 from tidemill.api.decode.v1 import decode_service_pb2_grpc
 from tidemill.api.worker.v1 import worker_service_pb2 as worker_pb2
@@ -96,8 +96,8 @@ class Registry:
             found = self._static | set(self._links)
         for endpoint in found - set(self._links):
             self._links[endpoint] = Link(endpoint, self._config, self._fleet, self._clock)
-        gone = [each for each in self._links if each not in found and not self._links[each].alive]
-        for endpoint in gone:
+        unused = {endpoint for endpoint, link in self._links.items() if not link.in_use}
+        for endpoint in unused - found:
             await self._links.pop(endpoint).close()
 
     async def _registered(self) -> set[Endpoint]:
@@ -128,6 +128,7 @@ class Link:
         self._fleet = fleet
         self._clock = clock
         self._worker: Worker | None = None
+        self._open_attempts = OpenAttempts()
         self._channel = internal_channel(
             endpoint.address, role=endpoint.role, tls=config.tls, options=_CHANNEL_OPTIONS
         )
@@ -140,9 +141,9 @@ class Link:
         self._task = asyncio.create_task(self._run(), name=f"link to {endpoint.address}")
 
     @property
-    def alive(self) -> bool:
-        """Whether the worker is connected now."""
-        return self._worker is not None
+    def in_use(self) -> bool:
+        """Whether the worker is connected, or has drained away and still ends its attempts."""
+        return self._worker is not None or self._open_attempts.count > 0
 
     async def close(self) -> None:
         """Hang up."""
@@ -173,7 +174,7 @@ class Link:
             worker_pb2.DescribeWorkerRequest(), timeout=_DESCRIBE_TIMEOUT_S
         )
         description = _description(answer, self._endpoint.address)
-        worker = Worker(description, self._decode)
+        worker = Worker(description, self._decode, open_attempts=self._open_attempts)
         self._fleet.join(worker)
         self._worker = worker
         try:
