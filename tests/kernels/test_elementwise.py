@@ -59,8 +59,6 @@ def test_packed_and_plain_products_agree(rows: int) -> None:
     wide = x.float()
     pairs = [
         (packed(x), plain(wide)),
-        (packed.silu(x), plain.silu(wide)),
-        (packed.times(x, other), plain.times(wide, other.float())),
         (packed.plus(x, other), plain.plus(wide, other.float())),
     ]
     for found, expected in pairs:

@@ -65,7 +65,9 @@ def test_sorted_experts_equal_the_sum_over_choices(case: ExpertCase, dtype: torc
 
     shapes = [(case.width, case.hidden), (case.width, case.hidden), (case.hidden, case.width)]
     matrices = [[weight(*shape) for shape in shapes] for _ in range(case.num_experts)]
-    experts = [Expert(*map(make_linear, triple)) for triple in matrices]
+    experts = [
+        Expert(make_linear(torch.cat((gate, up))), make_linear(down)) for gate, up, down in matrices
+    ]
     x = torch.randn(case.num_tokens, case.hidden, generator=generator).to(dtype)
     ids = (
         torch.rand(case.num_tokens, case.num_experts, generator=generator).topk(case.top_k).indices

@@ -74,7 +74,7 @@ class Attention:
         """
         config = self.config
         widths = [config.q_lora_rank, config.kv_lora_rank, config.qk_rope_head_dim]
-        q_a, latent, k_rope = torch.split(self.qkv_a(hidden), widths, dim=-1)
+        q_a, latent, k_rope = self.qkv_a(hidden).split_with_sizes(widths, dim=-1)
         query = self.q_b(rms_norm(q_a, self.q_a_norm, LATENT_NORM_EPS))
         query = query.view(len(hidden), config.num_attention_heads, config.qk_head_dim)
         q_rope = query[..., config.qk_nope_head_dim :]
@@ -104,9 +104,7 @@ class Attention:
 
     def _attend_absorbed(self, query: Tensor, batch: DecodeBatch, latents: Tensor) -> Tensor:
         config = self.config
-        q_nope, q_rope = torch.split(
-            query, [config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1
-        )
+        q_nope, q_rope = query.tensor_split([config.qk_nope_head_dim], dim=-1)
         q_latent = torch.bmm(q_nope.transpose(0, 1), self.w_uk).transpose(0, 1)
         attended = mla_decode(
             torch.cat((q_latent, q_rope), dim=-1),

@@ -91,9 +91,10 @@ def _interleave(weight: Tensor, rope: int) -> Tensor:
 
 
 def _expert(take: Take, prefix: str, config: ModelConfig, width: int) -> Expert:
+    gate = take(f"{prefix}.gate_proj.weight", width, config.hidden_size)
+    up = take(f"{prefix}.up_proj.weight", width, config.hidden_size)
     return Expert(
-        gate=make_linear(take(f"{prefix}.gate_proj.weight", width, config.hidden_size)),
-        up=make_linear(take(f"{prefix}.up_proj.weight", width, config.hidden_size)),
+        gate_up=make_linear(torch.cat((gate, up))),
         down=make_linear(take(f"{prefix}.down_proj.weight", config.hidden_size, width)),
     )
 

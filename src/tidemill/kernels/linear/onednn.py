@@ -18,7 +18,7 @@ def can_pack(weight: Tensor) -> bool:
 
 
 class PackedLinear:
-    """weight [N, K] bf16, reordered once; post-operations run inside the product, in fp32."""
+    """weight [N, K] bf16, reordered once."""
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_ROWS)
@@ -26,16 +26,6 @@ class PackedLinear:
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, K] -> x @ weight.T [T, N]."""
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
-        return out
-
-    def silu(self, x: Tensor) -> Tensor:
-        """silu(x @ weight.T) [T, N]."""
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "swish", [], "")
-        return out
-
-    def times(self, x: Tensor, other: Tensor) -> Tensor:
-        """(x @ weight.T) * other [T, N]."""
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, other, self.weight, None, "mul")
         return out
 
     def plus(self, x: Tensor, other: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Products with a plain torch weight."""
 
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn.functional import linear
 
 
 class PlainLinear:
@@ -13,14 +13,6 @@ class PlainLinear:
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, K] -> x @ weight.T [T, N]."""
         return linear(x, self.weight)
-
-    def silu(self, x: Tensor) -> Tensor:
-        """silu(x @ weight.T) [T, N]."""
-        return silu(linear(x, self.weight))
-
-    def times(self, x: Tensor, other: Tensor) -> Tensor:
-        """(x @ weight.T) * other [T, N]."""
-        return linear(x, self.weight) * other
 
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
         """(x @ weight.T) + other [T, N]."""
