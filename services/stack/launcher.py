@@ -95,8 +95,13 @@ async def _first_to_end(use: Awaitable[None], watch: Awaitable[None]) -> None:
 
 
 def _environ() -> dict[str, str]:
-    """Ours, less the settings: the generated file alone decides."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("TIDEMILL_")}
+    """Ours, less the settings: the generated file alone decides.
+
+    OpenMP's threads sleep while they wait: spinning ones would take the cores from the stack's
+    other processes.
+    """
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("TIDEMILL_")}
+    return {"OMP_WAIT_POLICY": "passive"} | kept
 
 
 def _short(path: Path) -> str:
