@@ -1,0 +1,52 @@
+"""One running stack for all tests of this folder that do not end it themselves."""
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.stack_harness import Stack
+from tests.tiny_model import make_tiny_checkpoint
+from tidemill.client import AsyncClient
+
+CONTEXT_TOKENS = 8192
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tiny")
+    return make_tiny_checkpoint(directory, max_position_embeddings=CONTEXT_TOKENS)
+
+
+@pytest.fixture(scope="session")
+def shared_stack(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Stack]:
+    """Prefill, decode, cache, router, both Redis, and a second model with one worker."""
+    directory = tmp_path_factory.mktemp("stack") / "state"
+    stack = Stack(
+        directory,
+        tiny_model,
+        one_worker=True,
+        settings={
+            "prefill": {"server": {"drain_s": 15.0}},
+            "decode": {"server": {"drain_s": 15.0}},
+            "router": {"server": {"drain_s": 15.0}},
+        },
+    )
+    yield stack
+    statuses = stack.stop()
+    assert not any(statuses.values()), statuses
+
+
+@pytest.fixture
+async def stack(shared_stack: Stack) -> AsyncIterator[Stack]:
+    """The stack, all of it running; afterwards nothing may be left of any request (R1)."""
+    await shared_stack.start()
+    yield shared_stack
+    await shared_stack.until_idle()
+
+
+@pytest.fixture
+async def client(stack: Stack) -> AsyncIterator[AsyncClient]:
+    """A client of tenant `alice`."""
+    async with stack.client(await stack.key_of("alice")) as made:
+        yield made
