@@ -1,0 +1,1 @@
+"""How models/demo was made: corpus, tokeniser, training run, evaluation."""
