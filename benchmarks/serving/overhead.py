@@ -32,6 +32,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -185,8 +186,8 @@ async def measure(
             for _ in range(arguments.rounds + 1):
                 prompts = [rng.choices(vocabulary, k=PROMPT_TOKENS) for _ in range(batch)]
                 stack.append(await ask_stack(client, prompts))
-                asked = (ask_engine, engine, prompts, tokenizer.eos_ids)
-                bare.append(await loop.run_in_executor(thread, *asked))
+                ask = partial(ask_engine, engine, prompts, tokenizer.eos_ids)
+                bare.append(await loop.run_in_executor(thread, ask))
             # The first round warms both sides up.
             rtt = await round_trip(client)
             rows.append(
@@ -208,7 +209,8 @@ def row(
     """Medians of all rounds."""
 
     def middle(side: list[Measured], name: str) -> float:
-        return statistics.median(getattr(each, name) for each in side)
+        values: list[float] = [getattr(each, name) for each in side]
+        return statistics.median(values)
 
     added = [ours.ttft - its.ttft for ours, its in zip(stack, bare, strict=True)]
     rates = middle(stack, "tokens_per_s"), middle(bare, "tokens_per_s")
