@@ -2,8 +2,6 @@
 
 import asyncio
 import os
-import subprocess
-import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -15,32 +13,17 @@ from tidemill.errors import ConfigError
 STORES_TIMEOUT_S = 20.0
 SERVICES_TIMEOUT_S = 120.0
 DEMO_MODEL = ROOT / "models" / "demo"
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 Use = Callable[[Plan], Awaitable[None]]
 Say = Callable[[str], None]
 
 
-def choose_model(given: Path | None, scratch: Path, say: Say) -> Path:
-    """The model to serve: the one given, else models/demo, else a random one made in `scratch`."""
-    if given is not None:
-        if not (given / "config.json").exists():
-            raise ConfigError(f"{given} holds no model: it has no config.json")
-        return given.resolve()
-    if any((DEMO_MODEL / name).exists() for name in WEIGHTS):
-        return DEMO_MODEL
-    random_model = scratch / "random-model"
-    if not (random_model / "config.json").exists():
-        command = [sys.executable, "-m", "services.stack.random_checkpoint", str(random_model)]
-        made = subprocess.run(  # noqa: S603 - fixed; torch stays out of this process
-            command, cwd=ROOT, check=False, capture_output=True, text=True
-        )
-        if made.returncode != 0:
-            raise ConfigError(
-                f"no model in models/demo, and none can be made: {made.stderr[-500:]}"
-            )
-    say("models/demo holds no weights: serving a small random model, whose text is noise")
-    return random_model
+def choose_model(given: Path | None) -> Path:
+    """The folder of the model to serve: the one given, else models/demo."""
+    folder = given or DEMO_MODEL
+    if not (folder / "config.json").exists():
+        raise ConfigError(f"{folder} holds no model: it has no config.json")
+    return folder.resolve()
 
 
 async def run_stack(
@@ -61,8 +44,7 @@ async def run_stack(
     state = StateDirectory(directory)
     with state.held():
         state.prepare(empty=empty)
-        model_dir = choose_model(model_dir, directory.parent, say)
-        plan = Plan(state, model_dir, both=both, router_port=port or free_port())
+        plan = Plan(state, choose_model(model_dir), both=both, router_port=port or free_port())
         plan.write_config()
         say(f"starting in {_short(directory)}, logs in {_short(state.logs)}")
         async with Supervisor(

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny_model import make_tiny_checkpoint
+
 pytestmark = [pytest.mark.e2e, pytest.mark.redis]
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,10 +21,7 @@ START_TIMEOUT_S = 90
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model")
-    command = [sys.executable, "-m", "services.stack.random_checkpoint", str(directory)]
-    subprocess.run(command, cwd=ROOT, check=True)
-    return directory
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("model"), max_position_embeddings=4096)
 
 
 Launch = Callable[..., "subprocess.Popen[str]"]
