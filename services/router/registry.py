@@ -14,7 +14,12 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 import grpc
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
+from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    NoPermissionError,
+    RedisError,
+)
 
 from services.router.config import FleetConfig
 from services.router.fleet import DECODE, PREFILL, Description, Fleet, OpenAttempts, Worker
@@ -77,6 +82,15 @@ class Registry:
         self._clock = clock
         self._static = {Endpoint.parse(text) for text in config.workers}
         self._links: dict[Endpoint, Link] = {}
+
+    async def check(self) -> None:
+        """Raise ConfigError if the cache Redis refuses us; its being away is no error."""
+        try:
+            await self._registered()
+        except (AuthenticationError, AuthorizationError, NoPermissionError) as error:
+            raise ConfigError(f"the cache Redis refuses: {error}") from error
+        except (RedisError, OSError) as error:
+            logger.warning("cache Redis is away", extra={"error": repr(error)})
 
     async def run(self) -> None:
         """Look for workers until cancelled, then hang up on all."""

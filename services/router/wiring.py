@@ -140,6 +140,7 @@ class RouterProcess:
 
     async def _start(self) -> None:
         await self.ledger.check_settings()
+        await self._registry.check()
         for coroutine in (
             self._probe.run(),
             self._registry.run(),

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from functools import partial
 
 import pytest
 
@@ -66,6 +67,12 @@ async def is_whole(stack: Stack, name: str) -> bool:
     return not any([*held, load.running, load.waiting, load.prefilling, load.open_handovers])
 
 
+async def hands_over(stack: Stack) -> bool:
+    """Whether a prompt of LONG_PROMPT_WORDS is being prefilled, its first chunks computed."""
+    load = await stack.load("prefill")
+    return load.open_handovers > 0 and 0 < load.queued_uncached_tokens < 6500
+
+
 async def says(stack: Stack, name: str, status: str) -> None:
     """Wait until a process's health is `status`."""
 
@@ -80,15 +87,10 @@ async def test_a_prefill_lost_before_the_first_token_waits_for_another_worker(
 ) -> None:
     old_epoch = (await stack.load("prefill")).epoch
     stream = await begun(client, "begun twice: " + words(LONG_PROMPT_WORDS), max_tokens=4)
-
-    async def prefilling() -> bool:
-        load = await stack.load("prefill")
-        return load.open_handovers == 1 and 0 < load.queued_uncached_tokens < 6500
-
-    await eventually(prefilling)
+    await eventually(partial(hands_over, stack))
     assert not stream.token_ids
     killed_at = stack["prefill"].kill()
-    await eventually(lambda: is_whole(stack, "decode"), TOLD_WITHIN_S)
+    await eventually(partial(is_whole, stack, "decode"), TOLD_WITHIN_S)
     assert time.monotonic() - killed_at < TOLD_WITHIN_S
 
     with pytest.raises(DeadlineExceeded):
@@ -122,7 +124,7 @@ async def test_a_prefill_lost_during_the_hand_over_is_told_within_two_seconds(
     assert isinstance(error, WorkerLost)
     assert error.reason == "WORKER_LOST"
     assert error.request_id == stream.request_id
-    await eventually(lambda: is_whole(stack, "decode"), TOLD_WITHIN_S)
+    await eventually(partial(is_whole, stack, "decode"), TOLD_WITHIN_S)
     wire.bytes_per_s = None
     await stack.start()
     await says(stack, "router", "SERVING")
@@ -135,6 +137,8 @@ async def test_a_decode_lost_mid_stream_is_told_within_two_seconds(
     streams = await asyncio.gather(
         *(decoding(client, f"lost in decode {index}: " + words(40)) for index in range(3))
     )
+    pulling = await begun(client, "not begun yet: " + words(LONG_PROMPT_WORDS), max_tokens=4)
+    await eventually(partial(hands_over, stack))
     old_epoch = (await stack.load("decode")).epoch
     killed_at = stack["decode"].kill()
     ends = await asyncio.gather(*(error_of(stream) for stream in streams))
@@ -144,11 +148,14 @@ async def test_a_decode_lost_mid_stream_is_told_within_two_seconds(
         assert error.reason == "WORKER_LOST"
         assert error.request_id == stream.request_id
         assert stream.usage.prompt_tokens > 0
-    await eventually(lambda: is_whole(stack, "prefill"), TOLD_WITHIN_S)
+    await eventually(partial(is_whole, stack, "prefill"), TOLD_WITHIN_S)
+    assert time.monotonic() - killed_at < TOLD_WITHIN_S
     assert not set(stack.settled()) & {stream.request_id for stream in streams}
 
     await stack.start()
     assert (await stack.load("decode")).epoch != old_epoch
+    assert not pulling.token_ids
+    check_whole(await pulling.completion(), 4)
     again = await answers(client, "lost in decode 0: " + words(40))
     assert again.usage.reuse.device == again.usage.cache_hit_tokens > 0
 

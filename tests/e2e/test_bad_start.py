@@ -148,7 +148,9 @@ async def test_a_redis_that_refuses_is_named_without_the_password(
     ledger, cache = redis_server(**DURABLE), redis_server()
     attempts = [
         launch("router", {"ledger": {"url": with_wrong_password(ledger)}}),
+        launch("router", {"fleet": {"cache_url": with_wrong_password(cache)}}),
         launch("cache", {"redis_url": with_wrong_password(cache)}),
+        launch("decode", {"registry": {"url": with_wrong_password(cache)}}),
     ]
     for attempt in attempts:
         line = attempt.line()

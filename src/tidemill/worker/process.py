@@ -252,6 +252,7 @@ async def _registered(running: RunningWorker, config: RegistryConfig) -> AsyncIt
         worker, config, redis, address=running.address, metrics=worker.metrics
     )
     try:
+        await registration.begin()
         async with Background() as heartbeat:
             heartbeat.start("heartbeat", registration.run)
             yield

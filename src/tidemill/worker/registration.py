@@ -6,8 +6,14 @@ import time
 from typing import Any
 
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
+from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    NoPermissionError,
+    RedisError,
+)
 
+from tidemill.errors import ConfigError
 from tidemill.worker.config import RegistryConfig
 from tidemill.worker.metrics import WorkerMetrics
 from tidemill.worker.worker import Worker
@@ -51,23 +57,40 @@ class Registration:
             await self.beat()
             await asyncio.sleep(self._config.heartbeat_s)
 
+    async def begin(self) -> None:
+        """Beat once. Redis being away is no error; Redis refusing us is a ConfigError."""
+        try:
+            await self._write()
+        except (AuthenticationError, AuthorizationError, NoPermissionError) as error:
+            raise ConfigError(f"the registry's Redis refuses: {error}") from error
+        except (RedisError, OSError) as error:
+            self._missed(error)
+        else:
+            self._note(True, "")
+
     async def beat(self) -> bool:
         """Write the entry once; returns whether Redis took it."""
-        key = registry_key(self._worker.worker_id)
         try:
-            async with self._redis.pipeline(transaction=True) as pipe:
-                pipe.hset(key, mapping=self._fields())
-                pipe.pexpire(key, round(self._config.ttl_s * 1000))
-                now_ms = time.time_ns() // 1_000_000
-                pipe.zadd(INDEX_KEY, {self._worker.worker_id: now_ms})
-                pipe.zremrangebyscore(INDEX_KEY, "-inf", now_ms - _FORGET_AFTER_MS)
-                await pipe.execute()
+            await self._write()
         except (RedisError, OSError) as error:
-            self._metrics.registry_errors.inc()
-            self._note(False, str(error))
+            self._missed(error)
             return False
         self._note(True, "")
         return True
+
+    async def _write(self) -> None:
+        key = registry_key(self._worker.worker_id)
+        async with self._redis.pipeline(transaction=True) as pipe:
+            pipe.hset(key, mapping=self._fields())
+            pipe.pexpire(key, round(self._config.ttl_s * 1000))
+            now_ms = time.time_ns() // 1_000_000
+            pipe.zadd(INDEX_KEY, {self._worker.worker_id: now_ms})
+            pipe.zremrangebyscore(INDEX_KEY, "-inf", now_ms - _FORGET_AFTER_MS)
+            await pipe.execute()
+
+    def _missed(self, error: Exception) -> None:
+        self._metrics.registry_errors.inc()
+        self._note(False, str(error))
 
     async def remove(self) -> None:
         """Take the entry out at a clean stop, if Redis is there."""
