@@ -163,7 +163,8 @@ class PrefillPeer:
             )
 
     async def _offer(self, call: "PrefillCall") -> pb.HandoverOffer:
-        first = await asyncio.wait_for(call.read(), self._peers.config.offer_timeout_s)
+        async with asyncio.timeout(self._peers.config.offer_timeout_s):
+            first = await call.read()
         if not isinstance(first, pb.PrefillResponse):
             raise TransferError("the prefill ended without an offer")
         return first.offer
@@ -232,7 +233,8 @@ PrefillCall = grpc.aio.UnaryStreamCall[pb.PrefillRequest, pb.PrefillResponse]
 async def _has_failed(call: PrefillCall) -> bool:
     """Whether the call has ended badly, or does so within a moment."""
     with suppress(TimeoutError):
-        return await asyncio.wait_for(call.code(), SETTLE_S) is not grpc.StatusCode.OK
+        async with asyncio.timeout(SETTLE_S):
+            return await call.code() is not grpc.StatusCode.OK
     return False
 
 
