@@ -1,12 +1,12 @@
 """A stack to be broken: one of each process, prefill at the end of a wire that can be slowed."""
 
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
 import pytest
 
 from tests.slow_link import SlowLink
-from tests.stack_harness import Stack
+from tests.stack_harness import Stack, lasting_port
 from tests.tiny_model import make_tiny_checkpoint
 from tidemill.client import AsyncClient
 
@@ -22,12 +22,10 @@ class Breakable:
 
 
 @pytest.fixture(scope="session")
-def shared_breakable(
-    tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]
-) -> Iterator[Breakable]:
+def shared_breakable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Breakable]:
     model = tmp_path_factory.mktemp("tiny")
     make_tiny_checkpoint(model, max_position_embeddings=CONTEXT_TOKENS)
-    wire_port = free_port()
+    wire_port = lasting_port()
     stack = Stack(
         tmp_path_factory.mktemp("stack") / "state",
         model,
