@@ -27,9 +27,9 @@ def shared_stack(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> 
         tiny_model,
         one_worker=True,
         settings={
-            "prefill": {"server": {"drain_s": 15.0}},
-            "decode": {"server": {"drain_s": 15.0}},
-            "router": {"server": {"drain_s": 15.0}},
+            "prefill": {"server": {"drain_s": 60.0}},
+            "decode": {"server": {"drain_s": 60.0}},
+            "router": {"server": {"drain_s": 60.0}},
         },
     )
     yield stack

@@ -15,7 +15,7 @@ from tidemill.errors import Unavailable
 pytestmark = [pytest.mark.e2e, pytest.mark.redis]
 
 ANSWER_TOKENS = 500
-GRACE_S = 20.0  # drain_s and some
+GRACE_S = 65.0  # drain_s and some: a busy machine decodes slowly
 
 
 async def decoding(client: AsyncClient, model: str) -> AsyncStream:
