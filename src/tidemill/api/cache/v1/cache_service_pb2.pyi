@@ -32,6 +32,8 @@ class _CacheTierEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enum
     """The cache service's memory."""
     CACHE_TIER_DISK: _CacheTier.ValueType  # 2
     """The cache service's disk."""
+    CACHE_TIER_PEER: _CacheTier.ValueType  # 3
+    """A worker's own pool: workers serve LookupBlocks and FetchBlocks to each other."""
 
 class CacheTier(_CacheTier, metaclass=_CacheTierEnumTypeWrapper):
     """Where in the cache hierarchy a block lies."""
@@ -42,6 +44,8 @@ CACHE_TIER_RAM: CacheTier.ValueType  # 1
 """The cache service's memory."""
 CACHE_TIER_DISK: CacheTier.ValueType  # 2
 """The cache service's disk."""
+CACHE_TIER_PEER: CacheTier.ValueType  # 3
+"""A worker's own pool: workers serve LookupBlocks and FetchBlocks to each other."""
 global___CacheTier = CacheTier
 
 @typing.final
@@ -285,12 +289,21 @@ class GetCacheStatsResponse(google.protobuf.message.Message):
     RAM_BYTES_FIELD_NUMBER: builtins.int
     RAM_CAPACITY_BYTES_FIELD_NUMBER: builtins.int
     RAM_BLOCKS_FIELD_NUMBER: builtins.int
+    DISK_BYTES_FIELD_NUMBER: builtins.int
+    DISK_CAPACITY_BYTES_FIELD_NUMBER: builtins.int
+    DISK_BLOCKS_FIELD_NUMBER: builtins.int
     ram_bytes: builtins.int
     """Payload bytes held in memory."""
     ram_capacity_bytes: builtins.int
     """Most payload bytes that memory may hold."""
     ram_blocks: builtins.int
     """Blocks held in memory."""
+    disk_bytes: builtins.int
+    """Payload bytes held on disk."""
+    disk_capacity_bytes: builtins.int
+    """Most bytes that the disk tier may take. 0: there is none."""
+    disk_blocks: builtins.int
+    """Blocks held on disk."""
     @property
     def stats(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___CacheStats]:
         """By tenant and model."""
@@ -302,8 +315,11 @@ class GetCacheStatsResponse(google.protobuf.message.Message):
         ram_bytes: builtins.int = ...,
         ram_capacity_bytes: builtins.int = ...,
         ram_blocks: builtins.int = ...,
+        disk_bytes: builtins.int = ...,
+        disk_capacity_bytes: builtins.int = ...,
+        disk_blocks: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["ram_blocks", b"ram_blocks", "ram_bytes", b"ram_bytes", "ram_capacity_bytes", b"ram_capacity_bytes", "stats", b"stats"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["disk_blocks", b"disk_blocks", "disk_bytes", b"disk_bytes", "disk_capacity_bytes", b"disk_capacity_bytes", "ram_blocks", b"ram_blocks", "ram_bytes", b"ram_bytes", "ram_capacity_bytes", b"ram_capacity_bytes", "stats", b"stats"]) -> None: ...
 
 global___GetCacheStatsResponse = GetCacheStatsResponse
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ftidemill/api/common/v1/kv.proto\x12\x16tidemill.api.common.v1\"\x87\x02\n\x08KvLayout\x12\x37\n\x05\x64type\x18\x01 \x01(\tB!\xbaH\x1er\x1cR\x08\x62\x66loat16R\x07\x66loat16R\x07\x66loat32R\x05\x64type\x12-\n\x0c\x62lock_tokens\x18\x02 \x01(\rB\n\xbaH\x07*\x05\x18\x80\x08(\x01R\x0b\x62lockTokens\x12)\n\nnum_layers\x18\x03 \x01(\rB\n\xbaH\x07*\x05\x18\x80\x08(\x01R\tnumLayers\x12*\n\nlatent_dim\x18\x04 \x01(\rB\x0b\xbaH\x08*\x06\x18\x80\x80\x04(\x01R\tlatentDim\x12\x10\n\x03mtp\x18\x05 \x01(\x08R\x03mtp\x12*\n\x0cmodel_digest\x18\x06 \x01(\x0c\x42\x07\xbaH\x04z\x02h R\x0bmodelDigest\"\xb9\x01\n\tKvSegment\x12\x1e\n\x05layer\x18\x01 \x01(\rB\x08\xbaH\x05*\x03\x18\xff\x07R\x05layer\x12*\n\x0b\x66irst_token\x18\x02 \x01(\rB\t\xbaH\x06*\x04\x18\x80\x80@R\nfirstToken\x12*\n\nnum_tokens\x18\x03 \x01(\rB\x0b\xbaH\x08*\x06\x18\x80\x80@(\x01R\tnumTokens\x12 \n\x04\x64\x61ta\x18\x04 \x01(\x0c\x42\x0c\xbaH\tz\x07\x10\x01\x18\x80\x80\x80\x02R\x04\x64\x61ta\x12\x12\n\x04xxh3\x18\x05 \x01(\x06R\x04xxh3\"\xdb\x01\n\nBlockPiece\x12&\n\nblock_hash\x18\x01 \x01(\x0c\x42\x07\xbaH\x04z\x02h R\tblockHash\x12#\n\x06offset\x18\x02 \x01(\rB\x0b\xbaH\x08*\x06\x18\x80\x80\x80\x80\x01R\x06offset\x12.\n\x0btotal_bytes\x18\x03 \x01(\rB\r\xbaH\n*\x08\x18\x80\x80\x80\x80\x01(\x01R\ntotalBytes\x12 \n\x04\x64\x61ta\x18\x04 \x01(\x0c\x42\x0c\xbaH\tz\x07\x10\x01\x18\x80\x80\x80\x02R\x04\x64\x61ta\x12.\n\x0epayload_sha256\x18\x05 \x01(\x0c\x42\x07\xbaH\x04z\x02h R\rpayloadSha256b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ftidemill/api/common/v1/kv.proto\x12\x16tidemill.api.common.v1\"\x87\x02\n\x08KvLayout\x12\x37\n\x05\x64type\x18\x01 \x01(\tB!\xbaH\x1er\x1cR\x08\x62\x66loat16R\x07\x66loat16R\x07\x66loat32R\x05\x64type\x12-\n\x0c\x62lock_tokens\x18\x02 \x01(\rB\n\xbaH\x07*\x05\x18\x80\x08(\x01R\x0b\x62lockTokens\x12)\n\nnum_layers\x18\x03 \x01(\rB\n\xbaH\x07*\x05\x18\x80\x08(\x01R\tnumLayers\x12*\n\nlatent_dim\x18\x04 \x01(\rB\x0b\xbaH\x08*\x06\x18\x80\x80\x04(\x01R\tlatentDim\x12\x10\n\x03mtp\x18\x05 \x01(\x08R\x03mtp\x12*\n\x0cmodel_digest\x18\x06 \x01(\x0c\x42\x07\xbaH\x04z\x02h R\x0bmodelDigest\"\xf8\x01\n\tKvSegment\x12\x1e\n\x05layer\x18\x01 \x01(\rB\x08\xbaH\x05*\x03\x18\xff\x07R\x05layer\x12*\n\x0b\x66irst_token\x18\x02 \x01(\rB\t\xbaH\x06*\x04\x18\x80\x80@R\nfirstToken\x12*\n\nnum_tokens\x18\x03 \x01(\rB\x0b\xbaH\x08*\x06\x18\x80\x80@(\x01R\tnumTokens\x12\x1e\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x42\n\xbaH\x07z\x05\x18\x80\x80\x80\x02R\x04\x64\x61ta\x12\x12\n\x04xxh3\x18\x05 \x01(\x06R\x04xxh3\x12\x30\n\nshm_offset\x18\x06 \x01(\x04\x42\x0c\xbaH\t2\x07\x18\x80\x80\x80\x80\x80 H\x00R\tshmOffset\x88\x01\x01\x42\r\n\x0b_shm_offset\"\xdb\x01\n\nBlockPiece\x12&\n\nblock_hash\x18\x01 \x01(\x0c\x42\x07\xbaH\x04z\x02h R\tblockHash\x12#\n\x06offset\x18\x02 \x01(\rB\x0b\xbaH\x08*\x06\x18\x80\x80\x80\x80\x01R\x06offset\x12.\n\x0btotal_bytes\x18\x03 \x01(\rB\r\xbaH\n*\x08\x18\x80\x80\x80\x80\x01(\x01R\ntotalBytes\x12 \n\x04\x64\x61ta\x18\x04 \x01(\x0c\x42\x0c\xbaH\tz\x07\x10\x01\x18\x80\x80\x80\x02R\x04\x64\x61ta\x12.\n\x0epayload_sha256\x18\x05 \x01(\x0c\x42\x07\xbaH\x04z\x02h R\rpayloadSha256b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -48,7 +48,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_KVSEGMENT'].fields_by_name['num_tokens']._loaded_options = None
   _globals['_KVSEGMENT'].fields_by_name['num_tokens']._serialized_options = b'\272H\010*\006\030\200\200@(\001'
   _globals['_KVSEGMENT'].fields_by_name['data']._loaded_options = None
-  _globals['_KVSEGMENT'].fields_by_name['data']._serialized_options = b'\272H\tz\007\020\001\030\200\200\200\002'
+  _globals['_KVSEGMENT'].fields_by_name['data']._serialized_options = b'\272H\007z\005\030\200\200\200\002'
+  _globals['_KVSEGMENT'].fields_by_name['shm_offset']._loaded_options = None
+  _globals['_KVSEGMENT'].fields_by_name['shm_offset']._serialized_options = b'\272H\t2\007\030\200\200\200\200\200 '
   _globals['_BLOCKPIECE'].fields_by_name['block_hash']._loaded_options = None
   _globals['_BLOCKPIECE'].fields_by_name['block_hash']._serialized_options = b'\272H\004z\002h '
   _globals['_BLOCKPIECE'].fields_by_name['offset']._loaded_options = None
@@ -62,7 +64,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_KVLAYOUT']._serialized_start=60
   _globals['_KVLAYOUT']._serialized_end=323
   _globals['_KVSEGMENT']._serialized_start=326
-  _globals['_KVSEGMENT']._serialized_end=511
-  _globals['_BLOCKPIECE']._serialized_start=514
-  _globals['_BLOCKPIECE']._serialized_end=733
+  _globals['_KVSEGMENT']._serialized_end=574
+  _globals['_BLOCKPIECE']._serialized_start=577
+  _globals['_BLOCKPIECE']._serialized_end=796
 # @@protoc_insertion_point(module_scope)

@@ -59,6 +59,7 @@ class KvSegment(google.protobuf.message.Message):
     NUM_TOKENS_FIELD_NUMBER: builtins.int
     DATA_FIELD_NUMBER: builtins.int
     XXH3_FIELD_NUMBER: builtins.int
+    SHM_OFFSET_FIELD_NUMBER: builtins.int
     layer: builtins.int
     """Layer, from 0."""
     first_token: builtins.int
@@ -66,9 +67,13 @@ class KvSegment(google.protobuf.message.Message):
     num_tokens: builtins.int
     """Tokens in this segment."""
     data: builtins.bytes
-    """num_tokens x latent_dim elements of the layout's dtype, little-endian, token-major."""
+    """num_tokens x latent_dim elements of the layout's dtype, little-endian, token-major. Empty: they lie in
+    shared memory.
+    """
     xxh3: builtins.int
-    """xxh3-64 over data."""
+    """xxh3-64 over the elements."""
+    shm_offset: builtins.int
+    """Byte offset of the elements in the puller's shared file. Unset: they are in data."""
     def __init__(
         self,
         *,
@@ -77,8 +82,11 @@ class KvSegment(google.protobuf.message.Message):
         num_tokens: builtins.int = ...,
         data: builtins.bytes = ...,
         xxh3: builtins.int = ...,
+        shm_offset: builtins.int | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["data", b"data", "first_token", b"first_token", "layer", b"layer", "num_tokens", b"num_tokens", "xxh3", b"xxh3"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_shm_offset", b"_shm_offset", "shm_offset", b"shm_offset"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_shm_offset", b"_shm_offset", "data", b"data", "first_token", b"first_token", "layer", b"layer", "num_tokens", b"num_tokens", "shm_offset", b"shm_offset", "xxh3", b"xxh3"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_shm_offset", b"_shm_offset"]) -> typing.Literal["shm_offset"] | None: ...
 
 global___KvSegment = KvSegment
 

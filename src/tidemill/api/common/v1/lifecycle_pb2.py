@@ -22,10 +22,11 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from tidemill.api.common.v1 import logprobs_pb2 as tidemill_dot_api_dot_common_dot_v1_dot_logprobs__pb2
 from tidemill.api.common.v1 import usage_pb2 as tidemill_dot_api_dot_common_dot_v1_dot_usage__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&tidemill/api/common/v1/lifecycle.proto\x12\x16tidemill.api.common.v1\x1a\"tidemill/api/common/v1/usage.proto\"\x9a\x01\n\tAttemptId\x12H\n\nrequest_id\x18\x01 \x01(\tB)\xbaH&r$2\"^[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}$R\trequestId\x12$\n\x07\x61ttempt\x18\x02 \x01(\rB\n\xbaH\x07*\x05\x18\xe8\x07(\x01R\x07\x61ttempt\x12\x1d\n\x05\x66\x65nce\x18\x03 \x01(\x04\x42\x07\xbaH\x04\x32\x02(\x01R\x05\x66\x65nce\"\xbe\x02\n\nWorkerTask\x12\x39\n\x02id\x18\x01 \x01(\x0b\x32!.tidemill.api.common.v1.AttemptIdB\x06\xbaH\x03\xc8\x01\x01R\x02id\x12&\n\ttenant_id\x18\x02 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x08tenantId\x12(\n\x0b\x63\x61\x63he_scope\x18\x03 \x01(\x0c\x42\x07\xbaH\x04z\x02h R\ncacheScope\x12)\n\ttoken_ids\x18\x04 \x03(\rB\x0c\xbaH\t\x92\x01\x06\x08\x01\x10\x80\x80@R\x08tokenIds\x12L\n\x08sampling\x18\x05 \x01(\x0b\x32(.tidemill.api.common.v1.ResolvedSamplingB\x06\xbaH\x03\xc8\x01\x01R\x08sampling\x12*\n\x0cmodel_digest\x18\x06 \x01(\x0c\x42\x07\xbaH\x04z\x02\x18 R\x0bmodelDigest\"\x90\x02\n\x10ResolvedSampling\x12;\n\x0btemperature\x18\x01 \x01(\x01\x42\x19\xbaH\x16\x12\x14\x19\x00\x00\x00\x00\x00\x00\x00@)\x00\x00\x00\x00\x00\x00\x00\x00@\x01R\x0btemperature\x12.\n\x05top_p\x18\x02 \x01(\x01\x42\x19\xbaH\x16\x12\x14\x19\x00\x00\x00\x00\x00\x00\xf0?!\x00\x00\x00\x00\x00\x00\x00\x00@\x01R\x04topP\x12\x1e\n\x05top_k\x18\x03 \x01(\rB\t\xbaH\x06*\x04\x18\x80\x80@R\x04topK\x12\x12\n\x04seed\x18\x04 \x01(\x04R\x04seed\x12*\n\nmax_tokens\x18\x05 \x01(\rB\x0b\xbaH\x08*\x06\x18\x80\x80@(\x01R\tmaxTokens\x12/\n\x0estop_token_ids\x18\x06 \x03(\rB\t\xbaH\x06\x92\x01\x03\x10\x80\x01R\x0cstopTokenIds\"\xf1\x01\n\x0bPrefillDone\x12$\n\x0e\x66irst_token_id\x18\x01 \x01(\rR\x0c\x66irstTokenId\x12\x39\n\x05usage\x18\x02 \x01(\x0b\x32#.tidemill.api.common.v1.PromptUsageR\x05usage\x12\x1b\n\tqueued_us\x18\x03 \x01(\x04R\x08queuedUs\x12\x1d\n\nprefill_us\x18\x04 \x01(\x04R\tprefillUs\x12\x19\n\x08\x66\x65tch_us\x18\x05 \x01(\x04R\x07\x66\x65tchUs\x12*\n\x0blast_hidden\x18\x06 \x01(\x0c\x42\t\xbaH\x06z\x04\x18\x80\x80\x04R\nlastHidden*\xf1\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x18\n\x14\x46INISH_REASON_BUDGET\x10\x03\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x04\x12\x1a\n\x16\x46INISH_REASON_DEADLINE\x10\x05\x12\x1d\n\x19\x46INISH_REASON_SLOW_READER\x10\x06\x12\x1e\n\x1a\x46INISH_REASON_SERVER_FAULT\x10\x07\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&tidemill/api/common/v1/lifecycle.proto\x12\x16tidemill.api.common.v1\x1a%tidemill/api/common/v1/logprobs.proto\x1a\"tidemill/api/common/v1/usage.proto\"\x9a\x01\n\tAttemptId\x12H\n\nrequest_id\x18\x01 \x01(\tB)\xbaH&r$2\"^[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}$R\trequestId\x12$\n\x07\x61ttempt\x18\x02 \x01(\rB\n\xbaH\x07*\x05\x18\xe8\x07(\x01R\x07\x61ttempt\x12\x1d\n\x05\x66\x65nce\x18\x03 \x01(\x04\x42\x07\xbaH\x04\x32\x02(\x01R\x05\x66\x65nce\"\xfc\x03\n\nWorkerTask\x12\x39\n\x02id\x18\x01 \x01(\x0b\x32!.tidemill.api.common.v1.AttemptIdB\x06\xbaH\x03\xc8\x01\x01R\x02id\x12&\n\ttenant_id\x18\x02 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x08tenantId\x12(\n\x0b\x63\x61\x63he_scope\x18\x03 \x01(\x0c\x42\x07\xbaH\x04z\x02h R\ncacheScope\x12)\n\ttoken_ids\x18\x04 \x03(\rB\x0c\xbaH\t\x92\x01\x06\x08\x01\x10\x80\x80@R\x08tokenIds\x12L\n\x08sampling\x18\x05 \x01(\x0b\x32(.tidemill.api.common.v1.ResolvedSamplingB\x06\xbaH\x03\xc8\x01\x01R\x08sampling\x12*\n\x0cmodel_digest\x18\x06 \x01(\x0c\x42\x07\xbaH\x04z\x02\x18 R\x0bmodelDigest\x12\x30\n\x0erelayed_tokens\x18\x07 \x01(\rB\t\xbaH\x06*\x04\x18\x80\x80@R\rrelayedTokens\x12>\n\x07grammar\x18\x08 \x01(\x0b\x32\x1f.tidemill.api.common.v1.GrammarH\x00R\x07grammar\x88\x01\x01\x12>\n\x05peers\x18\t \x03(\x0b\x32\x1e.tidemill.api.common.v1.KvPeerB\x08\xbaH\x05\x92\x01\x02\x10\x04R\x05peersB\n\n\x08_grammar\"\xdc\x01\n\x07Grammar\x12\x45\n\x0bjson_object\x18\x01 \x01(\x0b\x32\".tidemill.api.common.v1.JsonObjectH\x00R\njsonObject\x12\x45\n\x0bjson_schema\x18\x02 \x01(\x0b\x32\".tidemill.api.common.v1.JsonSchemaH\x00R\njsonSchema\x12\x34\n\x11vocabulary_digest\x18\x03 \x01(\x0c\x42\x07\xbaH\x04z\x02h R\x10vocabularyDigestB\r\n\x04kind\x12\x05\xbaH\x02\x08\x01\"\x0c\n\nJsonObject\"1\n\nJsonSchema\x12#\n\x06schema\x18\x01 \x01(\tB\x0b\xbaH\x08r\x06\x10\x02(\x80\x80\x04R\x06schema\"\x83\x01\n\x06KvPeer\x12\'\n\tworker_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01R\x08workerId\x12$\n\x07\x61\x64\x64ress\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x03\x18\x86\x02R\x07\x61\x64\x64ress\x12*\n\x04role\x18\x03 \x01(\tB\x16\xbaH\x13r\x11R\x07prefillR\x06\x64\x65\x63odeR\x04role\"\x94\x07\n\x10ResolvedSampling\x12;\n\x0btemperature\x18\x01 \x01(\x01\x42\x19\xbaH\x16\x12\x14\x19\x00\x00\x00\x00\x00\x00\x00@)\x00\x00\x00\x00\x00\x00\x00\x00@\x01R\x0btemperature\x12.\n\x05top_p\x18\x02 \x01(\x01\x42\x19\xbaH\x16\x12\x14\x19\x00\x00\x00\x00\x00\x00\xf0?!\x00\x00\x00\x00\x00\x00\x00\x00@\x01R\x04topP\x12\x1e\n\x05top_k\x18\x03 \x01(\rB\t\xbaH\x06*\x04\x18\x80\x80@R\x04topK\x12\x12\n\x04seed\x18\x04 \x01(\x04R\x04seed\x12*\n\nmax_tokens\x18\x05 \x01(\rB\x0b\xbaH\x08*\x06\x18\x80\x80@(\x01R\tmaxTokens\x12/\n\x0estop_token_ids\x18\x06 \x03(\rB\t\xbaH\x06\x92\x01\x03\x10\x80\x01R\x0cstopTokenIds\x12.\n\x05min_p\x18\x07 \x01(\x01\x42\x19\xbaH\x16\x12\x14\x19\x00\x00\x00\x00\x00\x00\xf0?)\x00\x00\x00\x00\x00\x00\x00\x00@\x01R\x04minP\x12H\n\x12repetition_penalty\x18\x08 \x01(\x01\x42\x19\xbaH\x16\x12\x14\x19\x00\x00\x00\x00\x00\x00$@)\x00\x00\x00\x00\x00\x00\x00\x00@\x01R\x11repetitionPenalty\x12\x44\n\x10presence_penalty\x18\t \x01(\x01\x42\x19\xbaH\x16\x12\x14\x19\x00\x00\x00\x00\x00\x00\x00@)\x00\x00\x00\x00\x00\x00\x00\xc0@\x01R\x0fpresencePenalty\x12\x46\n\x11\x66requency_penalty\x18\n \x01(\x01\x42\x19\xbaH\x16\x12\x14\x19\x00\x00\x00\x00\x00\x00\x00@)\x00\x00\x00\x00\x00\x00\x00\xc0@\x01R\x10\x66requencyPenalty\x12y\n\nlogit_bias\x18\x0b \x03(\x0b\x32\x37.tidemill.api.common.v1.ResolvedSampling.LogitBiasEntryB!\xbaH\x1e\x9a\x01\x1b\x10\x80\x08*\x16\x12\x14\x19\x00\x00\x00\x00\x00\x00Y@)\x00\x00\x00\x00\x00\x00Y\xc0@\x01R\tlogitBias\x12(\n\x08logprobs\x18\x0c \x01(\rB\x07\xbaH\x04*\x02\x18\x14H\x00R\x08logprobs\x88\x01\x01\x12\x35\n\x0fprompt_logprobs\x18\r \x01(\rB\x07\xbaH\x04*\x02\x18\x14H\x01R\x0epromptLogprobs\x88\x01\x01\x12(\n\nmin_tokens\x18\x0e \x01(\rB\t\xbaH\x06*\x04\x18\x80\x80@R\tminTokens\x12\x15\n\x01n\x18\x0f \x01(\rB\x07\xbaH\x04*\x02\x18\x10R\x01n\x1a<\n\x0eLogitBiasEntry\x12\x10\n\x03key\x18\x01 \x01(\rR\x03key\x12\x14\n\x05value\x18\x02 \x01(\x01R\x05value:\x02\x38\x01\x42\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\xd7\x03\n\x0bPrefillDone\x12$\n\x0e\x66irst_token_id\x18\x01 \x01(\rR\x0c\x66irstTokenId\x12\x39\n\x05usage\x18\x02 \x01(\x0b\x32#.tidemill.api.common.v1.PromptUsageR\x05usage\x12\x1b\n\tqueued_us\x18\x03 \x01(\x04R\x08queuedUs\x12\x1d\n\nprefill_us\x18\x04 \x01(\x04R\tprefillUs\x12\x19\n\x08\x66\x65tch_us\x18\x05 \x01(\x04R\x07\x66\x65tchUs\x12*\n\x0blast_hidden\x18\x06 \x01(\x0c\x42\t\xbaH\x06z\x04\x18\x80\x80\x04R\nlastHidden\x12\x30\n\x0f\x66irst_token_ids\x18\x07 \x03(\rB\x08\xbaH\x05\x92\x01\x02\x10\x10R\rfirstTokenIds\x12V\n\x0e\x66irst_logprobs\x18\x08 \x03(\x0b\x32%.tidemill.api.common.v1.TokenLogprobsB\x08\xbaH\x05\x92\x01\x02\x10\x10R\rfirstLogprobs\x12Z\n\x0fprompt_logprobs\x18\t \x03(\x0b\x32%.tidemill.api.common.v1.TokenLogprobsB\n\xbaH\x07\x92\x01\x04\x10\x80\x80@R\x0epromptLogprobs*\xf1\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x18\n\x14\x46INISH_REASON_BUDGET\x10\x03\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x04\x12\x1a\n\x16\x46INISH_REASON_DEADLINE\x10\x05\x12\x1d\n\x19\x46INISH_REASON_SLOW_READER\x10\x06\x12\x1e\n\x1a\x46INISH_REASON_SERVER_FAULT\x10\x07\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -50,6 +51,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WORKERTASK'].fields_by_name['sampling']._serialized_options = b'\272H\003\310\001\001'
   _globals['_WORKERTASK'].fields_by_name['model_digest']._loaded_options = None
   _globals['_WORKERTASK'].fields_by_name['model_digest']._serialized_options = b'\272H\004z\002\030 '
+  _globals['_WORKERTASK'].fields_by_name['relayed_tokens']._loaded_options = None
+  _globals['_WORKERTASK'].fields_by_name['relayed_tokens']._serialized_options = b'\272H\006*\004\030\200\200@'
+  _globals['_WORKERTASK'].fields_by_name['peers']._loaded_options = None
+  _globals['_WORKERTASK'].fields_by_name['peers']._serialized_options = b'\272H\005\222\001\002\020\004'
+  _globals['_GRAMMAR'].oneofs_by_name['kind']._loaded_options = None
+  _globals['_GRAMMAR'].oneofs_by_name['kind']._serialized_options = b'\272H\002\010\001'
+  _globals['_GRAMMAR'].fields_by_name['vocabulary_digest']._loaded_options = None
+  _globals['_GRAMMAR'].fields_by_name['vocabulary_digest']._serialized_options = b'\272H\004z\002h '
+  _globals['_JSONSCHEMA'].fields_by_name['schema']._loaded_options = None
+  _globals['_JSONSCHEMA'].fields_by_name['schema']._serialized_options = b'\272H\010r\006\020\002(\200\200\004'
+  _globals['_KVPEER'].fields_by_name['worker_id']._loaded_options = None
+  _globals['_KVPEER'].fields_by_name['worker_id']._serialized_options = b'\272H\007r\005\020\001\030\200\001'
+  _globals['_KVPEER'].fields_by_name['address']._loaded_options = None
+  _globals['_KVPEER'].fields_by_name['address']._serialized_options = b'\272H\007r\005\020\003\030\206\002'
+  _globals['_KVPEER'].fields_by_name['role']._loaded_options = None
+  _globals['_KVPEER'].fields_by_name['role']._serialized_options = b'\272H\023r\021R\007prefillR\006decode'
+  _globals['_RESOLVEDSAMPLING_LOGITBIASENTRY']._loaded_options = None
+  _globals['_RESOLVEDSAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_RESOLVEDSAMPLING'].fields_by_name['temperature']._loaded_options = None
   _globals['_RESOLVEDSAMPLING'].fields_by_name['temperature']._serialized_options = b'\272H\026\022\024\031\000\000\000\000\000\000\000@)\000\000\000\000\000\000\000\000@\001'
   _globals['_RESOLVEDSAMPLING'].fields_by_name['top_p']._loaded_options = None
@@ -60,16 +79,50 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RESOLVEDSAMPLING'].fields_by_name['max_tokens']._serialized_options = b'\272H\010*\006\030\200\200@(\001'
   _globals['_RESOLVEDSAMPLING'].fields_by_name['stop_token_ids']._loaded_options = None
   _globals['_RESOLVEDSAMPLING'].fields_by_name['stop_token_ids']._serialized_options = b'\272H\006\222\001\003\020\200\001'
+  _globals['_RESOLVEDSAMPLING'].fields_by_name['min_p']._loaded_options = None
+  _globals['_RESOLVEDSAMPLING'].fields_by_name['min_p']._serialized_options = b'\272H\026\022\024\031\000\000\000\000\000\000\360?)\000\000\000\000\000\000\000\000@\001'
+  _globals['_RESOLVEDSAMPLING'].fields_by_name['repetition_penalty']._loaded_options = None
+  _globals['_RESOLVEDSAMPLING'].fields_by_name['repetition_penalty']._serialized_options = b'\272H\026\022\024\031\000\000\000\000\000\000$@)\000\000\000\000\000\000\000\000@\001'
+  _globals['_RESOLVEDSAMPLING'].fields_by_name['presence_penalty']._loaded_options = None
+  _globals['_RESOLVEDSAMPLING'].fields_by_name['presence_penalty']._serialized_options = b'\272H\026\022\024\031\000\000\000\000\000\000\000@)\000\000\000\000\000\000\000\300@\001'
+  _globals['_RESOLVEDSAMPLING'].fields_by_name['frequency_penalty']._loaded_options = None
+  _globals['_RESOLVEDSAMPLING'].fields_by_name['frequency_penalty']._serialized_options = b'\272H\026\022\024\031\000\000\000\000\000\000\000@)\000\000\000\000\000\000\000\300@\001'
+  _globals['_RESOLVEDSAMPLING'].fields_by_name['logit_bias']._loaded_options = None
+  _globals['_RESOLVEDSAMPLING'].fields_by_name['logit_bias']._serialized_options = b'\272H\036\232\001\033\020\200\010*\026\022\024\031\000\000\000\000\000\000Y@)\000\000\000\000\000\000Y\300@\001'
+  _globals['_RESOLVEDSAMPLING'].fields_by_name['logprobs']._loaded_options = None
+  _globals['_RESOLVEDSAMPLING'].fields_by_name['logprobs']._serialized_options = b'\272H\004*\002\030\024'
+  _globals['_RESOLVEDSAMPLING'].fields_by_name['prompt_logprobs']._loaded_options = None
+  _globals['_RESOLVEDSAMPLING'].fields_by_name['prompt_logprobs']._serialized_options = b'\272H\004*\002\030\024'
+  _globals['_RESOLVEDSAMPLING'].fields_by_name['min_tokens']._loaded_options = None
+  _globals['_RESOLVEDSAMPLING'].fields_by_name['min_tokens']._serialized_options = b'\272H\006*\004\030\200\200@'
+  _globals['_RESOLVEDSAMPLING'].fields_by_name['n']._loaded_options = None
+  _globals['_RESOLVEDSAMPLING'].fields_by_name['n']._serialized_options = b'\272H\004*\002\030\020'
   _globals['_PREFILLDONE'].fields_by_name['last_hidden']._loaded_options = None
   _globals['_PREFILLDONE'].fields_by_name['last_hidden']._serialized_options = b'\272H\006z\004\030\200\200\004'
-  _globals['_FINISHREASON']._serialized_start=1100
-  _globals['_FINISHREASON']._serialized_end=1341
-  _globals['_ATTEMPTID']._serialized_start=103
-  _globals['_ATTEMPTID']._serialized_end=257
-  _globals['_WORKERTASK']._serialized_start=260
-  _globals['_WORKERTASK']._serialized_end=578
-  _globals['_RESOLVEDSAMPLING']._serialized_start=581
-  _globals['_RESOLVEDSAMPLING']._serialized_end=853
-  _globals['_PREFILLDONE']._serialized_start=856
-  _globals['_PREFILLDONE']._serialized_end=1097
+  _globals['_PREFILLDONE'].fields_by_name['first_token_ids']._loaded_options = None
+  _globals['_PREFILLDONE'].fields_by_name['first_token_ids']._serialized_options = b'\272H\005\222\001\002\020\020'
+  _globals['_PREFILLDONE'].fields_by_name['first_logprobs']._loaded_options = None
+  _globals['_PREFILLDONE'].fields_by_name['first_logprobs']._serialized_options = b'\272H\005\222\001\002\020\020'
+  _globals['_PREFILLDONE'].fields_by_name['prompt_logprobs']._loaded_options = None
+  _globals['_PREFILLDONE'].fields_by_name['prompt_logprobs']._serialized_options = b'\272H\007\222\001\004\020\200\200@'
+  _globals['_FINISHREASON']._serialized_start=2625
+  _globals['_FINISHREASON']._serialized_end=2866
+  _globals['_ATTEMPTID']._serialized_start=142
+  _globals['_ATTEMPTID']._serialized_end=296
+  _globals['_WORKERTASK']._serialized_start=299
+  _globals['_WORKERTASK']._serialized_end=807
+  _globals['_GRAMMAR']._serialized_start=810
+  _globals['_GRAMMAR']._serialized_end=1030
+  _globals['_JSONOBJECT']._serialized_start=1032
+  _globals['_JSONOBJECT']._serialized_end=1044
+  _globals['_JSONSCHEMA']._serialized_start=1046
+  _globals['_JSONSCHEMA']._serialized_end=1095
+  _globals['_KVPEER']._serialized_start=1098
+  _globals['_KVPEER']._serialized_end=1229
+  _globals['_RESOLVEDSAMPLING']._serialized_start=1232
+  _globals['_RESOLVEDSAMPLING']._serialized_end=2148
+  _globals['_RESOLVEDSAMPLING_LOGITBIASENTRY']._serialized_start=2055
+  _globals['_RESOLVEDSAMPLING_LOGITBIASENTRY']._serialized_end=2115
+  _globals['_PREFILLDONE']._serialized_start=2151
+  _globals['_PREFILLDONE']._serialized_end=2622
 # @@protoc_insertion_point(module_scope)

@@ -10,6 +10,7 @@ import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
 import sys
+import tidemill.api.common.v1.logprobs_pb2
 import tidemill.api.common.v1.usage_pb2
 import typing
 
@@ -104,12 +105,17 @@ class WorkerTask(google.protobuf.message.Message):
     TOKEN_IDS_FIELD_NUMBER: builtins.int
     SAMPLING_FIELD_NUMBER: builtins.int
     MODEL_DIGEST_FIELD_NUMBER: builtins.int
+    RELAYED_TOKENS_FIELD_NUMBER: builtins.int
+    GRAMMAR_FIELD_NUMBER: builtins.int
+    PEERS_FIELD_NUMBER: builtins.int
     tenant_id: builtins.str
     """Tenant, for statistics and audits."""
     cache_scope: builtins.bytes
     """Salt of the cache scope, 32 bytes: KV is never shared between scopes."""
     model_digest: builtins.bytes
     """SHA-256 of the model the router expects, 32 bytes. Empty: any."""
+    relayed_tokens: builtins.int
+    """Completion tokens that earlier attempts relayed; they stand at the end of token_ids."""
     @property
     def id(self) -> global___AttemptId:
         """Which attempt this is."""
@@ -122,6 +128,14 @@ class WorkerTask(google.protobuf.message.Message):
     def sampling(self) -> global___ResolvedSampling:
         """Resolved sampling: every field is set."""
 
+    @property
+    def grammar(self) -> global___Grammar:
+        """What the completion must conform to. Unset: anything."""
+
+    @property
+    def peers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___KvPeer]:
+        """Workers that the router believes to hold a longer start of the prompt's chain, best first."""
+
     def __init__(
         self,
         *,
@@ -131,11 +145,103 @@ class WorkerTask(google.protobuf.message.Message):
         token_ids: collections.abc.Iterable[builtins.int] | None = ...,
         sampling: global___ResolvedSampling | None = ...,
         model_digest: builtins.bytes = ...,
+        relayed_tokens: builtins.int = ...,
+        grammar: global___Grammar | None = ...,
+        peers: collections.abc.Iterable[global___KvPeer] | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["id", b"id", "sampling", b"sampling"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["cache_scope", b"cache_scope", "id", b"id", "model_digest", b"model_digest", "sampling", b"sampling", "tenant_id", b"tenant_id", "token_ids", b"token_ids"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_grammar", b"_grammar", "grammar", b"grammar", "id", b"id", "sampling", b"sampling"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_grammar", b"_grammar", "cache_scope", b"cache_scope", "grammar", b"grammar", "id", b"id", "model_digest", b"model_digest", "peers", b"peers", "relayed_tokens", b"relayed_tokens", "sampling", b"sampling", "tenant_id", b"tenant_id", "token_ids", b"token_ids"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_grammar", b"_grammar"]) -> typing.Literal["grammar"] | None: ...
 
 global___WorkerTask = WorkerTask
+
+@typing.final
+class Grammar(google.protobuf.message.Message):
+    """What a completion must conform to. Workers take the vocabulary from their own copy of the model."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    JSON_OBJECT_FIELD_NUMBER: builtins.int
+    JSON_SCHEMA_FIELD_NUMBER: builtins.int
+    VOCABULARY_DIGEST_FIELD_NUMBER: builtins.int
+    vocabulary_digest: builtins.bytes
+    """SHA-256 over the bytes of every token in order of id, as the router's tokenizer gives them, 32 bytes."""
+    @property
+    def json_object(self) -> global___JsonObject:
+        """Any JSON object."""
+
+    @property
+    def json_schema(self) -> global___JsonSchema:
+        """JSON that fits a schema."""
+
+    def __init__(
+        self,
+        *,
+        json_object: global___JsonObject | None = ...,
+        json_schema: global___JsonSchema | None = ...,
+        vocabulary_digest: builtins.bytes = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["json_object", b"json_object", "json_schema", b"json_schema", "kind", b"kind"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["json_object", b"json_object", "json_schema", b"json_schema", "kind", b"kind", "vocabulary_digest", b"vocabulary_digest"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["json_object", "json_schema"] | None: ...
+
+global___Grammar = Grammar
+
+@typing.final
+class JsonObject(google.protobuf.message.Message):
+    """Any JSON object."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___JsonObject = JsonObject
+
+@typing.final
+class JsonSchema(google.protobuf.message.Message):
+    """JSON that fits a schema."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SCHEMA_FIELD_NUMBER: builtins.int
+    schema: builtins.str
+    """The schema, as JSON."""
+    def __init__(
+        self,
+        *,
+        schema: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["schema", b"schema"]) -> None: ...
+
+global___JsonSchema = JsonSchema
+
+@typing.final
+class KvPeer(google.protobuf.message.Message):
+    """A worker that may be asked for KV blocks."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: builtins.int
+    ADDRESS_FIELD_NUMBER: builtins.int
+    ROLE_FIELD_NUMBER: builtins.int
+    worker_id: builtins.str
+    """The worker's id."""
+    address: builtins.str
+    """host:port of its gRPC listener."""
+    role: builtins.str
+    """Role in its certificate: "prefill" or "decode"."""
+    def __init__(
+        self,
+        *,
+        worker_id: builtins.str = ...,
+        address: builtins.str = ...,
+        role: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "role", b"role", "worker_id", b"worker_id"]) -> None: ...
+
+global___KvPeer = KvPeer
 
 @typing.final
 class ResolvedSampling(google.protobuf.message.Message):
@@ -143,12 +249,37 @@ class ResolvedSampling(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class LogitBiasEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.int
+        value: builtins.float
+        def __init__(
+            self,
+            *,
+            key: builtins.int = ...,
+            value: builtins.float = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     TEMPERATURE_FIELD_NUMBER: builtins.int
     TOP_P_FIELD_NUMBER: builtins.int
     TOP_K_FIELD_NUMBER: builtins.int
     SEED_FIELD_NUMBER: builtins.int
     MAX_TOKENS_FIELD_NUMBER: builtins.int
     STOP_TOKEN_IDS_FIELD_NUMBER: builtins.int
+    MIN_P_FIELD_NUMBER: builtins.int
+    REPETITION_PENALTY_FIELD_NUMBER: builtins.int
+    PRESENCE_PENALTY_FIELD_NUMBER: builtins.int
+    FREQUENCY_PENALTY_FIELD_NUMBER: builtins.int
+    LOGIT_BIAS_FIELD_NUMBER: builtins.int
+    LOGPROBS_FIELD_NUMBER: builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: builtins.int
+    MIN_TOKENS_FIELD_NUMBER: builtins.int
+    N_FIELD_NUMBER: builtins.int
     temperature: builtins.float
     """Softmax temperature; 0 is greedy."""
     top_p: builtins.float
@@ -159,9 +290,29 @@ class ResolvedSampling(google.protobuf.message.Message):
     """Seed of the noise."""
     max_tokens: builtins.int
     """Most completion tokens of the whole request, counted from the original prompt's end."""
+    min_p: builtins.float
+    """Least probability kept, as a share of the likeliest token's; 0 is off."""
+    repetition_penalty: builtins.float
+    """On tokens of prompt and completion; 1 is off, and so is 0, for routers that do not know it."""
+    presence_penalty: builtins.float
+    """On tokens of the completion; 0 is off."""
+    frequency_penalty: builtins.float
+    """On tokens of the completion, for each time; 0 is off."""
+    logprobs: builtins.int
+    """Alternatives to report beside each completion token. Unset: no log-probabilities."""
+    prompt_logprobs: builtins.int
+    """Alternatives to report beside each prompt token. Unset: none, and reuse is allowed."""
+    min_tokens: builtins.int
+    """No stop token is drawn before the completion has this many tokens."""
+    n: builtins.int
+    """Completions of this prompt; 0 is 1. Each has max_tokens of its own."""
     @property
     def stop_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Token ids that end the completion, the model's own included."""
+
+    @property
+    def logit_bias(self) -> google.protobuf.internal.containers.ScalarMap[builtins.int, builtins.float]:
+        """Added to logits by token id."""
 
     def __init__(
         self,
@@ -172,8 +323,22 @@ class ResolvedSampling(google.protobuf.message.Message):
         seed: builtins.int = ...,
         max_tokens: builtins.int = ...,
         stop_token_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        min_p: builtins.float = ...,
+        repetition_penalty: builtins.float = ...,
+        presence_penalty: builtins.float = ...,
+        frequency_penalty: builtins.float = ...,
+        logit_bias: collections.abc.Mapping[builtins.int, builtins.float] | None = ...,
+        logprobs: builtins.int | None = ...,
+        prompt_logprobs: builtins.int | None = ...,
+        min_tokens: builtins.int = ...,
+        n: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["max_tokens", b"max_tokens", "seed", b"seed", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "frequency_penalty", b"frequency_penalty", "logit_bias", b"logit_bias", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "n", b"n", "presence_penalty", b"presence_penalty", "prompt_logprobs", b"prompt_logprobs", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_logprobs", b"_logprobs"]) -> typing.Literal["logprobs"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_prompt_logprobs", b"_prompt_logprobs"]) -> typing.Literal["prompt_logprobs"] | None: ...
 
 global___ResolvedSampling = ResolvedSampling
 
@@ -189,6 +354,9 @@ class PrefillDone(google.protobuf.message.Message):
     PREFILL_US_FIELD_NUMBER: builtins.int
     FETCH_US_FIELD_NUMBER: builtins.int
     LAST_HIDDEN_FIELD_NUMBER: builtins.int
+    FIRST_TOKEN_IDS_FIELD_NUMBER: builtins.int
+    FIRST_LOGPROBS_FIELD_NUMBER: builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: builtins.int
     first_token_id: builtins.int
     """First completion token."""
     queued_us: builtins.int
@@ -203,6 +371,18 @@ class PrefillDone(google.protobuf.message.Message):
     def usage(self) -> tidemill.api.common.v1.usage_pb2.PromptUsage:
         """The prompt's split."""
 
+    @property
+    def first_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """First token of every choice, in order; the first is first_token_id. Empty: there is one choice."""
+
+    @property
+    def first_logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[tidemill.api.common.v1.logprobs_pb2.TokenLogprobs]:
+        """Of each choice's first token. Empty: not asked for."""
+
+    @property
+    def prompt_logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[tidemill.api.common.v1.logprobs_pb2.TokenLogprobs]:
+        """Of the prompt's tokens from the second on. Empty: not asked for."""
+
     def __init__(
         self,
         *,
@@ -212,8 +392,11 @@ class PrefillDone(google.protobuf.message.Message):
         prefill_us: builtins.int = ...,
         fetch_us: builtins.int = ...,
         last_hidden: builtins.bytes = ...,
+        first_token_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        first_logprobs: collections.abc.Iterable[tidemill.api.common.v1.logprobs_pb2.TokenLogprobs] | None = ...,
+        prompt_logprobs: collections.abc.Iterable[tidemill.api.common.v1.logprobs_pb2.TokenLogprobs] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["usage", b"usage"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["fetch_us", b"fetch_us", "first_token_id", b"first_token_id", "last_hidden", b"last_hidden", "prefill_us", b"prefill_us", "queued_us", b"queued_us", "usage", b"usage"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["fetch_us", b"fetch_us", "first_logprobs", b"first_logprobs", "first_token_id", b"first_token_id", "first_token_ids", b"first_token_ids", "last_hidden", b"last_hidden", "prefill_us", b"prefill_us", "prompt_logprobs", b"prompt_logprobs", "queued_us", b"queued_us", "usage", b"usage"]) -> None: ...
 
 global___PrefillDone = PrefillDone

@@ -24,13 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%tidemill/api/common/v1/sampling.proto\x12\x16tidemill.api.common.v1\"\xdc\x02\n\x08Sampling\x12@\n\x0btemperature\x18\x01 \x01(\x01\x42\x19\xbaH\x16\x12\x14\x19\x00\x00\x00\x00\x00\x00\x00@)\x00\x00\x00\x00\x00\x00\x00\x00@\x01H\x00R\x0btemperature\x88\x01\x01\x12\x33\n\x05top_p\x18\x02 \x01(\x01\x42\x19\xbaH\x16\x12\x14\x19\x00\x00\x00\x00\x00\x00\xf0?!\x00\x00\x00\x00\x00\x00\x00\x00@\x01H\x01R\x04topP\x88\x01\x01\x12#\n\x05top_k\x18\x03 \x01(\rB\t\xbaH\x06*\x04\x18\x80\x80@H\x02R\x04topK\x88\x01\x01\x12\x17\n\x04seed\x18\x04 \x01(\x04H\x03R\x04seed\x88\x01\x01\x12/\n\nmax_tokens\x18\x05 \x01(\rB\x0b\xbaH\x08*\x06\x18\x80\x80@(\x01H\x04R\tmaxTokens\x88\x01\x01\x12.\n\x0estop_token_ids\x18\x06 \x03(\rB\x08\xbaH\x05\x92\x01\x02\x10@R\x0cstopTokenIdsB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\r\n\x0b_max_tokensb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%tidemill/api/common/v1/sampling.proto\x12\x16tidemill.api.common.v1\"\xf8\x08\n\x08Sampling\x12@\n\x0btemperature\x18\x01 \x01(\x01\x42\x19\xbaH\x16\x12\x14\x19\x00\x00\x00\x00\x00\x00\x00@)\x00\x00\x00\x00\x00\x00\x00\x00@\x01H\x00R\x0btemperature\x88\x01\x01\x12\x33\n\x05top_p\x18\x02 \x01(\x01\x42\x19\xbaH\x16\x12\x14\x19\x00\x00\x00\x00\x00\x00\xf0?!\x00\x00\x00\x00\x00\x00\x00\x00@\x01H\x01R\x04topP\x88\x01\x01\x12#\n\x05top_k\x18\x03 \x01(\rB\t\xbaH\x06*\x04\x18\x80\x80@H\x02R\x04topK\x88\x01\x01\x12\x17\n\x04seed\x18\x04 \x01(\x04H\x03R\x04seed\x88\x01\x01\x12/\n\nmax_tokens\x18\x05 \x01(\rB\x0b\xbaH\x08*\x06\x18\x80\x80@(\x01H\x04R\tmaxTokens\x88\x01\x01\x12.\n\x0estop_token_ids\x18\x06 \x03(\rB\x08\xbaH\x05\x92\x01\x02\x10@R\x0cstopTokenIds\x12\x33\n\x05min_p\x18\x07 \x01(\x01\x42\x19\xbaH\x16\x12\x14\x19\x00\x00\x00\x00\x00\x00\xf0?)\x00\x00\x00\x00\x00\x00\x00\x00@\x01H\x05R\x04minP\x88\x01\x01\x12M\n\x12repetition_penalty\x18\x08 \x01(\x01\x42\x19\xbaH\x16\x12\x14\x19\x00\x00\x00\x00\x00\x00$@!\x00\x00\x00\x00\x00\x00\x00\x00@\x01H\x06R\x11repetitionPenalty\x88\x01\x01\x12I\n\x10presence_penalty\x18\t \x01(\x01\x42\x19\xbaH\x16\x12\x14\x19\x00\x00\x00\x00\x00\x00\x00@)\x00\x00\x00\x00\x00\x00\x00\xc0@\x01H\x07R\x0fpresencePenalty\x88\x01\x01\x12K\n\x11\x66requency_penalty\x18\n \x01(\x01\x42\x19\xbaH\x16\x12\x14\x19\x00\x00\x00\x00\x00\x00\x00@)\x00\x00\x00\x00\x00\x00\x00\xc0@\x01H\x08R\x10\x66requencyPenalty\x88\x01\x01\x12q\n\nlogit_bias\x18\x0b \x03(\x0b\x32/.tidemill.api.common.v1.Sampling.LogitBiasEntryB!\xbaH\x1e\x9a\x01\x1b\x10\x80\x08*\x16\x12\x14\x19\x00\x00\x00\x00\x00\x00Y@)\x00\x00\x00\x00\x00\x00Y\xc0@\x01R\tlogitBias\x12(\n\x08logprobs\x18\x0c \x01(\rB\x07\xbaH\x04*\x02\x18\x14H\tR\x08logprobs\x88\x01\x01\x12\x35\n\x0fprompt_logprobs\x18\r \x01(\rB\x07\xbaH\x04*\x02\x18\x14H\nR\x0epromptLogprobs\x88\x01\x01\x12-\n\nmin_tokens\x18\x0e \x01(\rB\t\xbaH\x06*\x04\x18\x80\x80@H\x0bR\tminTokens\x88\x01\x01\x12\x1d\n\nignore_eos\x18\x0f \x01(\x08R\tignoreEos\x12\x1c\n\x01n\x18\x10 \x01(\rB\t\xbaH\x06*\x04\x18\x10(\x01H\x0cR\x01n\x88\x01\x01\x1a<\n\x0eLogitBiasEntry\x12\x10\n\x03key\x18\x01 \x01(\rR\x03key\x12\x14\n\x05value\x18\x02 \x01(\x01R\x05value:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\r\n\x0b_max_tokensB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsB\r\n\x0b_min_tokensB\x04\n\x02_nb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tidemill.api.common.v1.sampling_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_SAMPLING_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_SAMPLING'].fields_by_name['temperature']._loaded_options = None
   _globals['_SAMPLING'].fields_by_name['temperature']._serialized_options = b'\272H\026\022\024\031\000\000\000\000\000\000\000@)\000\000\000\000\000\000\000\000@\001'
   _globals['_SAMPLING'].fields_by_name['top_p']._loaded_options = None
@@ -41,6 +43,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLING'].fields_by_name['max_tokens']._serialized_options = b'\272H\010*\006\030\200\200@(\001'
   _globals['_SAMPLING'].fields_by_name['stop_token_ids']._loaded_options = None
   _globals['_SAMPLING'].fields_by_name['stop_token_ids']._serialized_options = b'\272H\005\222\001\002\020@'
+  _globals['_SAMPLING'].fields_by_name['min_p']._loaded_options = None
+  _globals['_SAMPLING'].fields_by_name['min_p']._serialized_options = b'\272H\026\022\024\031\000\000\000\000\000\000\360?)\000\000\000\000\000\000\000\000@\001'
+  _globals['_SAMPLING'].fields_by_name['repetition_penalty']._loaded_options = None
+  _globals['_SAMPLING'].fields_by_name['repetition_penalty']._serialized_options = b'\272H\026\022\024\031\000\000\000\000\000\000$@!\000\000\000\000\000\000\000\000@\001'
+  _globals['_SAMPLING'].fields_by_name['presence_penalty']._loaded_options = None
+  _globals['_SAMPLING'].fields_by_name['presence_penalty']._serialized_options = b'\272H\026\022\024\031\000\000\000\000\000\000\000@)\000\000\000\000\000\000\000\300@\001'
+  _globals['_SAMPLING'].fields_by_name['frequency_penalty']._loaded_options = None
+  _globals['_SAMPLING'].fields_by_name['frequency_penalty']._serialized_options = b'\272H\026\022\024\031\000\000\000\000\000\000\000@)\000\000\000\000\000\000\000\300@\001'
+  _globals['_SAMPLING'].fields_by_name['logit_bias']._loaded_options = None
+  _globals['_SAMPLING'].fields_by_name['logit_bias']._serialized_options = b'\272H\036\232\001\033\020\200\010*\026\022\024\031\000\000\000\000\000\000Y@)\000\000\000\000\000\000Y\300@\001'
+  _globals['_SAMPLING'].fields_by_name['logprobs']._loaded_options = None
+  _globals['_SAMPLING'].fields_by_name['logprobs']._serialized_options = b'\272H\004*\002\030\024'
+  _globals['_SAMPLING'].fields_by_name['prompt_logprobs']._loaded_options = None
+  _globals['_SAMPLING'].fields_by_name['prompt_logprobs']._serialized_options = b'\272H\004*\002\030\024'
+  _globals['_SAMPLING'].fields_by_name['min_tokens']._loaded_options = None
+  _globals['_SAMPLING'].fields_by_name['min_tokens']._serialized_options = b'\272H\006*\004\030\200\200@'
+  _globals['_SAMPLING'].fields_by_name['n']._loaded_options = None
+  _globals['_SAMPLING'].fields_by_name['n']._serialized_options = b'\272H\006*\004\030\020(\001'
   _globals['_SAMPLING']._serialized_start=66
-  _globals['_SAMPLING']._serialized_end=414
+  _globals['_SAMPLING']._serialized_end=1210
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=960
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=1020
 # @@protoc_insertion_point(module_scope)

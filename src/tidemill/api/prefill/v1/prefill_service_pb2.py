@@ -26,7 +26,7 @@ from tidemill.api.common.v1 import kv_pb2 as tidemill_dot_api_dot_common_dot_v1_
 from tidemill.api.common.v1 import lifecycle_pb2 as tidemill_dot_api_dot_common_dot_v1_dot_lifecycle__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-tidemill/api/prefill/v1/prefill_service.proto\x12\x17tidemill.api.prefill.v1\x1a\x1ftidemill/api/common/v1/kv.proto\x1a&tidemill/api/common/v1/lifecycle.proto\"\xf8\x01\n\x0ePrefillRequest\x12>\n\x04task\x18\x01 \x01(\x0b\x32\".tidemill.api.common.v1.WorkerTaskB\x06\xbaH\x03\xc8\x01\x01R\x04task\x12\x36\n\x12layout_fingerprint\x18\x02 \x01(\x0c\x42\x07\xbaH\x04z\x02h R\x11layoutFingerprint\x12*\n\x0bheld_tokens\x18\x03 \x01(\rB\t\xbaH\x06*\x04\x18\x80\x80@R\nheldTokens\x12\x31\n\x0ckv_transport\x18\x04 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18\x10H\x00R\x0bkvTransport\x88\x01\x01\x42\x0f\n\r_kv_transport\"\x9c\x01\n\x0fPrefillResponse\x12>\n\x05offer\x18\x01 \x01(\x0b\x32&.tidemill.api.prefill.v1.HandoverOfferH\x00R\x05offer\x12\x39\n\x04\x64one\x18\x02 \x01(\x0b\x32#.tidemill.api.common.v1.PrefillDoneH\x00R\x04\x64oneB\x0e\n\x05\x65vent\x12\x05\xbaH\x02\x08\x01\"\xb8\x01\n\rHandoverOffer\x12(\n\x0bhandover_id\x18\x01 \x01(\x0c\x42\x07\xbaH\x04z\x02h\x10R\nhandoverId\x12\x14\n\x05\x65poch\x18\x02 \x01(\x06R\x05\x65poch\x12\'\n\x08lease_ms\x18\x03 \x01(\rB\x0c\xbaH\t*\x07\x18\x80\xdd\xdb\x01(\x01R\x07leaseMs\x12\x1f\n\x0b\x66irst_token\x18\x04 \x01(\rR\nfirstToken\x12\x1d\n\nnum_tokens\x18\x05 \x01(\rR\tnumTokens\"M\n\x0bHandoverRef\x12(\n\x0bhandover_id\x18\x01 \x01(\x0c\x42\x07\xbaH\x04z\x02h\x10R\nhandoverId\x12\x14\n\x05\x65poch\x18\x02 \x01(\x06R\x05\x65poch\"\xb0\x01\n\rPullKvRequest\x12H\n\x08handover\x18\x01 \x01(\x0b\x32$.tidemill.api.prefill.v1.HandoverRefB\x06\xbaH\x03\xc8\x01\x01R\x08handover\x12?\n\x11max_message_bytes\x18\x02 \x01(\rB\x0e\xbaH\x0b*\t\x18\x80\x80\x80\x02(\x80\x80\x04H\x00R\x0fmaxMessageBytes\x88\x01\x01\x42\x14\n\x12_max_message_bytes\"\\\n\x0ePullKvResponse\x12J\n\x08segments\x18\x01 \x03(\x0b\x32!.tidemill.api.common.v1.KvSegmentB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\x80 R\x08segments\"`\n\x14RenewHandoverRequest\x12H\n\x08handover\x18\x01 \x01(\x0b\x32$.tidemill.api.prefill.v1.HandoverRefB\x06\xbaH\x03\xc8\x01\x01R\x08handover\"2\n\x15RenewHandoverResponse\x12\x19\n\x08lease_ms\x18\x01 \x01(\rR\x07leaseMs\"b\n\x16ReleaseHandoverRequest\x12H\n\x08handover\x18\x01 \x01(\x0b\x32$.tidemill.api.prefill.v1.HandoverRefB\x06\xbaH\x03\xc8\x01\x01R\x08handover\"5\n\x17ReleaseHandoverResponse\x12\x1a\n\x08released\x18\x01 \x01(\x08R\x08released\"O\n\x12StopPrefillRequest\x12\x39\n\x02id\x18\x01 \x01(\x0b\x32!.tidemill.api.common.v1.AttemptIdB\x06\xbaH\x03\xc8\x01\x01R\x02id\"X\n\x13StopPrefillResponse\x12\x18\n\x07stopped\x18\x01 \x01(\x08R\x07stopped\x12\'\n\x0f\x63omputed_tokens\x18\x02 \x01(\rR\x0e\x63omputedTokens2\x9d\x04\n\x0ePrefillService\x12^\n\x07Prefill\x12\'.tidemill.api.prefill.v1.PrefillRequest\x1a(.tidemill.api.prefill.v1.PrefillResponse0\x01\x12[\n\x06PullKv\x12&.tidemill.api.prefill.v1.PullKvRequest\x1a\'.tidemill.api.prefill.v1.PullKvResponse0\x01\x12n\n\rRenewHandover\x12-.tidemill.api.prefill.v1.RenewHandoverRequest\x1a..tidemill.api.prefill.v1.RenewHandoverResponse\x12t\n\x0fReleaseHandover\x12/.tidemill.api.prefill.v1.ReleaseHandoverRequest\x1a\x30.tidemill.api.prefill.v1.ReleaseHandoverResponse\x12h\n\x0bStopPrefill\x12+.tidemill.api.prefill.v1.StopPrefillRequest\x1a,.tidemill.api.prefill.v1.StopPrefillResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-tidemill/api/prefill/v1/prefill_service.proto\x12\x17tidemill.api.prefill.v1\x1a\x1ftidemill/api/common/v1/kv.proto\x1a&tidemill/api/common/v1/lifecycle.proto\"\xf8\x01\n\x0ePrefillRequest\x12>\n\x04task\x18\x01 \x01(\x0b\x32\".tidemill.api.common.v1.WorkerTaskB\x06\xbaH\x03\xc8\x01\x01R\x04task\x12\x36\n\x12layout_fingerprint\x18\x02 \x01(\x0c\x42\x07\xbaH\x04z\x02h R\x11layoutFingerprint\x12*\n\x0bheld_tokens\x18\x03 \x01(\rB\t\xbaH\x06*\x04\x18\x80\x80@R\nheldTokens\x12\x31\n\x0ckv_transport\x18\x04 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18\x10H\x00R\x0bkvTransport\x88\x01\x01\x42\x0f\n\r_kv_transport\"\x9c\x01\n\x0fPrefillResponse\x12>\n\x05offer\x18\x01 \x01(\x0b\x32&.tidemill.api.prefill.v1.HandoverOfferH\x00R\x05offer\x12\x39\n\x04\x64one\x18\x02 \x01(\x0b\x32#.tidemill.api.common.v1.PrefillDoneH\x00R\x04\x64oneB\x0e\n\x05\x65vent\x12\x05\xbaH\x02\x08\x01\"\xd8\x01\n\rHandoverOffer\x12(\n\x0bhandover_id\x18\x01 \x01(\x0c\x42\x07\xbaH\x04z\x02h\x10R\nhandoverId\x12\x14\n\x05\x65poch\x18\x02 \x01(\x06R\x05\x65poch\x12\'\n\x08lease_ms\x18\x03 \x01(\rB\x0c\xbaH\t*\x07\x18\x80\xdd\xdb\x01(\x01R\x07leaseMs\x12\x1f\n\x0b\x66irst_token\x18\x04 \x01(\rR\nfirstToken\x12\x1d\n\nnum_tokens\x18\x05 \x01(\rR\tnumTokens\x12\x1e\n\x06shm_id\x18\x06 \x01(\x0c\x42\x07\xbaH\x04z\x02\x18\x10R\x05shmId\"M\n\x0bHandoverRef\x12(\n\x0bhandover_id\x18\x01 \x01(\x0c\x42\x07\xbaH\x04z\x02h\x10R\nhandoverId\x12\x14\n\x05\x65poch\x18\x02 \x01(\x06R\x05\x65poch\"\xf3\x01\n\rPullKvRequest\x12H\n\x08handover\x18\x01 \x01(\x0b\x32$.tidemill.api.prefill.v1.HandoverRefB\x06\xbaH\x03\xc8\x01\x01R\x08handover\x12?\n\x11max_message_bytes\x18\x02 \x01(\rB\x0e\xbaH\x0b*\t\x18\x80\x80\x80\x02(\x80\x80\x04H\x00R\x0fmaxMessageBytes\x88\x01\x01\x12\x39\n\x03shm\x18\x03 \x01(\x0b\x32\".tidemill.api.prefill.v1.ShmTargetH\x01R\x03shm\x88\x01\x01\x42\x14\n\x12_max_message_bytesB\x06\n\x04_shm\"c\n\tShmTarget\x12)\n\x04name\x18\x01 \x01(\tB\x15\xbaH\x12r\x10\x32\x0e^[0-9a-f]{32}$R\x04name\x12+\n\tnum_bytes\x18\x02 \x01(\x04\x42\x0e\xbaH\x0b\x32\t\x18\x80\x80\x80\x80\x80 (\x01R\x08numBytes\"\\\n\x0ePullKvResponse\x12J\n\x08segments\x18\x01 \x03(\x0b\x32!.tidemill.api.common.v1.KvSegmentB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\x80 R\x08segments\"`\n\x14RenewHandoverRequest\x12H\n\x08handover\x18\x01 \x01(\x0b\x32$.tidemill.api.prefill.v1.HandoverRefB\x06\xbaH\x03\xc8\x01\x01R\x08handover\"2\n\x15RenewHandoverResponse\x12\x19\n\x08lease_ms\x18\x01 \x01(\rR\x07leaseMs\"b\n\x16ReleaseHandoverRequest\x12H\n\x08handover\x18\x01 \x01(\x0b\x32$.tidemill.api.prefill.v1.HandoverRefB\x06\xbaH\x03\xc8\x01\x01R\x08handover\"5\n\x17ReleaseHandoverResponse\x12\x1a\n\x08released\x18\x01 \x01(\x08R\x08released\"O\n\x12StopPrefillRequest\x12\x39\n\x02id\x18\x01 \x01(\x0b\x32!.tidemill.api.common.v1.AttemptIdB\x06\xbaH\x03\xc8\x01\x01R\x02id\"X\n\x13StopPrefillResponse\x12\x18\n\x07stopped\x18\x01 \x01(\x08R\x07stopped\x12\'\n\x0f\x63omputed_tokens\x18\x02 \x01(\rR\x0e\x63omputedTokens2\x9d\x04\n\x0ePrefillService\x12^\n\x07Prefill\x12\'.tidemill.api.prefill.v1.PrefillRequest\x1a(.tidemill.api.prefill.v1.PrefillResponse0\x01\x12[\n\x06PullKv\x12&.tidemill.api.prefill.v1.PullKvRequest\x1a\'.tidemill.api.prefill.v1.PullKvResponse0\x01\x12n\n\rRenewHandover\x12-.tidemill.api.prefill.v1.RenewHandoverRequest\x1a..tidemill.api.prefill.v1.RenewHandoverResponse\x12t\n\x0fReleaseHandover\x12/.tidemill.api.prefill.v1.ReleaseHandoverRequest\x1a\x30.tidemill.api.prefill.v1.ReleaseHandoverResponse\x12h\n\x0bStopPrefill\x12+.tidemill.api.prefill.v1.StopPrefillRequest\x1a,.tidemill.api.prefill.v1.StopPrefillResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -47,12 +47,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HANDOVEROFFER'].fields_by_name['handover_id']._serialized_options = b'\272H\004z\002h\020'
   _globals['_HANDOVEROFFER'].fields_by_name['lease_ms']._loaded_options = None
   _globals['_HANDOVEROFFER'].fields_by_name['lease_ms']._serialized_options = b'\272H\t*\007\030\200\335\333\001(\001'
+  _globals['_HANDOVEROFFER'].fields_by_name['shm_id']._loaded_options = None
+  _globals['_HANDOVEROFFER'].fields_by_name['shm_id']._serialized_options = b'\272H\004z\002\030\020'
   _globals['_HANDOVERREF'].fields_by_name['handover_id']._loaded_options = None
   _globals['_HANDOVERREF'].fields_by_name['handover_id']._serialized_options = b'\272H\004z\002h\020'
   _globals['_PULLKVREQUEST'].fields_by_name['handover']._loaded_options = None
   _globals['_PULLKVREQUEST'].fields_by_name['handover']._serialized_options = b'\272H\003\310\001\001'
   _globals['_PULLKVREQUEST'].fields_by_name['max_message_bytes']._loaded_options = None
   _globals['_PULLKVREQUEST'].fields_by_name['max_message_bytes']._serialized_options = b'\272H\013*\t\030\200\200\200\002(\200\200\004'
+  _globals['_SHMTARGET'].fields_by_name['name']._loaded_options = None
+  _globals['_SHMTARGET'].fields_by_name['name']._serialized_options = b'\272H\022r\0202\016^[0-9a-f]{32}$'
+  _globals['_SHMTARGET'].fields_by_name['num_bytes']._loaded_options = None
+  _globals['_SHMTARGET'].fields_by_name['num_bytes']._serialized_options = b'\272H\0132\t\030\200\200\200\200\200 (\001'
   _globals['_PULLKVRESPONSE'].fields_by_name['segments']._loaded_options = None
   _globals['_PULLKVRESPONSE'].fields_by_name['segments']._serialized_options = b'\272H\010\222\001\005\010\001\020\200 '
   _globals['_RENEWHANDOVERREQUEST'].fields_by_name['handover']._loaded_options = None
@@ -66,25 +72,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PREFILLRESPONSE']._serialized_start=399
   _globals['_PREFILLRESPONSE']._serialized_end=555
   _globals['_HANDOVEROFFER']._serialized_start=558
-  _globals['_HANDOVEROFFER']._serialized_end=742
-  _globals['_HANDOVERREF']._serialized_start=744
-  _globals['_HANDOVERREF']._serialized_end=821
-  _globals['_PULLKVREQUEST']._serialized_start=824
-  _globals['_PULLKVREQUEST']._serialized_end=1000
-  _globals['_PULLKVRESPONSE']._serialized_start=1002
-  _globals['_PULLKVRESPONSE']._serialized_end=1094
-  _globals['_RENEWHANDOVERREQUEST']._serialized_start=1096
-  _globals['_RENEWHANDOVERREQUEST']._serialized_end=1192
-  _globals['_RENEWHANDOVERRESPONSE']._serialized_start=1194
-  _globals['_RENEWHANDOVERRESPONSE']._serialized_end=1244
-  _globals['_RELEASEHANDOVERREQUEST']._serialized_start=1246
-  _globals['_RELEASEHANDOVERREQUEST']._serialized_end=1344
-  _globals['_RELEASEHANDOVERRESPONSE']._serialized_start=1346
-  _globals['_RELEASEHANDOVERRESPONSE']._serialized_end=1399
-  _globals['_STOPPREFILLREQUEST']._serialized_start=1401
-  _globals['_STOPPREFILLREQUEST']._serialized_end=1480
-  _globals['_STOPPREFILLRESPONSE']._serialized_start=1482
-  _globals['_STOPPREFILLRESPONSE']._serialized_end=1570
-  _globals['_PREFILLSERVICE']._serialized_start=1573
-  _globals['_PREFILLSERVICE']._serialized_end=2114
+  _globals['_HANDOVEROFFER']._serialized_end=774
+  _globals['_HANDOVERREF']._serialized_start=776
+  _globals['_HANDOVERREF']._serialized_end=853
+  _globals['_PULLKVREQUEST']._serialized_start=856
+  _globals['_PULLKVREQUEST']._serialized_end=1099
+  _globals['_SHMTARGET']._serialized_start=1101
+  _globals['_SHMTARGET']._serialized_end=1200
+  _globals['_PULLKVRESPONSE']._serialized_start=1202
+  _globals['_PULLKVRESPONSE']._serialized_end=1294
+  _globals['_RENEWHANDOVERREQUEST']._serialized_start=1296
+  _globals['_RENEWHANDOVERREQUEST']._serialized_end=1392
+  _globals['_RENEWHANDOVERRESPONSE']._serialized_start=1394
+  _globals['_RENEWHANDOVERRESPONSE']._serialized_end=1444
+  _globals['_RELEASEHANDOVERREQUEST']._serialized_start=1446
+  _globals['_RELEASEHANDOVERREQUEST']._serialized_end=1544
+  _globals['_RELEASEHANDOVERRESPONSE']._serialized_start=1546
+  _globals['_RELEASEHANDOVERRESPONSE']._serialized_end=1599
+  _globals['_STOPPREFILLREQUEST']._serialized_start=1601
+  _globals['_STOPPREFILLREQUEST']._serialized_end=1680
+  _globals['_STOPPREFILLRESPONSE']._serialized_start=1682
+  _globals['_STOPPREFILLRESPONSE']._serialized_end=1770
+  _globals['_PREFILLSERVICE']._serialized_start=1773
+  _globals['_PREFILLSERVICE']._serialized_end=2314
 # @@protoc_insertion_point(module_scope)

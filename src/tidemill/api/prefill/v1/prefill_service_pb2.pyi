@@ -87,6 +87,7 @@ class HandoverOffer(google.protobuf.message.Message):
     LEASE_MS_FIELD_NUMBER: builtins.int
     FIRST_TOKEN_FIELD_NUMBER: builtins.int
     NUM_TOKENS_FIELD_NUMBER: builtins.int
+    SHM_ID_FIELD_NUMBER: builtins.int
     handover_id: builtins.bytes
     """Random id, 16 bytes."""
     epoch: builtins.int
@@ -97,6 +98,8 @@ class HandoverOffer(google.protobuf.message.Message):
     """First token that will be sent: what the asker holds."""
     num_tokens: builtins.int
     """Tokens of the prompt."""
+    shm_id: builtins.bytes
+    """Names the folder of shared memory that the source can reach, 16 bytes. Empty: none."""
     def __init__(
         self,
         *,
@@ -105,8 +108,9 @@ class HandoverOffer(google.protobuf.message.Message):
         lease_ms: builtins.int = ...,
         first_token: builtins.int = ...,
         num_tokens: builtins.int = ...,
+        shm_id: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "first_token", b"first_token", "handover_id", b"handover_id", "lease_ms", b"lease_ms", "num_tokens", b"num_tokens"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "first_token", b"first_token", "handover_id", b"handover_id", "lease_ms", b"lease_ms", "num_tokens", b"num_tokens", "shm_id", b"shm_id"]) -> None: ...
 
 global___HandoverOffer = HandoverOffer
 
@@ -140,23 +144,54 @@ class PullKvRequest(google.protobuf.message.Message):
 
     HANDOVER_FIELD_NUMBER: builtins.int
     MAX_MESSAGE_BYTES_FIELD_NUMBER: builtins.int
+    SHM_FIELD_NUMBER: builtins.int
     max_message_bytes: builtins.int
     """Most payload bytes a message. Unset: 2 MiB."""
     @property
     def handover(self) -> global___HandoverRef:
         """Which hand-over."""
 
+    @property
+    def shm(self) -> global___ShmTarget:
+        """Where on this host the source writes the latents. Unset: they come in the messages."""
+
     def __init__(
         self,
         *,
         handover: global___HandoverRef | None = ...,
         max_message_bytes: builtins.int | None = ...,
+        shm: global___ShmTarget | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_max_message_bytes", b"_max_message_bytes", "handover", b"handover", "max_message_bytes", b"max_message_bytes"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_max_message_bytes", b"_max_message_bytes", "handover", b"handover", "max_message_bytes", b"max_message_bytes"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_max_message_bytes", b"_max_message_bytes", "_shm", b"_shm", "handover", b"handover", "max_message_bytes", b"max_message_bytes", "shm", b"shm"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_max_message_bytes", b"_max_message_bytes", "_shm", b"_shm", "handover", b"handover", "max_message_bytes", b"max_message_bytes", "shm", b"shm"]) -> None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_max_message_bytes", b"_max_message_bytes"]) -> typing.Literal["max_message_bytes"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_shm", b"_shm"]) -> typing.Literal["shm"] | None: ...
 
 global___PullKvRequest = PullKvRequest
+
+@typing.final
+class ShmTarget(google.protobuf.message.Message):
+    """A file of shared memory that the puller made and will remove."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    NUM_BYTES_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """File name in the folder that the offer's shm_id names."""
+    num_bytes: builtins.int
+    """Bytes of the file."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        num_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name", "num_bytes", b"num_bytes"]) -> None: ...
+
+global___ShmTarget = ShmTarget
 
 @typing.final
 class PullKvResponse(google.protobuf.message.Message):

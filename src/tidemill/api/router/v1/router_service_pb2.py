@@ -24,11 +24,12 @@ _sym_db = _symbol_database.Default()
 
 from tidemill.api.billing.v1 import receipt_pb2 as tidemill_dot_api_dot_billing_dot_v1_dot_receipt__pb2
 from tidemill.api.common.v1 import lifecycle_pb2 as tidemill_dot_api_dot_common_dot_v1_dot_lifecycle__pb2
+from tidemill.api.common.v1 import logprobs_pb2 as tidemill_dot_api_dot_common_dot_v1_dot_logprobs__pb2
 from tidemill.api.common.v1 import sampling_pb2 as tidemill_dot_api_dot_common_dot_v1_dot_sampling__pb2
 from tidemill.api.common.v1 import usage_pb2 as tidemill_dot_api_dot_common_dot_v1_dot_usage__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+tidemill/api/router/v1/router_service.proto\x12\x16tidemill.api.router.v1\x1a%tidemill/api/billing/v1/receipt.proto\x1a&tidemill/api/common/v1/lifecycle.proto\x1a%tidemill/api/common/v1/sampling.proto\x1a\"tidemill/api/common/v1/usage.proto\"u\n\x0b\x43hatMessage\x12@\n\x04role\x18\x01 \x01(\x0e\x32 .tidemill.api.router.v1.ChatRoleB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00R\x04role\x12$\n\x07\x63ontent\x18\x02 \x01(\tB\n\xbaH\x07r\x05(\x80\x80\x80\x02R\x07\x63ontent\"Y\n\tChatInput\x12L\n\x08messages\x18\x01 \x03(\x0b\x32#.tidemill.api.router.v1.ChatMessageB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\x80\x08R\x08messages\"7\n\nTokenInput\x12)\n\ttoken_ids\x18\x01 \x03(\rB\x0c\xbaH\t\x92\x01\x06\x08\x01\x10\x80\x80@R\x08tokenIds\"\\\n\x07MaxCost\x12-\n\x08\x63urrency\x18\x01 \x01(\tB\x11\xbaH\x0er\x0c\x32\n^[A-Z]{3}$R\x08\x63urrency\x12\"\n\x04nano\x18\x02 \x01(\x04\x42\x0e\xbaH\x0b\x32\t\x18\xff\xff\xff\xff\xff\xff\xff\x0fR\x04nano\"\x94\x05\n\x0fGenerateRequest\x12H\n\nrequest_id\x18\x01 \x01(\tB)\xbaH&r$2\"^[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}$R\trequestId\x12 \n\x05model\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01R\x05model\x12\x37\n\x04\x63hat\x18\x03 \x01(\x0b\x32!.tidemill.api.router.v1.ChatInputH\x00R\x04\x63hat\x12&\n\x06prompt\x18\x04 \x01(\tB\x0c\xbaH\tr\x07\x10\x01(\x80\x80\x80\x02H\x00R\x06prompt\x12<\n\x06tokens\x18\x05 \x01(\x0b\x32\".tidemill.api.router.v1.TokenInputH\x00R\x06tokens\x12<\n\x08sampling\x18\x06 \x01(\x0b\x32 .tidemill.api.common.v1.SamplingR\x08sampling\x12%\n\x04stop\x18\x07 \x03(\tB\x11\xbaH\x0e\x92\x01\x0b\x10\x10\"\x07r\x05\x10\x01\x18\x80\x02R\x04stop\x12?\n\x08max_cost\x18\x08 \x01(\x0b\x32\x1f.tidemill.api.router.v1.MaxCostH\x01R\x07maxCost\x88\x01\x01\x12\x46\n\x16\x66irst_token_timeout_ms\x18\t \x01(\rB\x0c\xbaH\t*\x07\x18\x80\xdd\xdb\x01(\x01H\x02R\x13\x66irstTokenTimeoutMs\x88\x01\x01\x12;\n\x10total_timeout_ms\x18\n \x01(\rB\x0c\xbaH\t*\x07\x18\x80\xba\xb7\x03(\x01H\x03R\x0etotalTimeoutMs\x88\x01\x01\x42\x0e\n\x05input\x12\x05\xbaH\x02\x08\x01\x42\x0b\n\t_max_costB\x19\n\x17_first_token_timeout_msB\x13\n\x11_total_timeout_ms\"\x9a\x02\n\x10GenerateResponse\x12>\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32 .tidemill.api.router.v1.AcceptedH\x00R\x08\x61\x63\x63\x65pted\x12\x38\n\x06queued\x18\x02 \x01(\x0b\x32\x1e.tidemill.api.router.v1.QueuedH\x00R\x06queued\x12\x39\n\x05\x63hunk\x18\x03 \x01(\x0b\x32!.tidemill.api.router.v1.TextChunkH\x00R\x05\x63hunk\x12\x41\n\tcompleted\x18\x04 \x01(\x0b\x32!.tidemill.api.router.v1.CompletedH\x00R\tcompletedB\x0e\n\x05\x65vent\x12\x05\xbaH\x02\x08\x01\"\x99\x01\n\x08\x41\x63\x63\x65pted\x12&\n\nrequest_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x18@R\trequestId\x12\x1a\n\x08position\x18\x02 \x01(\rR\x08position\x12#\n\rprompt_tokens\x18\x03 \x01(\rR\x0cpromptTokens\x12$\n\x0e\x61\x64mitted_at_ms\x18\x04 \x01(\x03R\x0c\x61\x64mittedAtMs\"$\n\x06Queued\x12\x1a\n\x08position\x18\x01 \x01(\rR\x08position\"\xe1\x01\n\tTextChunk\x12\x1a\n\x08sequence\x18\x01 \x01(\x04R\x08sequence\x12\x1f\n\x0b\x66irst_index\x18\x02 \x01(\rR\nfirstIndex\x12\'\n\ttoken_ids\x18\x03 \x03(\rB\n\xbaH\x07\x92\x01\x04\x10\x80\x80\x04R\x08tokenIds\x12\x12\n\x04text\x18\x04 \x01(\tR\x04text\x12%\n\x0ereasoning_text\x18\x05 \x01(\tR\rreasoningText\x12\x33\n\x05usage\x18\x06 \x01(\x0b\x32\x1d.tidemill.api.common.v1.UsageR\x05usage\"\x9d\x02\n\tCompleted\x12S\n\rfinish_reason\x18\x01 \x01(\x0e\x32$.tidemill.api.common.v1.FinishReasonB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x0c\x66inishReason\x12\x33\n\x05usage\x18\x02 \x01(\x0b\x32\x1d.tidemill.api.common.v1.UsageR\x05usage\x12:\n\x07receipt\x18\x03 \x01(\x0b\x32 .tidemill.api.billing.v1.ReceiptR\x07receipt\x12\x12\n\x04seed\x18\x04 \x01(\x04R\x04seed\x12\x36\n\x06timing\x18\x05 \x01(\x0b\x32\x1e.tidemill.api.router.v1.TimingR\x06timing\"\xb5\x01\n\x06Timing\x12\x1b\n\tqueued_us\x18\x01 \x01(\x04R\x08queuedUs\x12$\n\x0e\x66irst_token_us\x18\x02 \x01(\x04R\x0c\x66irstTokenUs\x12\x19\n\x08total_us\x18\x03 \x01(\x04R\x07totalUs\x12\x1d\n\nprefill_us\x18\x04 \x01(\x04R\tprefillUs\x12.\n\x13\x64\x65\x63ode_busy_seconds\x18\x05 \x01(\x01R\x11\x64\x65\x63odeBusySeconds\"c\n\x17\x43\x61ncelGenerationRequest\x12H\n\nrequest_id\x18\x01 \x01(\tB)\xbaH&r$2\"^[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}$R\trequestId\"0\n\x18\x43\x61ncelGenerationResponse\x12\x14\n\x05\x66ound\x18\x01 \x01(\x08R\x05\x66ound\"\x13\n\x11ListModelsRequest\"Z\n\x12ListModelsResponse\x12\x44\n\x06models\x18\x01 \x03(\x0b\x32!.tidemill.api.router.v1.ModelInfoB\t\xbaH\x06\x92\x01\x03\x10\x80\x02R\x06models\"\xde\x02\n\tModelInfo\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12%\n\x0e\x63ontext_tokens\x18\x02 \x01(\rR\rcontextTokens\x12*\n\x11max_output_tokens\x18\x03 \x01(\rR\x0fmaxOutputTokens\x12\x1a\n\x08\x63urrency\x18\x04 \x01(\tR\x08\x63urrency\x12;\n\x06prices\x18\x05 \x01(\x0b\x32#.tidemill.api.billing.v1.UnitPricesR\x06prices\x12\x16\n\x06window\x18\x06 \x01(\tR\x06window\x12)\n\x11window_ends_at_ms\x18\x07 \x01(\x03R\x0ewindowEndsAtMs\x12\'\n\x0fprefill_workers\x18\x08 \x01(\rR\x0eprefillWorkers\x12%\n\x0e\x64\x65\x63ode_workers\x18\t \x01(\rR\rdecodeWorkers*h\n\x08\x43hatRole\x12\x19\n\x15\x43HAT_ROLE_UNSPECIFIED\x10\x00\x12\x14\n\x10\x43HAT_ROLE_SYSTEM\x10\x01\x12\x12\n\x0e\x43HAT_ROLE_USER\x10\x02\x12\x17\n\x13\x43HAT_ROLE_ASSISTANT\x10\x03\x32\xcc\x02\n\rRouterService\x12_\n\x08Generate\x12\'.tidemill.api.router.v1.GenerateRequest\x1a(.tidemill.api.router.v1.GenerateResponse0\x01\x12u\n\x10\x43\x61ncelGeneration\x12/.tidemill.api.router.v1.CancelGenerationRequest\x1a\x30.tidemill.api.router.v1.CancelGenerationResponse\x12\x63\n\nListModels\x12).tidemill.api.router.v1.ListModelsRequest\x1a*.tidemill.api.router.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+tidemill/api/router/v1/router_service.proto\x12\x16tidemill.api.router.v1\x1a%tidemill/api/billing/v1/receipt.proto\x1a&tidemill/api/common/v1/lifecycle.proto\x1a%tidemill/api/common/v1/logprobs.proto\x1a%tidemill/api/common/v1/sampling.proto\x1a\"tidemill/api/common/v1/usage.proto\"u\n\x0b\x43hatMessage\x12@\n\x04role\x18\x01 \x01(\x0e\x32 .tidemill.api.router.v1.ChatRoleB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00R\x04role\x12$\n\x07\x63ontent\x18\x02 \x01(\tB\n\xbaH\x07r\x05(\x80\x80\x80\x02R\x07\x63ontent\"Y\n\tChatInput\x12L\n\x08messages\x18\x01 \x03(\x0b\x32#.tidemill.api.router.v1.ChatMessageB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\x80\x08R\x08messages\"7\n\nTokenInput\x12)\n\ttoken_ids\x18\x01 \x03(\rB\x0c\xbaH\t\x92\x01\x06\x08\x01\x10\x80\x80@R\x08tokenIds\"\\\n\x07MaxCost\x12-\n\x08\x63urrency\x18\x01 \x01(\tB\x11\xbaH\x0er\x0c\x32\n^[A-Z]{3}$R\x08\x63urrency\x12\"\n\x04nano\x18\x02 \x01(\x04\x42\x0e\xbaH\x0b\x32\t\x18\xff\xff\xff\xff\xff\xff\xff\x0fR\x04nano\"\xfe\x05\n\x0fGenerateRequest\x12H\n\nrequest_id\x18\x01 \x01(\tB)\xbaH&r$2\"^[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}$R\trequestId\x12 \n\x05model\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01R\x05model\x12\x37\n\x04\x63hat\x18\x03 \x01(\x0b\x32!.tidemill.api.router.v1.ChatInputH\x00R\x04\x63hat\x12&\n\x06prompt\x18\x04 \x01(\tB\x0c\xbaH\tr\x07\x10\x01(\x80\x80\x80\x02H\x00R\x06prompt\x12<\n\x06tokens\x18\x05 \x01(\x0b\x32\".tidemill.api.router.v1.TokenInputH\x00R\x06tokens\x12<\n\x08sampling\x18\x06 \x01(\x0b\x32 .tidemill.api.common.v1.SamplingR\x08sampling\x12%\n\x04stop\x18\x07 \x03(\tB\x11\xbaH\x0e\x92\x01\x0b\x10\x10\"\x07r\x05\x10\x01\x18\x80\x02R\x04stop\x12?\n\x08max_cost\x18\x08 \x01(\x0b\x32\x1f.tidemill.api.router.v1.MaxCostH\x01R\x07maxCost\x88\x01\x01\x12\x46\n\x16\x66irst_token_timeout_ms\x18\t \x01(\rB\x0c\xbaH\t*\x07\x18\x80\xdd\xdb\x01(\x01H\x02R\x13\x66irstTokenTimeoutMs\x88\x01\x01\x12;\n\x10total_timeout_ms\x18\n \x01(\rB\x0c\xbaH\t*\x07\x18\x80\xba\xb7\x03(\x01H\x03R\x0etotalTimeoutMs\x88\x01\x01\x12T\n\x0fresponse_format\x18\x0b \x01(\x0b\x32&.tidemill.api.router.v1.ResponseFormatH\x04R\x0eresponseFormat\x88\x01\x01\x42\x0e\n\x05input\x12\x05\xbaH\x02\x08\x01\x42\x0b\n\t_max_costB\x19\n\x17_first_token_timeout_msB\x13\n\x11_total_timeout_msB\x12\n\x10_response_format\"\xad\x01\n\x0eResponseFormat\x12\x45\n\x0bjson_object\x18\x01 \x01(\x0b\x32\".tidemill.api.common.v1.JsonObjectH\x00R\njsonObject\x12\x45\n\x0bjson_schema\x18\x02 \x01(\x0b\x32\".tidemill.api.common.v1.JsonSchemaH\x00R\njsonSchemaB\r\n\x04kind\x12\x05\xbaH\x02\x08\x01\"\xab\x03\n\x10GenerateResponse\x12>\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32 .tidemill.api.router.v1.AcceptedH\x00R\x08\x61\x63\x63\x65pted\x12\x38\n\x06queued\x18\x02 \x01(\x0b\x32\x1e.tidemill.api.router.v1.QueuedH\x00R\x06queued\x12\x39\n\x05\x63hunk\x18\x03 \x01(\x0b\x32!.tidemill.api.router.v1.TextChunkH\x00R\x05\x63hunk\x12\x41\n\tcompleted\x18\x04 \x01(\x0b\x32!.tidemill.api.router.v1.CompletedH\x00R\tcompleted\x12K\n\rprompt_scored\x18\x05 \x01(\x0b\x32$.tidemill.api.router.v1.PromptScoredH\x00R\x0cpromptScored\x12\x42\n\nchoice_end\x18\x06 \x01(\x0b\x32!.tidemill.api.router.v1.ChoiceEndH\x00R\tchoiceEndB\x0e\n\x05\x65vent\x12\x05\xbaH\x02\x08\x01\"\x99\x01\n\x08\x41\x63\x63\x65pted\x12&\n\nrequest_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x18@R\trequestId\x12\x1a\n\x08position\x18\x02 \x01(\rR\x08position\x12#\n\rprompt_tokens\x18\x03 \x01(\rR\x0cpromptTokens\x12$\n\x0e\x61\x64mitted_at_ms\x18\x04 \x01(\x03R\x0c\x61\x64mittedAtMs\"$\n\x06Queued\x12\x1a\n\x08position\x18\x01 \x01(\rR\x08position\"\xc8\x02\n\tTextChunk\x12\x1a\n\x08sequence\x18\x01 \x01(\x04R\x08sequence\x12\x1f\n\x0b\x66irst_index\x18\x02 \x01(\rR\nfirstIndex\x12\'\n\ttoken_ids\x18\x03 \x03(\rB\n\xbaH\x07\x92\x01\x04\x10\x80\x80\x04R\x08tokenIds\x12\x12\n\x04text\x18\x04 \x01(\tR\x04text\x12%\n\x0ereasoning_text\x18\x05 \x01(\tR\rreasoningText\x12\x33\n\x05usage\x18\x06 \x01(\x0b\x32\x1d.tidemill.api.common.v1.UsageR\x05usage\x12\x16\n\x06\x63hoice\x18\x07 \x01(\rR\x06\x63hoice\x12M\n\x08logprobs\x18\x08 \x03(\x0b\x32%.tidemill.api.common.v1.TokenLogprobsB\n\xbaH\x07\x92\x01\x04\x10\x80\x80\x04R\x08logprobs\"\xa7\x01\n\x0cPromptScored\x12\x1f\n\x0b\x66irst_index\x18\x01 \x01(\rR\nfirstIndex\x12\'\n\ttoken_ids\x18\x02 \x03(\rB\n\xbaH\x07\x92\x01\x04\x10\x80\x80\x04R\x08tokenIds\x12M\n\x08logprobs\x18\x03 \x03(\x0b\x32%.tidemill.api.common.v1.TokenLogprobsB\n\xbaH\x07\x92\x01\x04\x10\x80\x80\x04R\x08logprobs\"\xa5\x01\n\tChoiceEnd\x12\x16\n\x06\x63hoice\x18\x01 \x01(\rR\x06\x63hoice\x12S\n\rfinish_reason\x18\x02 \x01(\x0e\x32$.tidemill.api.common.v1.FinishReasonB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x0c\x66inishReason\x12+\n\x11\x63ompletion_tokens\x18\x03 \x01(\rR\x10\x63ompletionTokens\"\x9d\x02\n\tCompleted\x12S\n\rfinish_reason\x18\x01 \x01(\x0e\x32$.tidemill.api.common.v1.FinishReasonB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x0c\x66inishReason\x12\x33\n\x05usage\x18\x02 \x01(\x0b\x32\x1d.tidemill.api.common.v1.UsageR\x05usage\x12:\n\x07receipt\x18\x03 \x01(\x0b\x32 .tidemill.api.billing.v1.ReceiptR\x07receipt\x12\x12\n\x04seed\x18\x04 \x01(\x04R\x04seed\x12\x36\n\x06timing\x18\x05 \x01(\x0b\x32\x1e.tidemill.api.router.v1.TimingR\x06timing\"\xb5\x01\n\x06Timing\x12\x1b\n\tqueued_us\x18\x01 \x01(\x04R\x08queuedUs\x12$\n\x0e\x66irst_token_us\x18\x02 \x01(\x04R\x0c\x66irstTokenUs\x12\x19\n\x08total_us\x18\x03 \x01(\x04R\x07totalUs\x12\x1d\n\nprefill_us\x18\x04 \x01(\x04R\tprefillUs\x12.\n\x13\x64\x65\x63ode_busy_seconds\x18\x05 \x01(\x01R\x11\x64\x65\x63odeBusySeconds\"c\n\x17\x43\x61ncelGenerationRequest\x12H\n\nrequest_id\x18\x01 \x01(\tB)\xbaH&r$2\"^[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}$R\trequestId\"0\n\x18\x43\x61ncelGenerationResponse\x12\x14\n\x05\x66ound\x18\x01 \x01(\x08R\x05\x66ound\"\x13\n\x11ListModelsRequest\"Z\n\x12ListModelsResponse\x12\x44\n\x06models\x18\x01 \x03(\x0b\x32!.tidemill.api.router.v1.ModelInfoB\t\xbaH\x06\x92\x01\x03\x10\x80\x02R\x06models\"\xde\x02\n\tModelInfo\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12%\n\x0e\x63ontext_tokens\x18\x02 \x01(\rR\rcontextTokens\x12*\n\x11max_output_tokens\x18\x03 \x01(\rR\x0fmaxOutputTokens\x12\x1a\n\x08\x63urrency\x18\x04 \x01(\tR\x08\x63urrency\x12;\n\x06prices\x18\x05 \x01(\x0b\x32#.tidemill.api.billing.v1.UnitPricesR\x06prices\x12\x16\n\x06window\x18\x06 \x01(\tR\x06window\x12)\n\x11window_ends_at_ms\x18\x07 \x01(\x03R\x0ewindowEndsAtMs\x12\'\n\x0fprefill_workers\x18\x08 \x01(\rR\x0eprefillWorkers\x12%\n\x0e\x64\x65\x63ode_workers\x18\t \x01(\rR\rdecodeWorkers*h\n\x08\x43hatRole\x12\x19\n\x15\x43HAT_ROLE_UNSPECIFIED\x10\x00\x12\x14\n\x10\x43HAT_ROLE_SYSTEM\x10\x01\x12\x12\n\x0e\x43HAT_ROLE_USER\x10\x02\x12\x17\n\x13\x43HAT_ROLE_ASSISTANT\x10\x03\x32\xcc\x02\n\rRouterService\x12_\n\x08Generate\x12\'.tidemill.api.router.v1.GenerateRequest\x1a(.tidemill.api.router.v1.GenerateResponse0\x01\x12u\n\x10\x43\x61ncelGeneration\x12/.tidemill.api.router.v1.CancelGenerationRequest\x1a\x30.tidemill.api.router.v1.CancelGenerationResponse\x12\x63\n\nListModels\x12).tidemill.api.router.v1.ListModelsRequest\x1a*.tidemill.api.router.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -61,52 +62,68 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATEREQUEST'].fields_by_name['first_token_timeout_ms']._serialized_options = b'\272H\t*\007\030\200\335\333\001(\001'
   _globals['_GENERATEREQUEST'].fields_by_name['total_timeout_ms']._loaded_options = None
   _globals['_GENERATEREQUEST'].fields_by_name['total_timeout_ms']._serialized_options = b'\272H\t*\007\030\200\272\267\003(\001'
+  _globals['_RESPONSEFORMAT'].oneofs_by_name['kind']._loaded_options = None
+  _globals['_RESPONSEFORMAT'].oneofs_by_name['kind']._serialized_options = b'\272H\002\010\001'
   _globals['_GENERATERESPONSE'].oneofs_by_name['event']._loaded_options = None
   _globals['_GENERATERESPONSE'].oneofs_by_name['event']._serialized_options = b'\272H\002\010\001'
   _globals['_ACCEPTED'].fields_by_name['request_id']._loaded_options = None
   _globals['_ACCEPTED'].fields_by_name['request_id']._serialized_options = b'\272H\004r\002\030@'
   _globals['_TEXTCHUNK'].fields_by_name['token_ids']._loaded_options = None
   _globals['_TEXTCHUNK'].fields_by_name['token_ids']._serialized_options = b'\272H\007\222\001\004\020\200\200\004'
+  _globals['_TEXTCHUNK'].fields_by_name['logprobs']._loaded_options = None
+  _globals['_TEXTCHUNK'].fields_by_name['logprobs']._serialized_options = b'\272H\007\222\001\004\020\200\200\004'
+  _globals['_PROMPTSCORED'].fields_by_name['token_ids']._loaded_options = None
+  _globals['_PROMPTSCORED'].fields_by_name['token_ids']._serialized_options = b'\272H\007\222\001\004\020\200\200\004'
+  _globals['_PROMPTSCORED'].fields_by_name['logprobs']._loaded_options = None
+  _globals['_PROMPTSCORED'].fields_by_name['logprobs']._serialized_options = b'\272H\007\222\001\004\020\200\200\004'
+  _globals['_CHOICEEND'].fields_by_name['finish_reason']._loaded_options = None
+  _globals['_CHOICEEND'].fields_by_name['finish_reason']._serialized_options = b'\272H\005\202\001\002\020\001'
   _globals['_COMPLETED'].fields_by_name['finish_reason']._loaded_options = None
   _globals['_COMPLETED'].fields_by_name['finish_reason']._serialized_options = b'\272H\005\202\001\002\020\001'
   _globals['_CANCELGENERATIONREQUEST'].fields_by_name['request_id']._loaded_options = None
   _globals['_CANCELGENERATIONREQUEST'].fields_by_name['request_id']._serialized_options = b'\272H&r$2\"^[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}$'
   _globals['_LISTMODELSRESPONSE'].fields_by_name['models']._loaded_options = None
   _globals['_LISTMODELSRESPONSE'].fields_by_name['models']._serialized_options = b'\272H\006\222\001\003\020\200\002'
-  _globals['_CHATROLE']._serialized_start=3045
-  _globals['_CHATROLE']._serialized_end=3149
-  _globals['_CHATMESSAGE']._serialized_start=225
-  _globals['_CHATMESSAGE']._serialized_end=342
-  _globals['_CHATINPUT']._serialized_start=344
-  _globals['_CHATINPUT']._serialized_end=433
-  _globals['_TOKENINPUT']._serialized_start=435
-  _globals['_TOKENINPUT']._serialized_end=490
-  _globals['_MAXCOST']._serialized_start=492
-  _globals['_MAXCOST']._serialized_end=584
-  _globals['_GENERATEREQUEST']._serialized_start=587
-  _globals['_GENERATEREQUEST']._serialized_end=1247
-  _globals['_GENERATERESPONSE']._serialized_start=1250
-  _globals['_GENERATERESPONSE']._serialized_end=1532
-  _globals['_ACCEPTED']._serialized_start=1535
-  _globals['_ACCEPTED']._serialized_end=1688
-  _globals['_QUEUED']._serialized_start=1690
-  _globals['_QUEUED']._serialized_end=1726
-  _globals['_TEXTCHUNK']._serialized_start=1729
-  _globals['_TEXTCHUNK']._serialized_end=1954
-  _globals['_COMPLETED']._serialized_start=1957
-  _globals['_COMPLETED']._serialized_end=2242
-  _globals['_TIMING']._serialized_start=2245
-  _globals['_TIMING']._serialized_end=2426
-  _globals['_CANCELGENERATIONREQUEST']._serialized_start=2428
-  _globals['_CANCELGENERATIONREQUEST']._serialized_end=2527
-  _globals['_CANCELGENERATIONRESPONSE']._serialized_start=2529
-  _globals['_CANCELGENERATIONRESPONSE']._serialized_end=2577
-  _globals['_LISTMODELSREQUEST']._serialized_start=2579
-  _globals['_LISTMODELSREQUEST']._serialized_end=2598
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2600
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2690
-  _globals['_MODELINFO']._serialized_start=2693
-  _globals['_MODELINFO']._serialized_end=3043
-  _globals['_ROUTERSERVICE']._serialized_start=3152
-  _globals['_ROUTERSERVICE']._serialized_end=3484
+  _globals['_CHATROLE']._serialized_start=3952
+  _globals['_CHATROLE']._serialized_end=4056
+  _globals['_CHATMESSAGE']._serialized_start=264
+  _globals['_CHATMESSAGE']._serialized_end=381
+  _globals['_CHATINPUT']._serialized_start=383
+  _globals['_CHATINPUT']._serialized_end=472
+  _globals['_TOKENINPUT']._serialized_start=474
+  _globals['_TOKENINPUT']._serialized_end=529
+  _globals['_MAXCOST']._serialized_start=531
+  _globals['_MAXCOST']._serialized_end=623
+  _globals['_GENERATEREQUEST']._serialized_start=626
+  _globals['_GENERATEREQUEST']._serialized_end=1392
+  _globals['_RESPONSEFORMAT']._serialized_start=1395
+  _globals['_RESPONSEFORMAT']._serialized_end=1568
+  _globals['_GENERATERESPONSE']._serialized_start=1571
+  _globals['_GENERATERESPONSE']._serialized_end=1998
+  _globals['_ACCEPTED']._serialized_start=2001
+  _globals['_ACCEPTED']._serialized_end=2154
+  _globals['_QUEUED']._serialized_start=2156
+  _globals['_QUEUED']._serialized_end=2192
+  _globals['_TEXTCHUNK']._serialized_start=2195
+  _globals['_TEXTCHUNK']._serialized_end=2523
+  _globals['_PROMPTSCORED']._serialized_start=2526
+  _globals['_PROMPTSCORED']._serialized_end=2693
+  _globals['_CHOICEEND']._serialized_start=2696
+  _globals['_CHOICEEND']._serialized_end=2861
+  _globals['_COMPLETED']._serialized_start=2864
+  _globals['_COMPLETED']._serialized_end=3149
+  _globals['_TIMING']._serialized_start=3152
+  _globals['_TIMING']._serialized_end=3333
+  _globals['_CANCELGENERATIONREQUEST']._serialized_start=3335
+  _globals['_CANCELGENERATIONREQUEST']._serialized_end=3434
+  _globals['_CANCELGENERATIONRESPONSE']._serialized_start=3436
+  _globals['_CANCELGENERATIONRESPONSE']._serialized_end=3484
+  _globals['_LISTMODELSREQUEST']._serialized_start=3486
+  _globals['_LISTMODELSREQUEST']._serialized_end=3505
+  _globals['_LISTMODELSRESPONSE']._serialized_start=3507
+  _globals['_LISTMODELSRESPONSE']._serialized_end=3597
+  _globals['_MODELINFO']._serialized_start=3600
+  _globals['_MODELINFO']._serialized_end=3950
+  _globals['_ROUTERSERVICE']._serialized_start=4059
+  _globals['_ROUTERSERVICE']._serialized_end=4391
 # @@protoc_insertion_point(module_scope)

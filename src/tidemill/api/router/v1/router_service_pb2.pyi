@@ -12,6 +12,7 @@ import google.protobuf.message
 import sys
 import tidemill.api.billing.v1.receipt_pb2
 import tidemill.api.common.v1.lifecycle_pb2
+import tidemill.api.common.v1.logprobs_pb2
 import tidemill.api.common.v1.sampling_pb2
 import tidemill.api.common.v1.usage_pb2
 import typing
@@ -151,6 +152,7 @@ class GenerateRequest(google.protobuf.message.Message):
     MAX_COST_FIELD_NUMBER: builtins.int
     FIRST_TOKEN_TIMEOUT_MS_FIELD_NUMBER: builtins.int
     TOTAL_TIMEOUT_MS_FIELD_NUMBER: builtins.int
+    RESPONSE_FORMAT_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """The client's idempotency key: a retry carries the same id. A UUID does well."""
     model: builtins.str
@@ -181,6 +183,10 @@ class GenerateRequest(google.protobuf.message.Message):
     def max_cost(self) -> global___MaxCost:
         """Refuse the request if it could cost more than this. Unset: no bound but the account's."""
 
+    @property
+    def response_format(self) -> global___ResponseFormat:
+        """What the completion must conform to. Unset: anything."""
+
     def __init__(
         self,
         *,
@@ -194,19 +200,50 @@ class GenerateRequest(google.protobuf.message.Message):
         max_cost: global___MaxCost | None = ...,
         first_token_timeout_ms: builtins.int | None = ...,
         total_timeout_ms: builtins.int | None = ...,
+        response_format: global___ResponseFormat | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_first_token_timeout_ms", b"_first_token_timeout_ms", "_max_cost", b"_max_cost", "_total_timeout_ms", b"_total_timeout_ms", "chat", b"chat", "first_token_timeout_ms", b"first_token_timeout_ms", "input", b"input", "max_cost", b"max_cost", "prompt", b"prompt", "sampling", b"sampling", "tokens", b"tokens", "total_timeout_ms", b"total_timeout_ms"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_first_token_timeout_ms", b"_first_token_timeout_ms", "_max_cost", b"_max_cost", "_total_timeout_ms", b"_total_timeout_ms", "chat", b"chat", "first_token_timeout_ms", b"first_token_timeout_ms", "input", b"input", "max_cost", b"max_cost", "model", b"model", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "tokens", b"tokens", "total_timeout_ms", b"total_timeout_ms"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_first_token_timeout_ms", b"_first_token_timeout_ms", "_max_cost", b"_max_cost", "_response_format", b"_response_format", "_total_timeout_ms", b"_total_timeout_ms", "chat", b"chat", "first_token_timeout_ms", b"first_token_timeout_ms", "input", b"input", "max_cost", b"max_cost", "prompt", b"prompt", "response_format", b"response_format", "sampling", b"sampling", "tokens", b"tokens", "total_timeout_ms", b"total_timeout_ms"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_first_token_timeout_ms", b"_first_token_timeout_ms", "_max_cost", b"_max_cost", "_response_format", b"_response_format", "_total_timeout_ms", b"_total_timeout_ms", "chat", b"chat", "first_token_timeout_ms", b"first_token_timeout_ms", "input", b"input", "max_cost", b"max_cost", "model", b"model", "prompt", b"prompt", "request_id", b"request_id", "response_format", b"response_format", "sampling", b"sampling", "stop", b"stop", "tokens", b"tokens", "total_timeout_ms", b"total_timeout_ms"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_first_token_timeout_ms", b"_first_token_timeout_ms"]) -> typing.Literal["first_token_timeout_ms"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_max_cost", b"_max_cost"]) -> typing.Literal["max_cost"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_response_format", b"_response_format"]) -> typing.Literal["response_format"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_total_timeout_ms", b"_total_timeout_ms"]) -> typing.Literal["total_timeout_ms"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["input", b"input"]) -> typing.Literal["chat", "prompt", "tokens"] | None: ...
 
 global___GenerateRequest = GenerateRequest
+
+@typing.final
+class ResponseFormat(google.protobuf.message.Message):
+    """What a completion must conform to. Reasoning before the answer is not bound by it."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    JSON_OBJECT_FIELD_NUMBER: builtins.int
+    JSON_SCHEMA_FIELD_NUMBER: builtins.int
+    @property
+    def json_object(self) -> tidemill.api.common.v1.lifecycle_pb2.JsonObject:
+        """Any JSON object."""
+
+    @property
+    def json_schema(self) -> tidemill.api.common.v1.lifecycle_pb2.JsonSchema:
+        """JSON that fits a schema."""
+
+    def __init__(
+        self,
+        *,
+        json_object: tidemill.api.common.v1.lifecycle_pb2.JsonObject | None = ...,
+        json_schema: tidemill.api.common.v1.lifecycle_pb2.JsonSchema | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["json_object", b"json_object", "json_schema", b"json_schema", "kind", b"kind"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["json_object", b"json_object", "json_schema", b"json_schema", "kind", b"kind"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["json_object", "json_schema"] | None: ...
+
+global___ResponseFormat = ResponseFormat
 
 @typing.final
 class GenerateResponse(google.protobuf.message.Message):
@@ -218,6 +255,8 @@ class GenerateResponse(google.protobuf.message.Message):
     QUEUED_FIELD_NUMBER: builtins.int
     CHUNK_FIELD_NUMBER: builtins.int
     COMPLETED_FIELD_NUMBER: builtins.int
+    PROMPT_SCORED_FIELD_NUMBER: builtins.int
+    CHOICE_END_FIELD_NUMBER: builtins.int
     @property
     def accepted(self) -> global___Accepted:
         """The request has a place; the first message."""
@@ -234,6 +273,14 @@ class GenerateResponse(google.protobuf.message.Message):
     def completed(self) -> global___Completed:
         """The end; the last message."""
 
+    @property
+    def prompt_scored(self) -> global___PromptScored:
+        """The prompt's own log-probabilities, before the first chunk."""
+
+    @property
+    def choice_end(self) -> global___ChoiceEnd:
+        """One of several choices has ended."""
+
     def __init__(
         self,
         *,
@@ -241,10 +288,12 @@ class GenerateResponse(google.protobuf.message.Message):
         queued: global___Queued | None = ...,
         chunk: global___TextChunk | None = ...,
         completed: global___Completed | None = ...,
+        prompt_scored: global___PromptScored | None = ...,
+        choice_end: global___ChoiceEnd | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["accepted", b"accepted", "chunk", b"chunk", "completed", b"completed", "event", b"event", "queued", b"queued"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["accepted", b"accepted", "chunk", b"chunk", "completed", b"completed", "event", b"event", "queued", b"queued"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["accepted", "queued", "chunk", "completed"] | None: ...
+    def HasField(self, field_name: typing.Literal["accepted", b"accepted", "choice_end", b"choice_end", "chunk", b"chunk", "completed", b"completed", "event", b"event", "prompt_scored", b"prompt_scored", "queued", b"queued"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["accepted", b"accepted", "choice_end", b"choice_end", "chunk", b"chunk", "completed", b"completed", "event", b"event", "prompt_scored", b"prompt_scored", "queued", b"queued"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["accepted", "queued", "chunk", "completed", "prompt_scored", "choice_end"] | None: ...
 
 global___GenerateResponse = GenerateResponse
 
@@ -308,6 +357,8 @@ class TextChunk(google.protobuf.message.Message):
     TEXT_FIELD_NUMBER: builtins.int
     REASONING_TEXT_FIELD_NUMBER: builtins.int
     USAGE_FIELD_NUMBER: builtins.int
+    CHOICE_FIELD_NUMBER: builtins.int
+    LOGPROBS_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     """Grows by one with every chunk, from 0; a gap would be a loss."""
     first_index: builtins.int
@@ -316,6 +367,8 @@ class TextChunk(google.protobuf.message.Message):
     """Answer text, whole characters only."""
     reasoning_text: builtins.str
     """Reasoning text, between the model's think tags."""
+    choice: builtins.int
+    """Which choice this is part of, from 0."""
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Tokens behind this chunk; their text may follow in a later chunk."""
@@ -323,6 +376,10 @@ class TextChunk(google.protobuf.message.Message):
     @property
     def usage(self) -> tidemill.api.common.v1.usage_pb2.Usage:
         """Usage so far, so that a broken stream still tells what it will cost."""
+
+    @property
+    def logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[tidemill.api.common.v1.logprobs_pb2.TokenLogprobs]:
+        """Of token_ids, one each. Empty: not asked for."""
 
     def __init__(
         self,
@@ -333,11 +390,69 @@ class TextChunk(google.protobuf.message.Message):
         text: builtins.str = ...,
         reasoning_text: builtins.str = ...,
         usage: tidemill.api.common.v1.usage_pb2.Usage | None = ...,
+        choice: builtins.int = ...,
+        logprobs: collections.abc.Iterable[tidemill.api.common.v1.logprobs_pb2.TokenLogprobs] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["usage", b"usage"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["first_index", b"first_index", "reasoning_text", b"reasoning_text", "sequence", b"sequence", "text", b"text", "token_ids", b"token_ids", "usage", b"usage"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["choice", b"choice", "first_index", b"first_index", "logprobs", b"logprobs", "reasoning_text", b"reasoning_text", "sequence", b"sequence", "text", b"text", "token_ids", b"token_ids", "usage", b"usage"]) -> None: ...
 
 global___TextChunk = TextChunk
+
+@typing.final
+class PromptScored(google.protobuf.message.Message):
+    """How likely the prompt's tokens were."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    FIRST_INDEX_FIELD_NUMBER: builtins.int
+    TOKEN_IDS_FIELD_NUMBER: builtins.int
+    LOGPROBS_FIELD_NUMBER: builtins.int
+    first_index: builtins.int
+    """Index in the prompt of the first of token_ids; 1 in the first message, as nothing precedes token 0."""
+    @property
+    def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """The tokens."""
+
+    @property
+    def logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[tidemill.api.common.v1.logprobs_pb2.TokenLogprobs]:
+        """Of token_ids, one each."""
+
+    def __init__(
+        self,
+        *,
+        first_index: builtins.int = ...,
+        token_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        logprobs: collections.abc.Iterable[tidemill.api.common.v1.logprobs_pb2.TokenLogprobs] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["first_index", b"first_index", "logprobs", b"logprobs", "token_ids", b"token_ids"]) -> None: ...
+
+global___PromptScored = PromptScored
+
+@typing.final
+class ChoiceEnd(google.protobuf.message.Message):
+    """One choice has ended; sent only where there are several."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CHOICE_FIELD_NUMBER: builtins.int
+    FINISH_REASON_FIELD_NUMBER: builtins.int
+    COMPLETION_TOKENS_FIELD_NUMBER: builtins.int
+    choice: builtins.int
+    """Which, from 0."""
+    finish_reason: tidemill.api.common.v1.lifecycle_pb2.FinishReason.ValueType
+    """Why."""
+    completion_tokens: builtins.int
+    """Its billed tokens."""
+    def __init__(
+        self,
+        *,
+        choice: builtins.int = ...,
+        finish_reason: tidemill.api.common.v1.lifecycle_pb2.FinishReason.ValueType = ...,
+        completion_tokens: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["choice", b"choice", "completion_tokens", b"completion_tokens", "finish_reason", b"finish_reason"]) -> None: ...
+
+global___ChoiceEnd = ChoiceEnd
 
 @typing.final
 class Completed(google.protobuf.message.Message):
@@ -351,12 +466,12 @@ class Completed(google.protobuf.message.Message):
     SEED_FIELD_NUMBER: builtins.int
     TIMING_FIELD_NUMBER: builtins.int
     finish_reason: tidemill.api.common.v1.lifecycle_pb2.FinishReason.ValueType
-    """Why."""
+    """Why; of several choices, why the last one ended."""
     seed: builtins.int
     """Seed that was used."""
     @property
     def usage(self) -> tidemill.api.common.v1.usage_pb2.Usage:
-        """The whole usage."""
+        """The whole usage, all choices together; the prompt counts once."""
 
     @property
     def receipt(self) -> tidemill.api.billing.v1.receipt_pb2.Receipt:

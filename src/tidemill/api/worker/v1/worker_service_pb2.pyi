@@ -175,6 +175,7 @@ class WatchLoadResponse(google.protobuf.message.Message):
     OPEN_HANDOVERS_FIELD_NUMBER: builtins.int
     STEP_AGE_MS_FIELD_NUMBER: builtins.int
     DRAINING_FIELD_NUMBER: builtins.int
+    SWAPPED_FIELD_NUMBER: builtins.int
     epoch: builtins.int
     """The worker's epoch."""
     sequence: builtins.int
@@ -193,6 +194,8 @@ class WatchLoadResponse(google.protobuf.message.Message):
     """Milliseconds since the engine last finished a step while it had work. 0: idle or just stepped."""
     draining: builtins.bool
     """Whether the worker refuses new work and finishes what it has."""
+    swapped: builtins.int
+    """Requests whose KV is swapped out to host memory."""
     @property
     def tiers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___KvTierLoad]:
         """KV blocks by tier."""
@@ -210,8 +213,9 @@ class WatchLoadResponse(google.protobuf.message.Message):
         open_handovers: builtins.int = ...,
         step_age_ms: builtins.int = ...,
         draining: builtins.bool = ...,
+        swapped: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["draining", b"draining", "epoch", b"epoch", "open_handovers", b"open_handovers", "prefilling", b"prefilling", "queued_uncached_tokens", b"queued_uncached_tokens", "running", b"running", "sequence", b"sequence", "step_age_ms", b"step_age_ms", "tiers", b"tiers", "waiting", b"waiting"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["draining", b"draining", "epoch", b"epoch", "open_handovers", b"open_handovers", "prefilling", b"prefilling", "queued_uncached_tokens", b"queued_uncached_tokens", "running", b"running", "sequence", b"sequence", "step_age_ms", b"step_age_ms", "swapped", b"swapped", "tiers", b"tiers", "waiting", b"waiting"]) -> None: ...
 
 global___WatchLoadResponse = WatchLoadResponse
 
