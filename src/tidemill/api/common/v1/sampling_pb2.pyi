@@ -57,7 +57,7 @@ class Sampling(google.protobuf.message.Message):
     top_p: builtins.float
     """Nucleus mass in (0, 1]. Unset: the model's generation_config, else 1 (off)."""
     top_k: builtins.int
-    """Keep this many likeliest tokens; 0 is off. Unset: 0."""
+    """Keep this many likeliest tokens; 0 is off. Unset: the model's generation_config, else 0."""
     seed: builtins.int
     """Seed of the noise. Unset: the router draws one and reports it in Final."""
     max_tokens: builtins.int
@@ -65,9 +65,13 @@ class Sampling(google.protobuf.message.Message):
     router's configured default.
     """
     min_p: builtins.float
-    """Keep tokens at least this likely, as a share of the likeliest one's probability. Unset: 0 (off)."""
+    """Keep tokens at least this likely, as a share of the likeliest one's probability. Unset: the model's
+    generation_config, else 0 (off).
+    """
     repetition_penalty: builtins.float
-    """Divides positive and multiplies negative logits of tokens that stand in prompt or completion. Unset: 1 (off)."""
+    """Divides positive and multiplies negative logits of tokens that stand in prompt or completion. Unset: the
+    model's generation_config, else 1 (off).
+    """
     presence_penalty: builtins.float
     """Subtracted from the logit of every token that the completion holds already. Unset: 0 (off)."""
     frequency_penalty: builtins.float

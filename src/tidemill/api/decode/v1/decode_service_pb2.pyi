@@ -60,7 +60,9 @@ class Start(google.protobuf.message.Message):
     FUNDED_TOKENS_FIELD_NUMBER: builtins.int
     RELAYED_TOKENS_FIELD_NUMBER: builtins.int
     funded_tokens: builtins.int
-    """Completion tokens that are paid for; decode pauses there. Unset: all of max_tokens."""
+    """Completion tokens that are paid for, all choices together; decode pauses there. Unset: all of max_tokens
+    for every choice.
+    """
     relayed_tokens: builtins.int
     """Completion tokens of this request that earlier attempts relayed; they stand at the end of token_ids."""
     @property
@@ -118,7 +120,7 @@ class Fund(google.protobuf.message.Message):
 
     TOTAL_TOKENS_FIELD_NUMBER: builtins.int
     total_tokens: builtins.int
-    """Completion tokens paid for in all; never less than before."""
+    """Completion tokens paid for in all, all choices together; never less than before."""
     def __init__(
         self,
         *,

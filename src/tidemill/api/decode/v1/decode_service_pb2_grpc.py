@@ -57,7 +57,8 @@ class DecodeServiceServicer(object):
     """
 
     def Decode(self, request_iterator, context):
-        """One attempt of one request. The router sends Start, then any number of Fund, then at most one Stop.
+        """One attempt of one request. The router sends Start, then any number of Fund, and at most one Stop for
+        each choice and one for the attempt.
         Decode answers at most one PrefillDone, Chunks, and exactly one Final, after which it closes the
         stream. It refuses Start with DECODE_FULL or PREFILL_FULL (RESOURCE_EXHAUSTED, RetryInfo) when a
         worker has no room. Never end an attempt by a gRPC cancel: no Final would arrive.

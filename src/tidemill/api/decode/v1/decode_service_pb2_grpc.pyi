@@ -25,7 +25,8 @@ class DecodeServiceStub:
         tidemill.api.decode.v1.decode_service_pb2.DecodeRequest,
         tidemill.api.decode.v1.decode_service_pb2.DecodeResponse,
     ]
-    """One attempt of one request. The router sends Start, then any number of Fund, then at most one Stop.
+    """One attempt of one request. The router sends Start, then any number of Fund, and at most one Stop for
+    each choice and one for the attempt.
     Decode answers at most one PrefillDone, Chunks, and exactly one Final, after which it closes the
     stream. It refuses Start with DECODE_FULL or PREFILL_FULL (RESOURCE_EXHAUSTED, RetryInfo) when a
     worker has no room. Never end an attempt by a gRPC cancel: no Final would arrive.
@@ -50,7 +51,8 @@ class DecodeServiceAsyncStub:
         tidemill.api.decode.v1.decode_service_pb2.DecodeRequest,
         tidemill.api.decode.v1.decode_service_pb2.DecodeResponse,
     ]
-    """One attempt of one request. The router sends Start, then any number of Fund, then at most one Stop.
+    """One attempt of one request. The router sends Start, then any number of Fund, and at most one Stop for
+    each choice and one for the attempt.
     Decode answers at most one PrefillDone, Chunks, and exactly one Final, after which it closes the
     stream. It refuses Start with DECODE_FULL or PREFILL_FULL (RESOURCE_EXHAUSTED, RetryInfo) when a
     worker has no room. Never end an attempt by a gRPC cancel: no Final would arrive.
@@ -77,7 +79,8 @@ class DecodeServiceServicer(metaclass=abc.ABCMeta):
         request_iterator: _MaybeAsyncIterator[tidemill.api.decode.v1.decode_service_pb2.DecodeRequest],
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[tidemill.api.decode.v1.decode_service_pb2.DecodeResponse], collections.abc.AsyncIterator[tidemill.api.decode.v1.decode_service_pb2.DecodeResponse]]:
-        """One attempt of one request. The router sends Start, then any number of Fund, then at most one Stop.
+        """One attempt of one request. The router sends Start, then any number of Fund, and at most one Stop for
+        each choice and one for the attempt.
         Decode answers at most one PrefillDone, Chunks, and exactly one Final, after which it closes the
         stream. It refuses Start with DECODE_FULL or PREFILL_FULL (RESOURCE_EXHAUSTED, RetryInfo) when a
         worker has no room. Never end an attempt by a gRPC cancel: no Final would arrive.
