@@ -10,7 +10,7 @@ from torch import Tensor
 from tests.tiny_model import YARN, make_tiny_checkpoint
 from tests.x1 import reference_gaps
 from tidemill.engine import Engine, EngineConfig
-from tidemill.models.deepseek import DecodeBatch, PrefillBatch, PromptSpan
+from tidemill.models.deepseek import Batch, DecodeRows, PromptSpan
 
 # Of the reference's logit range: maximum minus minimum over the vocabulary.
 TOLERANCE = 1e-4
@@ -32,19 +32,19 @@ def _prefill_logits(engine: Engine, tokens: Tensor, blocks: Tensor, start: int) 
     """Logits [T - start, V] of positions from `start` on, in one chunk."""
     positions = torch.arange(start, len(tokens))
     span = PromptSpan(0, len(positions), start, blocks)
-    return _forward(engine, tokens[start:], PrefillBatch(positions, positions + 64, [span]))
+    return _forward(engine, tokens[start:], Batch(positions, positions + 64, spans=[span]))
 
 
 def _absorbed_logits(engine: Engine, tokens: Tensor, blocks: Tensor, start: int) -> Tensor:
     """As `_prefill_logits` by decode attention: every position is a row of one batch."""
     positions = torch.arange(start, len(tokens))
     tables = blocks.expand(len(positions), -1)
-    batch = DecodeBatch(positions, positions + 64, tables, positions + 1)
+    batch = Batch(positions, positions + 64, DecodeRows(tables, positions + 1))
     return _forward(engine, tokens[start:], batch)
 
 
 @torch.inference_mode()
-def _forward(engine: Engine, tokens: Tensor, batch: PrefillBatch | DecodeBatch) -> Tensor:
+def _forward(engine: Engine, tokens: Tensor, batch: Batch) -> Tensor:
     model = engine._runner.model
     return model.logits(model.forward(tokens, batch, engine.pool.latents))
 

@@ -9,7 +9,7 @@ from tidemill.blocks import BLOCK_TOKENS
 from tidemill.engine.block_pool import BlockPool
 from tidemill.engine.scheduler import PrefillChunk
 from tidemill.engine.sequence import Sequence
-from tidemill.models.deepseek import DecodeBatch, DeepseekModel, PrefillBatch, PromptSpan
+from tidemill.models.deepseek import Batch, DecodeRows, DeepseekModel, PromptSpan
 
 
 class ModelRunner:
@@ -41,7 +41,7 @@ class ModelRunner:
 
         hidden = self.model.forward(
             torch.tensor(token_ids),
-            PrefillBatch(torch.tensor(positions), torch.tensor(slots), spans),
+            Batch(torch.tensor(positions), torch.tensor(slots), spans=spans),
             self.pool.latents,
             on_layer if any(chunk.seq.on_layer for chunk in chunks) else None,
         )
@@ -60,13 +60,12 @@ class ModelRunner:
         position_row = torch.tensor(positions)
         hidden = self.model.forward(
             torch.tensor([seq.token_ids[-1] for seq in seqs]),
-            DecodeBatch(
+            Batch(
                 positions=position_row,
                 slots=torch.tensor(
                     [seq.slot(position) for seq, position in zip(seqs, positions, strict=True)]
                 ),
-                block_tables=torch.tensor(padded),
-                context_lens=position_row + 1,
+                decodes=DecodeRows(torch.tensor(padded), position_row + 1),
             ),
             self.pool.latents,
         )

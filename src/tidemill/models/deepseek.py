@@ -31,25 +31,25 @@ class PromptSpan:
 
 
 @dataclass(frozen=True)
-class PrefillBatch:
-    """Chunks of one or more prompts, packed; attention runs per prompt in multi-head form."""
+class DecodeRows:
+    """The first B rows of a batch: one new token for each of B sequences."""
 
-    positions: Tensor  # [T] int64, absolute
-    slots: Tensor  # [T] int64, block * 64 + offset where each token's latent goes
-    spans: Sequence[PromptSpan]
+    block_tables: Tensor  # [B, M] int64, padded with the sequence's own first block
+    context_lens: Tensor  # [B] int64, the new token included
 
 
 @dataclass(frozen=True)
-class DecodeBatch:
-    """One new token for each of T sequences; attention is absorbed, over all at once."""
+class Batch:
+    """One step's T rows: first `decodes`, then the chunks of prompts that `spans` describes.
 
-    positions: Tensor
-    slots: Tensor
-    block_tables: Tensor  # [T, M] int64, padded with the sequence's own first block
-    context_lens: Tensor  # [T] int64, the new token included
+    All but attention runs over all rows at once. Attention is absorbed over the decode rows, and
+    in multi-head form over each prompt's chunk.
+    """
 
-
-Batch = PrefillBatch | DecodeBatch
+    positions: Tensor  # [T] int64, absolute
+    slots: Tensor  # [T] int64, block * 64 + offset where each token's latent goes
+    decodes: DecodeRows | None = None
+    spans: Sequence[PromptSpan] = ()
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,9 @@ class Attention:
 
     def attend(self, query: Tensor, batch: Batch, latents: Tensor) -> Tensor:
         """query [T, H, nope + rope], one layer's pool [blocks, 64, D] -> [T, H * v]."""
-        if isinstance(batch, DecodeBatch):
-            return self._attend_absorbed(query, batch, latents)
         parts = [self._attend_span(query, span, latents) for span in batch.spans]
+        if batch.decodes is not None:
+            parts.insert(0, self._attend_absorbed(query, batch.decodes, latents))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _attend_span(self, query: Tensor, span: PromptSpan, latents: Tensor) -> Tensor:
@@ -102,15 +102,16 @@ class Attention:
         )
         return attended.flatten(1)
 
-    def _attend_absorbed(self, query: Tensor, batch: DecodeBatch, latents: Tensor) -> Tensor:
+    def _attend_absorbed(self, query: Tensor, rows: DecodeRows, latents: Tensor) -> Tensor:
         config = self.config
+        query = query[: len(rows.context_lens)]
         q_nope, q_rope = query.tensor_split([config.qk_nope_head_dim], dim=-1)
         q_latent = torch.bmm(q_nope.transpose(0, 1), self.w_uk).transpose(0, 1)
         attended = mla_decode(
             torch.cat((q_latent, q_rope), dim=-1),
             latents,
-            batch.block_tables,
-            batch.context_lens,
+            rows.block_tables,
+            rows.context_lens,
             kv_lora_rank=config.kv_lora_rank,
             scale=self.scale,
         )
