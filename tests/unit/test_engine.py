@@ -14,6 +14,7 @@ from tests.engine_harness import (
 )
 from tests.tiny_model import make_tiny_checkpoint
 from tidemill.engine import (
+    Drawn,
     Engine,
     EngineConfig,
     EngineLoad,
@@ -67,7 +68,7 @@ def test_one_worker_sequence_reports_prefill_tokens_and_one_end(
 ) -> None:
     engine.submit(make_sequence(engine, "s", PROMPT, greedy(4)))
     outputs = run_all(engine)
-    first = PrefilledOutput("s", greedy_stream[0])
+    first = PrefilledOutput("s", [Drawn(greedy_stream[0])])
     tokens = [TokensOutput("s", [token], i) for i, token in enumerate(greedy_stream[:4])]
     assert outputs[:-1] == [first, *tokens]
     end = outputs[-1]
@@ -108,7 +109,7 @@ def test_prefill_only_sequence_leaves_with_its_first_token(
         on_layer=lambda *seen: layers.append(seen),
     )
     engine.submit(seq)
-    assert run_all(engine) == [PrefilledOutput("p", greedy_stream[0])]
+    assert run_all(engine) == [PrefilledOutput("p", [Drawn(greedy_stream[0])])]
     chunks = [(0, 32), (32, 64), (64, 70)]
     assert layers == [(layer, *chunk) for chunk in chunks for layer in range(3)]
     assert seq.num_computed_tokens == 70

@@ -1,8 +1,21 @@
+from collections.abc import Iterable
+
 import pytest
 import torch
 from torch import Tensor
 
-from tidemill.engine.sampling import SamplingParams, gumbel_noise, sample
+from tidemill.engine.noise import gumbel_noise
+from tidemill.engine.sampling import SamplingParams, draw
+from tidemill.engine.sequence import Sequence
+
+
+def sample(logits: Tensor, sampling: list[SamplingParams], positions: Iterable[int]) -> list[int]:
+    """One token a row for sequences that have come to `positions`."""
+    seqs = [
+        Sequence("s", [0] * position, block_table=[], sampling=params)
+        for params, position in zip(sampling, positions, strict=True)
+    ]
+    return [drawn.token_id for drawn in draw(logits, seqs)]
 
 
 def chi_square(counts: Tensor, probabilities: Tensor) -> float:

@@ -10,6 +10,7 @@ from tidemill.engine.block_pool import BlockPool
 from tidemill.engine.config import EngineConfig
 from tidemill.engine.engine import Engine
 from tidemill.engine.layout import KvLayout
+from tidemill.engine.logprobs import TokenLogprobs
 from tidemill.engine.outputs import (
     EngineLoad,
     FinishedOutput,
@@ -18,12 +19,13 @@ from tidemill.engine.outputs import (
     PrefilledOutput,
     TokensOutput,
 )
-from tidemill.engine.sampling import SamplingParams
+from tidemill.engine.sampling import Drawn, SamplingParams
 from tidemill.engine.sequence import FinishReason, Sequence
 from tidemill.errors import PoolCorrupted
 
 __all__ = [
     "BlockPool",
+    "Drawn",
     "Engine",
     "EngineConfig",
     "EngineLoad",
@@ -36,5 +38,6 @@ __all__ = [
     "PrefilledOutput",
     "SamplingParams",
     "Sequence",
+    "TokenLogprobs",
     "TokensOutput",
 ]

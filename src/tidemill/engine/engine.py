@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from tidemill.engine.block_pool import BlockPool
 from tidemill.engine.config import EngineConfig
@@ -19,9 +18,9 @@ from tidemill.engine.outputs import (
     TokensOutput,
 )
 from tidemill.engine.runner import ModelRunner
-from tidemill.engine.sampling import sample
+from tidemill.engine.sampling import Drawn, draw
 from tidemill.engine.scheduler import DecodeStep, PrefillStep, Scheduler
-from tidemill.engine.sequence import Sequence
+from tidemill.engine.sequence import FinishReason, Sequence
 from tidemill.engine.validate import validate
 from tidemill.errors import AlreadyExists, ConfigError
 from tidemill.models.checkpoint import Checkpoint
@@ -155,14 +154,17 @@ class Engine:
             row for row, chunk in enumerate(plan.chunks) if chunk.end == chunk.seq.num_prompt_tokens
         ]
         seqs = [plan.chunks[row].seq for row in done]
-        tokens = _draw(logits[done], seqs) if seqs else []
+        tokens = draw(logits[done], seqs) if seqs else []
         _share_time([chunk.seq for chunk in plan.chunks], started)
         outputs: list[Output] = []
         with self._lock:
             for chunk in plan.chunks:
                 chunk.seq.num_computed_tokens = chunk.end
             for seq, token in zip(seqs, tokens, strict=True):
-                outputs.append(PrefilledOutput(seq.seq_id, token))
+                if token.dead_end:
+                    outputs.append(self._finish(seq, FinishReason.DEAD_END.value))
+                    continue
+                outputs.append(PrefilledOutput(seq.seq_id, [token]))
                 if seq.prefill_only:
                     self._drop(seq)
                     continue
@@ -171,7 +173,7 @@ class Engine:
         return outputs
 
     def _decode(self, plan: DecodeStep, started: float) -> list[Output]:
-        tokens = _draw(self._runner.decode(plan.seqs), plan.seqs)
+        tokens = draw(self._runner.decode(plan.seqs), plan.seqs)
         _share_time(plan.seqs, started)
         outputs: list[Output] = []
         with self._lock:
@@ -180,9 +182,13 @@ class Engine:
                 outputs += self._extend(seq, token)
         return outputs
 
-    def _extend(self, seq: Sequence, token: int) -> list[Output]:
-        seq.append(token, self.max_context)
-        outputs: list[Output] = [TokensOutput(seq.seq_id, [token], seq.num_generated - 1)]
+    def _extend(self, seq: Sequence, drawn: Drawn) -> list[Output]:
+        if drawn.dead_end:
+            return [self._finish(seq, FinishReason.DEAD_END.value)]
+        seq.append(drawn.token_id, self.max_context)
+        logprobs = [] if drawn.logprobs is None else [drawn.logprobs]
+        index = seq.num_generated - 1
+        outputs: list[Output] = [TokensOutput(seq.seq_id, [drawn.token_id], index, logprobs)]
         return outputs + self._finish_or_pause(seq)
 
     def _finish_or_pause(self, seq: Sequence) -> list[Output]:
@@ -218,11 +224,6 @@ class Engine:
         self._scheduler.remove(seq)
         del self._seqs[seq.seq_id]
         self._stops.pop(seq.seq_id, None)
-
-
-def _draw(logits: Tensor, seqs: list[Sequence]) -> list[int]:
-    """Next token of each sequence; its noise is keyed by the position that it will take."""
-    return sample(logits, [seq.sampling for seq in seqs], [len(seq.token_ids) for seq in seqs])
 
 
 def _share_time(seqs: list[Sequence], started: float) -> None:

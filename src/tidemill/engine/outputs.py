@@ -1,6 +1,9 @@
 """What an engine step reports; the caller routes each by `seq_id`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from tidemill.engine.logprobs import TokenLogprobs
+from tidemill.engine.sampling import Drawn
 
 
 @dataclass(frozen=True)
@@ -8,16 +11,26 @@ class PrefilledOutput:
     """The prompt's latents are complete; a `prefill_only` sequence leaves the engine with this."""
 
     seq_id: str
-    first_token_id: int
+    first_tokens: list[Drawn]  # one a choice
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # from the second token on
+
+    @property
+    def first_token_id(self) -> int:
+        """Of the first choice."""
+        return self.first_tokens[0].token_id
 
 
 @dataclass(frozen=True)
 class TokensOutput:
-    """New tokens; `first_index` counts the sequence's generated tokens from 0."""
+    """New tokens; `first_index` counts the sequence's generated tokens from 0.
+
+    `logprobs` has one entry a token, or none at all.
+    """
 
     seq_id: str
     token_ids: list[int]
     first_index: int
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Sequence as Tokens
 from enum import Enum
 
 from tidemill.blocks import BLOCK_TOKENS
-from tidemill.engine.sampling import SamplingParams
+from tidemill.engine.sampling import Constraint, History, SamplingParams
 
 # Called on the engine thread with (layer, start, end) as soon as the layer's latents for positions
 # [start, end) of a prefill chunk are in the pool; must not block.
@@ -19,6 +19,7 @@ class FinishReason(Enum):
     LENGTH = "length"  # max_tokens, or the context is full
     BUDGET = "budget"  # stayed paused without funds; the worker decides
     CANCELLED = "cancelled"
+    DEAD_END = "dead_end"  # the constraint allows no token
 
 
 class Sequence:
@@ -27,7 +28,9 @@ class Sequence:
     `block_table` is the caller's allocation: enough 64-token blocks for the prompt, and for
     `max_tokens` more unless `prefill_only`. `num_cached_tokens` prompt tokens are already in these
     blocks (reused) and are not computed again. With `first_token_id` the whole prompt is: the
-    sequence was prefilled elsewhere and that token is the first generated one.
+    sequence was prefilled elsewhere and that token is the first generated one. The last
+    `num_relayed_tokens` of the prompt are completion that earlier attempts have generated.
+    `constraint` is this sequence's own.
     """
 
     def __init__(
@@ -38,21 +41,26 @@ class Sequence:
         block_table: Tokens[int],
         sampling: SamplingParams,
         num_cached_tokens: int = 0,
+        num_relayed_tokens: int = 0,
         first_token_id: int | None = None,
         num_funded_tokens: int | None = None,
         prefill_only: bool = False,
         on_layer: OnLayer | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
         self.seq_id = seq_id
         self.token_ids = list(prompt)
         self.num_prompt_tokens = len(self.token_ids)
         self.num_cached_tokens = num_cached_tokens
+        self.num_relayed_tokens = num_relayed_tokens
         self.num_computed_tokens = num_cached_tokens
         self.block_table = list(block_table)
         self.sampling = sampling
         self.num_funded_tokens = num_funded_tokens
         self.prefill_only = prefill_only
         self.on_layer = on_layer
+        self.constraint = constraint
+        self.history: History | None = None
         self.finish_reason: FinishReason | None = None
         self.keep_tokens: int | None = None
         self.busy_seconds = 0.0
@@ -64,6 +72,11 @@ class Sequence:
     def num_generated(self) -> int:
         """Tokens after the prompt, a first token handed over included."""
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_completion_tokens(self) -> int:
+        """Tokens of the completion, those that earlier attempts relayed included."""
+        return self.num_generated + self.num_relayed_tokens
 
     @property
     def num_uncomputed_prompt_tokens(self) -> int:
