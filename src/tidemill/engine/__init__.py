@@ -6,7 +6,7 @@ while engine.has_work:
     for output in engine.step(): ...
 """
 
-from tidemill.engine.block_pool import BlockPool
+from tidemill.engine.block_pool import BlockPool, PoolTier
 from tidemill.engine.config import EngineConfig
 from tidemill.engine.engine import Engine
 from tidemill.engine.layout import KvLayout
@@ -35,6 +35,7 @@ __all__ = [
     "Output",
     "PausedOutput",
     "PoolCorrupted",
+    "PoolTier",
     "PrefilledOutput",
     "SamplingParams",
     "Sequence",

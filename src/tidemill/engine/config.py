@@ -13,3 +13,4 @@ class EngineConfig:
     max_context: int | None = None
     dtype: str = "auto"  # "auto" (the checkpoint's), "float32" or "bfloat16"
     num_threads: int = 0
+    host_cache_blocks: int = 0  # blocks in host memory for what the pool evicts; 0: none

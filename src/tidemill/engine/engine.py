@@ -76,6 +76,7 @@ class Engine:
             num_blocks=config.num_blocks,
             latent_dim=model_config.latent_dim,
             dtype=dtype,
+            host_blocks=config.host_cache_blocks,
         )
         layout = KvLayout(
             dtype=str(dtype).removeprefix("torch."),
