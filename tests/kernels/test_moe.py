@@ -12,43 +12,59 @@ from tidemill.kernels.moe_route import moe_route
 
 
 def choose_by_hand(scores: list[float], case: RouteCase) -> set[int]:
-    """The rule of the DeepSeek-V3 report, one token, in Python."""
+    """The rules of the DeepSeek-V2 and V3 reports, one token, in Python."""
     size = case.num_experts // case.n_group
+    best = 2 if case.scoring_func == "sigmoid" else 1
     groups = [range(start, start + size) for start in range(0, case.num_experts, size)]
-    ranked = sorted(groups, key=lambda g: -sum(sorted((scores[e] for e in g), reverse=True)[:2]))
+    ranked = sorted(groups, key=lambda g: -sum(sorted((scores[e] for e in g), reverse=True)[:best]))
     allowed = [expert for group in ranked[: case.topk_group] for expert in group]
     return set(sorted(allowed, key=lambda e: -scores[e])[: case.top_k])
 
 
 @pytest.mark.parametrize("case", ROUTE_CASES, ids=str)
 @pytest.mark.parametrize("normalize", [True, False])
-def test_routes_as_the_report_says(case: RouteCase, normalize: bool) -> None:
+def test_routes_as_the_reports_say(case: RouteCase, normalize: bool) -> None:
     generator = torch.manual_seed(case.num_tokens)
     logits = torch.randn(case.num_tokens, case.num_experts, generator=generator)
     bias = torch.randn(case.num_experts, generator=generator) * 0.3
+    softmax = case.scoring_func == "softmax"
     weights, ids = moe_route(
         logits,
-        bias,
+        None if softmax else bias,
+        scoring_func=case.scoring_func,
         n_group=case.n_group,
         topk_group=case.topk_group,
         top_k=case.top_k,
         normalize=normalize,
         scale=2.5,
     )
-    scores = logits.sigmoid()
+    scores = logits.softmax(-1) if softmax else logits.sigmoid()
+    choice = scores if softmax else scores + bias
     for token in range(case.num_tokens):
         chosen = ids[token].tolist()
-        assert set(chosen) == choose_by_hand((scores[token] + bias).tolist(), case)
+        assert set(chosen) == choose_by_hand(choice[token].tolist(), case)
         unbiased = scores[token, ids[token]]
-        expected = unbiased / unbiased.sum() if normalize else unbiased
-        torch.testing.assert_close(weights[token], expected * 2.5)
+        if not normalize:
+            expected = unbiased * 2.5
+        elif softmax:  # the published code scales or normalises, and leaves one expert as it is
+            expected = unbiased / unbiased.sum() if case.top_k > 1 else unbiased * 2.5
+        else:
+            expected = unbiased / unbiased.sum() * 2.5
+        torch.testing.assert_close(weights[token], expected)
 
 
 def test_bias_steers_the_choice_and_never_the_weights() -> None:
     logits = torch.zeros(1, 4)
     bias = torch.tensor([0.0, 9.0, 0.0, 9.0])
     weights, ids = moe_route(
-        logits, bias, n_group=1, topk_group=1, top_k=2, normalize=True, scale=1.0
+        logits,
+        bias,
+        scoring_func="sigmoid",
+        n_group=1,
+        topk_group=1,
+        top_k=2,
+        normalize=True,
+        scale=1.0,
     )
     assert set(ids[0].tolist()) == {1, 3}
     assert weights[0].tolist() == [0.5, 0.5]

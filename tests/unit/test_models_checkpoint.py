@@ -15,6 +15,7 @@ from tidemill.models.checkpoint import Checkpoint
 from tidemill.models.config import ModelConfig, YarnScaling, load_eos_token_ids
 
 TENSOR = "model.layers.1.mlp.experts.3.up_proj.weight"
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 
 
 @pytest.fixture
@@ -147,14 +148,25 @@ def test_index_entry_absent_from_its_file_is_named(model_dir: Path) -> None:
         ("architectures", "absent"),
         ("scoring_func", "softmax"),
         ("topk_method", "greedy"),
-        ("q_lora_rank", None),
+        ("q_lora_rank", "absent"),
+        ("q_lora_rank", 0),
         ("q_lora_rank", "24"),
         ("hidden_size", -64),
         ("hidden_act", "gelu"),
-        ("attention_bias", True),
-        ("moe_layer_freq", 2),
+        ("attention_bias", 1),
+        ("mlp_bias", True),
+        ("moe_layer_freq", [0, 1, 1]),
+        ("moe_layer_freq", 0),
+        ("num_nextn_predict_layers", -1),
         ("num_key_value_heads", 2),
         ("quantization_config", {"quant_method": "fp8"}),
+        ("quantization_config", {"quant_method": "fp8", "weight_block_size": [64, 64]}),
+        ("quantization_config", {**FP8, "fmt": "e5m2"}),
+        ("quantization_config", {**FP8, "scale_fmt": "e4m3"}),
+        ("quantization_config", {**FP8, "activation_scheme": "static"}),
+        ("quantization_config", {**FP8, "quant_method": "compressed-tensors"}),
+        ("quantization_config", {"bits": 4}),
+        ("quantization_config", "fp8"),
         ("topk_group", 9),
         ("num_experts_per_tok", 12),
         ("n_group", 3),

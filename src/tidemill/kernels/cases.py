@@ -12,6 +12,7 @@ class RouteCase:
     n_group: int
     topk_group: int
     top_k: int
+    scoring_func: str = "sigmoid"
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,13 @@ ROUTE_CASES = (
     RouteCase(33, 16, 1, 1, 4),
     RouteCase(128, 32, 4, 2, 4),
     RouteCase(7, 256, 8, 4, 8),  # DeepSeek-V3
+    RouteCase(5, 384, 1, 1, 8),
+    RouteCase(3, 1, 1, 1, 1),
+    RouteCase(9, 8, 1, 1, 8),
+    RouteCase(33, 64, 1, 1, 6, "softmax"),
+    RouteCase(7, 160, 8, 3, 6, "softmax"),  # DeepSeek-V2
+    RouteCase(4, 8, 8, 3, 1, "softmax"),
+    RouteCase(3, 1, 1, 1, 1, "softmax"),
 )
 MLA_CASES = (
     MlaCase(4, 32, 16, 16, 16, (1,)),

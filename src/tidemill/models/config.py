@@ -8,15 +8,30 @@ from typing import Any
 
 from tidemill.errors import CheckpointError
 
-ARCHITECTURES = ("DeepseekV3ForCausalLM",)
+# What each architecture computes: the values a key may have, the first of which an absent key
+# stands for. (The published modelling code of each and transformers' classes of the same names.)
+_FAMILIES: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
+    "DeepseekV2ForCausalLM": {
+        "scoring_func": ("softmax",),
+        "topk_method": ("greedy", "group_limited_greedy"),
+        "norm_topk_prob": (False, True),
+        "rope_interleave": (True,),
+    },
+    "DeepseekV3ForCausalLM": {
+        "scoring_func": ("sigmoid",),
+        "topk_method": ("noaux_tc",),
+        "norm_topk_prob": (True, False),
+        "rope_interleave": (True, False),
+    },
+}
+_ALL_FAMILIES: Mapping[str, tuple[Any, ...]] = {"hidden_act": ("silu",), "mlp_bias": (False,)}
 
-# Keys of which this engine computes one value, which is also what an absent key stands for.
-_ONLY_SUPPORTED: Mapping[str, Any] = {
-    "attention_bias": False,
-    "hidden_act": "silu",
-    "moe_layer_freq": 1,
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
+# The one form of quantised weights that is read: e4m3 in blocks, activations scaled on the fly.
+_FP8: Mapping[str, tuple[Any, ...]] = {
+    "quant_method": ("fp8",),
+    "fmt": (None, "e4m3"),
+    "activation_scheme": (None, "dynamic"),
+    "scale_fmt": (None, "ue8m0"),
 }
 
 
@@ -34,33 +49,43 @@ class YarnScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One DeepSeek-V3-architecture model; every field is named as in Hugging Face's config."""
+    """One model of the DeepSeek-V2/V3 family; every field is named as in Hugging Face's config.
+
+    Absent or null expert counts are 0: `n_routed_experts` 0 makes every layer dense. `n_group` and
+    `topk_group` are 1 where experts are not grouped. `q_lora_rank` None projects queries directly.
+    """
 
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    moe_intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    q_lora_rank: int
+    q_lora_rank: int | None
     kv_lora_rank: int
     qk_nope_head_dim: int
     qk_rope_head_dim: int
     v_head_dim: int
-    n_routed_experts: int
-    n_shared_experts: int
-    num_experts_per_tok: int
-    n_group: int
-    topk_group: int
     first_k_dense_replace: int
     max_position_embeddings: int
-    routed_scaling_factor: float
-    norm_topk_prob: bool = True
+    scoring_func: str
+    topk_method: str
+    norm_topk_prob: bool
+    moe_intermediate_size: int = 0
+    n_routed_experts: int = 0
+    n_shared_experts: int = 0
+    num_experts_per_tok: int = 0
+    n_group: int = 1
+    topk_group: int = 1
+    routed_scaling_factor: float = 1.0
+    moe_layer_freq: int = 1
+    attention_bias: bool = False
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_interleave: bool = True
     rope_scaling: YarnScaling | None = None
     tie_word_embeddings: bool = False
+    num_nextn_predict_layers: int = 0  # multi-token-prediction layers after the last
+    weight_block_size: tuple[int, int] | None = None  # of FP8 weights; None: none are quantised
     dtype: str = "bfloat16"
 
     @property
@@ -73,6 +98,14 @@ class ModelConfig:
         """Values cached per token and layer: the normalised latent, then the rotated shared key."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
+    def has_experts(self, layer: int) -> bool:
+        """Whether layer number `layer` routes to experts; else its MLP is dense.
+
+        transformers' classes leave `moe_layer_freq` out; this is the rule of the published code.
+        """
+        sparse = layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
+        return self.n_routed_experts > 0 and sparse
+
     @classmethod
     def load(cls, model_dir: Path) -> "ModelConfig":
         """Read `model_dir/config.json`; CheckpointError names the file, key and value at fault."""
@@ -82,11 +115,15 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any], source: str = "config.json") -> "ModelConfig":
         """Build from the parsed `config.json`; `source` is what errors call it."""
-        _check_variant(raw, source)
         values: dict[str, Any] = {
             "dtype": raw.get("dtype") or raw.get("torch_dtype") or "bfloat16",
+            "weight_block_size": _weight_block_size(raw, source),
+            "q_lora_rank": _q_lora_rank(raw, source),
+            **_family_fields(raw, source),
             **_rope_fields(raw, source),
         }
+        if values["topk_method"] == "greedy":
+            values |= {"n_group": 1, "topk_group": 1}
         for field in fields(cls):
             if field.name in values:
                 continue
@@ -126,26 +163,65 @@ def load_eos_token_ids(model_dir: Path) -> frozenset[int]:
     return frozenset(ids)
 
 
-def _check_variant(raw: Mapping[str, Any], source: str) -> None:
+def _family_fields(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The fields whose values the architecture limits, absent ones with its own default."""
     architectures = raw.get("architectures") or []
-    if not any(name in ARCHITECTURES for name in architectures):
+    known = [_FAMILIES[name] for name in architectures if name in _FAMILIES]
+    if not known:
         raise CheckpointError(
-            f"{source}: architectures is {architectures!r}, expected one of {list(ARCHITECTURES)}"
-        )
-    for key, expected in _ONLY_SUPPORTED.items():
-        value = raw.get(key)
-        if value is not None and value != expected:
-            raise CheckpointError(f"{source}: {key} is {value!r}, only {expected!r} is supported")
-    if raw.get("quantization_config") is not None:
-        raise CheckpointError(
-            f"{source}: quantization_config is {raw['quantization_config']!r}, "
-            "only unquantised weights are supported"
+            f"{source}: architectures is {architectures!r}, expected one of {list(_FAMILIES)}"
         )
     heads, kv_heads = raw.get("num_attention_heads"), raw.get("num_key_value_heads")
     if kv_heads is not None and kv_heads != heads:
         raise CheckpointError(
             f"{source}: num_key_value_heads is {kv_heads!r}, expected {heads!r} as of the queries"
         )
+    _limited(raw, _ALL_FAMILIES, source)
+    return _limited(raw, known[0], source)
+
+
+def _limited(
+    raw: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]], source: str
+) -> dict[str, Any]:
+    """The values of `allowed`'s keys, the first allowed one for a key absent or null."""
+    values = {}
+    for key, choices in allowed.items():
+        value = raw.get(key)
+        if value is None:
+            value = choices[0]
+        if not any(value is choice or value == choice for choice in choices):
+            raise CheckpointError(
+                f"{source}: {key} is {value!r}, only "
+                f"{' and '.join(repr(choice) for choice in choices if choice is not None)} "
+                "is supported"
+            )
+        values[key] = value
+    return values
+
+
+def _weight_block_size(raw: Mapping[str, Any], source: str) -> tuple[int, int] | None:
+    quantization = raw.get("quantization_config")
+    if quantization is None:
+        return None
+    if not isinstance(quantization, dict):
+        raise CheckpointError(f"{source}: quantization_config is {quantization!r}, not an object")
+    inside = f"{source}: quantization_config"
+    if quantization.get("quant_method") is None:
+        raise CheckpointError(f"{inside}: key 'quant_method' is missing")
+    _limited(quantization, _FP8, inside)
+    if quantization.get("weight_block_size") != [128, 128]:
+        raise CheckpointError(
+            f"{inside}: weight_block_size is {quantization.get('weight_block_size')!r}, "
+            "only [128, 128] is supported"
+        )
+    return 128, 128
+
+
+def _q_lora_rank(raw: Mapping[str, Any], source: str) -> int | None:
+    if "q_lora_rank" not in raw:
+        raise CheckpointError(f"{source}: key 'q_lora_rank' is missing")
+    value = raw["q_lora_rank"]
+    return None if value is None else int(_typed(value, "q_lora_rank", int, source))
 
 
 def _rope_fields(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -186,18 +262,29 @@ def _check_shape(config: ModelConfig, source: str) -> None:
     """Relations that the layers assume, each named by the key at fault."""
     must = {
         "qk_rope_head_dim": config.qk_rope_head_dim % 2 == 0,
-        "n_group": config.n_group > 0 and config.n_routed_experts % config.n_group == 0,
-        "topk_group": 0 < config.topk_group <= config.n_group,
         "num_hidden_layers": config.num_hidden_layers > 0,
         "vocab_size": config.vocab_size > 0,
+        "q_lora_rank": config.q_lora_rank is None or config.q_lora_rank > 0,
+        "moe_layer_freq": config.moe_layer_freq > 0,
     }
-    if config.n_group > 0 and config.n_routed_experts % config.n_group == 0:
-        per_group = config.n_routed_experts // config.n_group
-        must["n_routed_experts"] = per_group >= 2
-        reachable = per_group * config.topk_group
-        must["num_experts_per_tok"] = 0 < config.num_experts_per_tok <= reachable
+    if config.n_routed_experts:
+        must |= _expert_relations(config)
     for key, holds in must.items():
         if not holds:
             raise CheckpointError(
                 f"{source}: {key} is {getattr(config, key)!r}, which fits no model"
             )
+
+
+def _expert_relations(config: ModelConfig) -> dict[str, bool]:
+    even = config.n_group > 0 and config.n_routed_experts % config.n_group == 0
+    per_group = config.n_routed_experts // config.n_group if even else 0
+    must = {
+        "n_group": even,
+        "topk_group": 0 < config.topk_group <= config.n_group,
+        "moe_intermediate_size": config.moe_intermediate_size > 0,
+        "num_experts_per_tok": 0 < config.num_experts_per_tok <= per_group * config.topk_group,
+    }
+    if even and config.topk_method == "noaux_tc" and config.topk_group < config.n_group:
+        must["n_routed_experts"] = per_group >= 2  # a group is ranked by its two best
+    return must

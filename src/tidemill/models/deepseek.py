@@ -1,4 +1,4 @@
-"""DeepSeek-V3: latent attention and mixture of experts. A layer is four stages."""
+"""The DeepSeek-V2/V3 family: latent attention, mixture of experts. A layer is four stages."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -56,9 +56,9 @@ class Batch:
 class Attention:
     """Multi-head latent attention over the paged cache (DeepSeek-V2 report 2.1)."""
 
-    qkv_a: Linear  # hidden -> q_lora + kv_lora + rope
-    q_a_norm: Tensor
-    q_b: Linear  # q_lora -> heads * (nope + rope)
+    qkv_a: Linear  # hidden -> (q_lora or heads * (nope + rope)) + kv_lora + rope
+    q_a_norm: Tensor | None  # None, like q_b, where qkv_a gives the query itself
+    q_b: Linear | None  # q_lora -> heads * (nope + rope)
     kv_a_norm: Tensor
     kv_b: Linear  # kv_lora -> heads * (nope + v)
     w_uk: Tensor  # [H, nope, kv_lora], absorbs the query
@@ -73,9 +73,11 @@ class Attention:
         rotation [T, rope / 2] complex64.
         """
         config = self.config
-        widths = [config.q_lora_rank, config.kv_lora_rank, config.qk_rope_head_dim]
-        q_a, latent, k_rope = self.qkv_a(hidden).split_with_sizes(widths, dim=-1)
-        query = self.q_b(rms_norm(q_a, self.q_a_norm, LATENT_NORM_EPS))
+        query, latent, k_rope = self.qkv_a(hidden).tensor_split(
+            [-config.latent_dim, -config.qk_rope_head_dim], dim=-1
+        )
+        if self.q_b is not None and self.q_a_norm is not None:
+            query = self.q_b(rms_norm(query, self.q_a_norm, LATENT_NORM_EPS))
         query = query.view(len(hidden), config.num_attention_heads, config.qk_head_dim)
         q_rope = query[..., config.qk_nope_head_dim :]
         q_rope.copy_(apply_rope(q_rope, rotation.unsqueeze(1)))
@@ -150,12 +152,12 @@ class DenseMlp:
 
 @dataclass(frozen=True)
 class MoeMlp:
-    """Routed experts and the shared one (DeepSeek-V3 report 2.1.2)."""
+    """Routed experts and perhaps a shared one (DeepSeek-V3 report 2.1.2)."""
 
     gate: Tensor  # [E, D] fp32
-    gate_bias: Tensor  # [E] fp32
+    gate_bias: Tensor | None  # [E] fp32
     routed: Sequence[Expert]
-    shared: Expert
+    shared: Expert | None
     config: ModelConfig
 
     def dispatch(self, tokens: Tensor) -> Dispatched:
@@ -164,6 +166,7 @@ class MoeMlp:
         weights, ids = moe_route(
             linear(tokens.float(), self.gate),
             self.gate_bias,
+            scoring_func=config.scoring_func,
             n_group=config.n_group,
             topk_group=config.topk_group,
             top_k=config.num_experts_per_tok,
@@ -173,17 +176,18 @@ class MoeMlp:
         rows, order, counts = gather_rows(tokens, ids, len(self.routed))
         return Dispatched(tokens, rows, order, counts, weights)
 
-    def experts(self, dispatched: Dispatched) -> tuple[Tensor, Tensor]:
+    def experts(self, dispatched: Dispatched) -> tuple[Tensor, Tensor | None]:
         """The routed experts' rows [T * K, D] and the shared expert's output [T, D]."""
         routed = expert_mlp(dispatched.rows, dispatched.counts, self.routed)
-        return routed, self.shared(dispatched.tokens)
+        return routed, None if self.shared is None else self.shared(dispatched.tokens)
 
     def combine(
-        self, residual: Tensor, dispatched: Dispatched, outputs: tuple[Tensor, Tensor]
+        self, residual: Tensor, dispatched: Dispatched, outputs: tuple[Tensor, Tensor | None]
     ) -> Tensor:
         """residual [T, D] plus each token's weighted experts plus the shared expert."""
         routed, shared = outputs
-        return residual + (scatter_rows(routed, dispatched.order, dispatched.weights) + shared)
+        mixed = scatter_rows(routed, dispatched.order, dispatched.weights)
+        return residual + (mixed if shared is None else mixed + shared)
 
 
 @dataclass(frozen=True)

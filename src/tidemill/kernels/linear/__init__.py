@@ -9,12 +9,12 @@ Linear = reference.PlainLinear | onednn.PackedLinear
 __all__ = ["Linear", "make_linear"]
 
 
-def make_linear(weight: Tensor) -> Linear:
-    """Wrap weight [N, K]: packed by oneDNN for bf16 on a CPU, else as it is.
+def make_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
+    """Wrap weight [N, K] and bias [N]: packed by oneDNN for bf16 on a CPU, else as they are.
 
-    Packing doubles small-batch speed (the products are bound by reading weights) and copies the
-    weight, so a memory-mapped one is read once.
+    Packing doubles small-batch speed: the products are bound by reading weights. It copies the
+    weight.
     """
     if onednn.can_pack(weight):
-        return onednn.PackedLinear(weight)
-    return reference.PlainLinear(weight)
+        return onednn.PackedLinear(weight, bias)
+    return reference.PlainLinear(weight, bias)

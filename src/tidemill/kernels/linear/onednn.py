@@ -18,17 +18,18 @@ def can_pack(weight: Tensor) -> bool:
 
 
 class PackedLinear:
-    """weight [N, K] bf16, reordered once."""
+    """weight [N, K] bf16, reordered once, and bias [N] bf16."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_ROWS)
+        self.bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [T, K] -> x @ weight.T [T, N]."""
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+        """x [T, K] -> x @ weight.T + bias [T, N]."""
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return out
 
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
-        """(x @ weight.T) + other [T, N]."""
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, other, self.weight, None, "add")
+        """(x @ weight.T + bias) + other [T, N]."""
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, other, self.weight, self.bias, "add")
         return out

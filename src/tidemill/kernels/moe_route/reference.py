@@ -1,4 +1,4 @@
-"""Group-limited sigmoid routing in plain torch."""
+"""Routing in plain torch: softmax or sigmoid scores, free or limited to the best groups."""
 
 import torch
 from torch import Tensor
@@ -6,8 +6,9 @@ from torch import Tensor
 
 def moe_route(
     logits: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     *,
+    scoring_func: str,
     n_group: int,
     topk_group: int,
     top_k: int,
@@ -16,19 +17,26 @@ def moe_route(
 ) -> tuple[Tensor, Tensor]:
     """fp32 logits [T, E], bias [E] -> weights [T, K] fp32 and expert ids [T, K] int64.
 
-    DeepSeek-V3 report 2.1.2 and `DeepseekV3TopkRouter` in transformers: sigmoid scores; groups are
-    ranked by their two best biased scores; the bias steers the choice only, never the weights.
+    "sigmoid" is `noaux_tc` (DeepSeek-V3 report 2.1.2, transformers' `DeepseekV3TopkRouter`): groups
+    are ranked by their two best biased scores; the bias steers the choice only, never the weights.
+
+    "softmax" is `greedy` and `group_limited_greedy` (DeepSeek-V2 report 2.2.2, transformers'
+    `DeepseekV2TopkRouter`): groups are ranked by their best score; no bias. With `normalize` the
+    weights sum to 1 and `scale` is left out, as in the published code; transformers' class knows
+    no normalising and no published model of that family asks for it.
     """
-    scores = logits.sigmoid()
-    choice = scores + bias
+    sigmoid = scoring_func == "sigmoid"
+    scores = logits.sigmoid() if sigmoid else logits.softmax(-1)
+    choice = scores if bias is None else scores + bias
     if topk_group < n_group:
         grouped = choice.view(len(choice), n_group, -1)
-        group_scores = grouped.topk(2, dim=-1).values.sum(-1)
+        group_scores = grouped.topk(2, dim=-1).values.sum(-1) if sigmoid else grouped.amax(-1)
         kept = group_scores.topk(topk_group, dim=-1, sorted=False).indices
         dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter_(-1, kept, False)
         choice = grouped.masked_fill(dropped.unsqueeze(-1), float("-inf")).flatten(-2)
     ids = choice.topk(top_k, dim=-1, sorted=False).indices
     weights = scores.gather(-1, ids)
-    if normalize:
+    if normalize and (sigmoid or top_k > 1):
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return weights * scale if sigmoid else weights, ids
     return weights * scale, ids

@@ -1,0 +1,103 @@
+"""What the layers are built from: a checkpoint's tensors in the engine's dtype, one at a time."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tidemill.errors import CheckpointError
+from tidemill.models.checkpoint import PLAIN_DTYPES, Checkpoint
+from tidemill.models.config import ModelConfig
+from tidemill.models.fp8 import dequantize, scale_shape
+
+# (bytes read so far, bytes to read in all)
+Progress = Callable[[int, int], None]
+
+SCALE_SUFFIX = "_scale_inv"
+_SCALE_DTYPES = (torch.float32, torch.float8_e8m0fnu)
+
+
+class WeightSource:
+    """Gives each tensor once and knows which are left.
+
+    CheckpointError names the tensor at fault and both shapes. `on_progress` is called after each
+    tensor, from the same thread.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        on_progress: Progress | None = None,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._config = config
+        self._dtype = dtype
+        self._on_progress = on_progress
+        self._left = {name for name in checkpoint.names if not _stays_on_disk(name, config)}
+        self._total = sum(checkpoint.size(name) for name in self._left)
+        self._done = 0
+
+    def vector(self, name: str, size: int) -> Tensor:
+        """A norm's weight or a bias, [size] in the engine's dtype."""
+        return self._take(name, (size,)).to(self._dtype)
+
+    def table(self, name: str, rows: int, columns: int) -> Tensor:
+        """A matrix that is never quantised, [rows, columns] in the engine's dtype."""
+        return self._take(name, (rows, columns)).to(self._dtype)
+
+    def exact(self, name: str, *shape: int) -> Tensor:
+        """A tensor that the model computes with in fp32."""
+        return self._take(name, shape).float()
+
+    def matrix(self, name: str, rows: int, columns: int) -> Tensor:
+        """A layer's weight [rows, columns] in the engine's dtype, dequantised if it was FP8."""
+        block = self._config.weight_block_size
+        scale_name = name + SCALE_SUFFIX
+        quantised = self._checkpoint.dtype(name) == torch.float8_e4m3fn
+        if block is None or not (quantised or scale_name in self._checkpoint):
+            return self.table(name, rows, columns)
+        weight = self._take(name, (rows, columns), (torch.float8_e4m3fn,))
+        scales = self._take(scale_name, scale_shape((rows, columns), block), _SCALE_DTYPES)
+        if not scales.float().isfinite().all():
+            raise CheckpointError(
+                f"{self._checkpoint.model_dir}: tensor {scale_name!r} of shape "
+                f"{list(scales.shape)} holds a scale that is no finite number",
+                tensor=scale_name,
+                shape=tuple(scales.shape),
+            )
+        return dequantize(weight, scales, block, self._dtype)
+
+    def check_empty(self) -> None:
+        """CheckpointError naming a tensor that no layer took: it would change the answer."""
+        if self._left:
+            name = min(self._left)
+            raise CheckpointError(
+                f"{self._checkpoint.model_dir}: tensor {name!r} and {len(self._left) - 1} more "
+                "have no place in the model that config.json describes",
+                tensor=name,
+            )
+
+    def _take(
+        self, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...] = PLAIN_DTYPES
+    ) -> Tensor:
+        value = self._checkpoint.tensor(name, shape, dtypes)
+        self._left.discard(name)
+        self._done += self._checkpoint.size(name)
+        if self._on_progress is not None:
+            self._on_progress(self._done, self._total)
+        return value
+
+
+def _stays_on_disk(name: str, config: ModelConfig) -> bool:
+    """Whether a tensor belongs to the checkpoint and not to what is computed.
+
+    Multi-token-prediction layers follow the last layer; old files carry rotary frequencies, which
+    the config determines; tied models may carry their embedding twice.
+    """
+    first, last = config.num_hidden_layers, config.num_nextn_predict_layers
+    extra = tuple(f"model.layers.{index}." for index in range(first, first + last))
+    if name.startswith(extra) or name.endswith(".rotary_emb.inv_freq"):
+        return True
+    return name == "lm_head.weight" and config.tie_word_embeddings
