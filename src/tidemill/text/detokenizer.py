@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer as HfTokenizer
 
+from tidemill.vocabulary import table_of_bytes
+
 
 class Detokenizer:
     """Incremental decoder of one completion; constant work per byte.
@@ -31,32 +33,7 @@ class Detokenizer:
 
 
 def byte_table(tokenizer: HfTokenizer) -> list[bytes]:
-    """The bytes of every id of a byte-level tokeniser; special tokens and unused ids have none.
-
-    A token is spelt in the 256-letter alphabet of `bytes_to_alphabet`; one with a letter outside
-    it (an added token) stands for itself, as in the tokenizers library's ByteLevel decoder.
-    """
-    alphabet = {letter: byte for byte, letter in bytes_to_alphabet().items()}
-    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    """The bytes of every id of a byte-level tokeniser; special tokens and unused ids have none."""
     added = tokenizer.get_added_tokens_decoder()
-    table = [b""] * (max(vocabulary.values(), default=-1) + 1)
-    for token, token_id in vocabulary.items():
-        if token_id in added and added[token_id].special:
-            continue
-        try:
-            table[token_id] = bytes([alphabet[letter] for letter in token])
-        except KeyError:
-            table[token_id] = token.encode()
-    return table
-
-
-def bytes_to_alphabet() -> dict[int, str]:
-    """The printable letter that each byte is written as in a byte-level vocabulary.
-
-    Printable bytes of Latin-1 stand for themselves, the others for U+0100 and up in order
-    (GPT-2's `bytes_to_unicode`).
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = (byte for byte in range(256) if byte not in printable)
-    shifted = {byte: chr(0x100 + index) for index, byte in enumerate(others)}
-    return {byte: shifted.get(byte, chr(byte)) for byte in range(256)}
+    special_ids = {token_id for token_id, token in added.items() if token.special}
+    return table_of_bytes(tokenizer.get_vocab(with_added_tokens=True), special_ids)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidemill.text import Detokenizer, Tokenizer
-from tidemill.text.detokenizer import bytes_to_alphabet
+from tidemill.vocabulary import bytes_to_alphabet
 
 
 def parts_of(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
