@@ -2,16 +2,30 @@
 
 from tidemill.policy.balancer import BalancerConfig, Placement, pick_decode, pick_prefill
 from tidemill.policy.fair_queue import FairQueue, QueueLimits
+from tidemill.policy.fetch_or_recompute import (
+    Budget,
+    CostLine,
+    FetchConfig,
+    FetchOrRecompute,
+    Run,
+    Source,
+)
 from tidemill.policy.load import InFlight, Work, WorkerLoad
 from tidemill.policy.prefix_affinity import PrefixAffinity
 
 __all__ = [
     "BalancerConfig",
+    "Budget",
+    "CostLine",
     "FairQueue",
+    "FetchConfig",
+    "FetchOrRecompute",
     "InFlight",
     "Placement",
     "PrefixAffinity",
     "QueueLimits",
+    "Run",
+    "Source",
     "Work",
     "WorkerLoad",
     "pick_decode",
