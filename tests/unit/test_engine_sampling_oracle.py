@@ -100,6 +100,30 @@ def test_every_rule_draws_the_oracles_token(
     assert ours(torch.tensor([logits]), seq) == [drawn(logits, asked)]
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {},
+        {"top_k": 3},
+        {"top_p": 0.7301},
+        {"min_p": 0.1777},
+        {"repetition_penalty": 1.3},
+        {"presence_penalty": -0.7},
+        {"frequency_penalty": 0.9},
+        {"logit_bias": {2: 1.5, 9: -2.0}},
+        {"allowed": frozenset({1, 4, 6, 11, 20})},
+        {"min_tokens": 9, "stop_token_ids": frozenset({0, 7})},
+    ],
+    ids=lambda rule: "+".join(rule) or "plain",
+)
+def test_each_rule_alone_draws_the_oracles_token(rule: dict[str, Any]) -> None:
+    rows = torch.randn(150, VOCAB, generator=torch.manual_seed(9)) * 2
+    for seed, row in enumerate(rows):
+        for temperature in (0.0, 1.0):
+            asked = Asked([1, 2, 2], [3, 3, 3, 9], temperature=temperature, seed=seed, **rule)
+            assert ours(row[None], sequence_of(asked)) == [drawn(row.tolist(), asked)]
+
+
 @settings(max_examples=60, deadline=None)
 @given(batch=st.lists(st.tuples(rows, asked_for), min_size=2, max_size=8), order=st.randoms())
 def test_x2_a_draw_is_the_same_in_any_batch(

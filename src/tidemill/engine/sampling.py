@@ -182,8 +182,9 @@ def _reaching_mass(probabilities: Tensor, top_p: float) -> Tensor:
     """Mask [N] of the likeliest tokens up to the one that reaches mass top_p; ties with it stay."""
     count = min(_LIKELIEST, len(probabilities))
     ordered = probabilities.topk(count).values
-    if ordered.sum() < top_p:
-        ordered = probabilities.sort(descending=True).values
+    while count < len(probabilities) and ordered.sum() < top_p:
+        count = min(8 * count, len(probabilities))
+        ordered = probabilities.topk(count).values
     last = int((ordered.cumsum(-1) < top_p).sum().clamp(max=len(ordered) - 1))
     return probabilities >= ordered[last]
 
