@@ -9,6 +9,7 @@ import grpc
 from typing_extensions import override
 
 from tidemill.api.common.v1 import kv_pb2, lifecycle_pb2, usage_pb2
+from tidemill.api.common.v1.logprobs_pb2 import TokenLogprobs
 from tidemill.api.decode.v1 import decode_service_pb2 as decode_pb2
 from tidemill.api.decode.v1.decode_service_pb2_grpc import (
     DecodeServiceServicer,
@@ -35,41 +36,77 @@ Script = Callable[["Talk"], Awaitable[None]]
 
 
 class Talk:
-    """One attempt from the worker's side."""
+    """One attempt from the worker's side.
+
+    `stopped` gets the Stop of the whole attempt, `stops[choice]` that of one choice. Where the
+    task asks for log-probabilities they are those of `likelihood`.
+    """
 
     def __init__(self, worker: "ScriptedWorker", start: decode_pb2.Start, context: Context) -> None:
+        loop = asyncio.get_running_loop()
         self.worker = worker
         self.start = start
-        self.stopped: asyncio.Future[decode_pb2.Stop] = asyncio.get_running_loop().create_future()
+        self.sampling = start.task.sampling
+        self.stopped: asyncio.Future[decode_pb2.Stop] = loop.create_future()
+        self.stops: list[asyncio.Future[decode_pb2.Stop]] = [
+            loop.create_future() for _ in range(self.sampling.n or 1)
+        ]
         self.hung_up = asyncio.Event()
-        self.generated = 0
+        self.counts = [0] * len(self.stops)
         self._context = context
 
-    async def prefill_done(self, token_id: int, **reused: int) -> None:
-        """The first token; `reused` are tokens by tier, the rest of the prompt was computed."""
-        num_prompt = len(self.start.task.token_ids)
+    @property
+    def generated(self) -> int:
+        """Tokens sent so far, of all choices."""
+        return sum(self.counts)
+
+    async def prefill_done(self, *token_ids: int, **reused: int) -> None:
+        """Each choice's first token; `reused` are tokens by tier, the rest was computed."""
+        prompt = self.start.task.token_ids
         usage = usage_pb2.PromptUsage(
-            prompt_tokens=num_prompt,
-            computed_tokens=num_prompt - sum(reused.values()),
+            prompt_tokens=len(prompt),
+            computed_tokens=len(prompt) - sum(reused.values()),
             prefill_site=usage_pb2.PREFILL_SITE_PREFILL_WORKER,
             prefill_worker_id=self.start.prefill.worker_id,
         )
         for tier, tokens in reused.items():
             setattr(usage, f"reused_{tier}_tokens", tokens)
-        done = lifecycle_pb2.PrefillDone(first_token_id=token_id, usage=usage, prefill_us=7)
-        self.generated = 1
+        done = lifecycle_pb2.PrefillDone(
+            first_token_id=token_ids[0],
+            first_token_ids=token_ids if len(token_ids) > 1 else (),
+            first_logprobs=self._logprobs(token_ids),
+            usage=usage,
+            prefill_us=7,
+        )
+        if self.sampling.HasField("prompt_logprobs"):
+            done.prompt_logprobs.extend(
+                likelihood(token_id, self.sampling.prompt_logprobs) for token_id in prompt[1:]
+            )
+        self.counts = [1] * len(self.counts)
         await self._context.write(decode_pb2.DecodeResponse(prefill_done=done))
 
-    async def tokens(self, token_ids: Sequence[int]) -> None:
-        """Tokens after the first, in one chunk."""
+    async def tokens(self, token_ids: Sequence[int], *, choice: int = 0) -> None:
+        """Tokens of a choice after its first, in one chunk."""
+        first_index = self.counts[choice]
+        self.counts[choice] += len(token_ids)
         chunk = decode_pb2.Chunk(
             attempt=self.start.task.id.attempt,
-            first_index=self.generated,
+            choice=choice,
+            first_index=first_index,
             token_ids=token_ids,
-            generated_tokens=self.generated + len(token_ids),
+            generated_tokens=self.generated,
+            logprobs=self._logprobs(token_ids),
         )
-        self.generated += len(token_ids)
         await self._context.write(decode_pb2.DecodeResponse(chunk=chunk))
+
+    async def choice_ended(self, choice: int, reason: str) -> None:
+        """The end of one of several choices."""
+        ended = decode_pb2.ChoiceEnded(
+            choice=choice,
+            reason=lifecycle_pb2.FinishReason.Value(f"FINISH_REASON_{reason}"),
+            generated_tokens=self.counts[choice],
+        )
+        await self._context.write(decode_pb2.DecodeResponse(choice_ended=ended))
 
     async def final(self, reason: str, *, generated: int | None = None) -> None:
         """The end; `generated` unset: what was sent."""
@@ -84,6 +121,20 @@ class Talk:
     async def send(self, response: decode_pb2.DecodeResponse) -> None:
         """Anything at all."""
         await self._context.write(response)
+
+    def _logprobs(self, token_ids: Sequence[int]) -> list[TokenLogprobs]:
+        if not self.sampling.HasField("logprobs"):
+            return []
+        return [likelihood(token_id, self.sampling.logprobs) for token_id in token_ids]
+
+
+def likelihood(token_id: int, alternatives: int) -> TokenLogprobs:
+    """What a scripted worker says of a token: made up, and its own for each."""
+    return TokenLogprobs(
+        logprob=-token_id / 64,
+        top_token_ids=range(alternatives),
+        top_logprobs=[-(each + token_id) / 64 for each in range(alternatives)],
+    )
 
 
 def answer(token_ids: Sequence[int], *, pause_s: float = 0.0, **reused: int) -> Script:
@@ -174,7 +225,9 @@ class ScriptedWorker(DecodeServiceServicer, WorkerServiceServicer):
         async for request in requests:
             assert request.HasField("stop")
             self.stops.append(request.stop)
-            talk.stopped.set_result(request.stop)
+            whole = not request.stop.HasField("choice")
+            told = talk.stopped if whole else talk.stops[request.stop.choice]
+            told.set_result(request.stop)
         talk.hung_up.set()
 
     @override

@@ -4,13 +4,15 @@ import asyncio
 import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from services.router.config import LimitsConfig
 from services.router.fleet import Fleet, ModelIdentity
 from services.router.keys import Tenant
 from services.router.models import Catalogue, ServedModel
 from services.router.quote import worst_case_nano
+from services.router.response_format import ResponseFormat
+from services.router.sampling import Sampling, Wanted, resolve
 from tidemill.billing import PriceBook
 from tidemill.blocks import chain_hashes, root_hash
 from tidemill.errors import FailedPrecondition, InvalidRequest, Unavailable
@@ -27,8 +29,6 @@ class Conversation:
 # What the client wants completed.
 Input = Conversation | str | tuple[int, ...]
 
-MAX_STOP_TOKEN_IDS = 128
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ask:
@@ -39,27 +39,11 @@ class Ask:
     model: str
     input: Input
     stop: tuple[str, ...] = ()
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int = 0
-    seed: int | None = None
-    max_tokens: int | None = None
-    stop_token_ids: tuple[int, ...] = ()
+    sampling: Wanted = field(default_factory=Wanted)
+    response_format: ResponseFormat | None = None
     max_cost: tuple[str, int] | None = None  # currency, nano-units
     first_token_timeout_s: float | None = None
     total_timeout_s: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sampling:
-    """How to draw, every default filled in."""
-
-    temperature: float
-    top_p: float
-    top_k: int
-    seed: int
-    max_tokens: int
-    stop_token_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,9 +100,19 @@ class Admission:
             raise Unavailable(
                 f"no worker serves {model.name} just now", reason="NO_WORKERS", retry_after_s=1.0
             )
+        if ask.response_format is not None:
+            ask.response_format.check(ask.sampling)
         loop = asyncio.get_running_loop()
         token_ids = await loop.run_in_executor(self.pool, self._tokenize, model, ask)
-        sampling = self._resolve(ask, model, self.context_tokens(model) - len(token_ids))
+        sampling = resolve(
+            ask.sampling,
+            model,
+            num_prompt_tokens=len(token_ids),
+            context_tokens=self.context_tokens(model),
+            seed=self.rng.getrandbits(64),
+        )
+        if ask.response_format is not None:
+            ask.response_format.check_end(sampling)
         root = root_hash(identity.digest, identity.kv_format, tenant.salt)
         hashes = await loop.run_in_executor(self.pool, chain_hashes, root, token_ids)
         admitted = Admitted(
@@ -151,45 +145,13 @@ class Admission:
 
     def _tokenize(self, model: ServedModel, ask: Ask) -> Sequence[int]:
         tokenizer, max_bytes = model.tokenizer, self.limits.max_prompt_bytes
-        if ask.stop_token_ids:
-            tokenizer.check_ids(ask.stop_token_ids, field="sampling.stop_token_ids")
+        ask.sampling.check_ids(tokenizer)
         if isinstance(ask.input, str):
             return tokenizer.encode(ask.input, max_bytes=max_bytes)
         if isinstance(ask.input, Conversation):
             return tokenizer.encode_chat(ask.input.messages, max_bytes=max_bytes)
         tokenizer.check_ids(ask.input, field="tokens.token_ids")
         return ask.input
-
-    def _resolve(self, ask: Ask, model: ServedModel, room: int) -> Sampling:
-        """Fill in the defaults; `room` is how many tokens the context leaves."""
-        if room < 1:
-            raise InvalidRequest(
-                "the prompt leaves no room in the model's context",
-                reason="CONTEXT_EXCEEDED",
-                violations=[("input", f"{1 - room} tokens too long")],
-            )
-        most = model.config.max_output_tokens
-        if ask.max_tokens is not None and ask.max_tokens > most:
-            raise InvalidRequest(
-                f"max_tokens is above this model's {most}",
-                violations=[("sampling.max_tokens", f"must be at most {most}")],
-            )
-        wanted = model.config.default_max_tokens if ask.max_tokens is None else ask.max_tokens
-        stop_ids = tuple(sorted(model.tokenizer.eos_ids | set(ask.stop_token_ids)))
-        if len(stop_ids) > MAX_STOP_TOKEN_IDS:
-            raise InvalidRequest(
-                "too many stop tokens",
-                violations=[("sampling.stop_token_ids", f"more than {MAX_STOP_TOKEN_IDS} in all")],
-            )
-        defaults = model.tokenizer.defaults
-        return Sampling(
-            temperature=defaults.temperature if ask.temperature is None else ask.temperature,
-            top_p=defaults.top_p if ask.top_p is None else ask.top_p,
-            top_k=ask.top_k,
-            seed=self.rng.getrandbits(64) if ask.seed is None else ask.seed,
-            max_tokens=min(wanted, room),
-            stop_token_ids=stop_ids,
-        )
 
     def _check_cost(self, admitted: Admitted) -> None:
         currency = admitted.tenant.currency
@@ -210,7 +172,7 @@ class Admission:
             price_model=admitted.model.config.price_model,
             currency=currency,
             num_prompt_tokens=len(admitted.token_ids),
-            max_tokens=admitted.sampling.max_tokens,
+            max_tokens=admitted.sampling.n * admitted.sampling.max_tokens,
             admitted_at_ms=admitted.admitted_at_ms,
             deadline_ms=admitted.deadline_ms,
         )

@@ -2,26 +2,33 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import suppress
 
 import grpc
 
-from services.router.finish import Finish, PrefillSite
+from services.router.finish import Finish
 from services.router.fleet import Worker
-from services.router.tally import Ended, Generated, Prefilled
-from tidemill.api.common.v1 import lifecycle_pb2, usage_pb2
+from services.router.reports import Report, ReportReader
+from services.router.response_format import SCHEMA_FIELD
+from tidemill.api.common.v1 import lifecycle_pb2
 from tidemill.api.decode.v1 import decode_service_pb2 as decode_pb2
-from tidemill.billing import Reuse
-from tidemill.errors import Internal, Overloaded, TidemillError, Unavailable, WorkerLost
+from tidemill.errors import (
+    Internal,
+    InvalidRequest,
+    Overloaded,
+    TidemillError,
+    Unavailable,
+    WorkerLost,
+)
 from tidemill.rpc.interceptors import REQUEST_ID_KEY
 from tidemill.rpc.status import from_rpc_error
 
 _ACK_TIMEOUT_S = 2.0
+_GRAMMAR_INVALID = "GRAMMAR_INVALID"
+_MAX_WHY = 500
 
 logger = logging.getLogger(__name__)
-
-Report = Prefilled | Generated | Ended
 
 
 class Attempt:
@@ -43,43 +50,43 @@ class Attempt:
         self._started = asyncio.Event()
         self._ended = False
         self._stopped = False
+        self._stopped_choices: set[int] = set()
 
     async def reports(self) -> AsyncGenerator[Report, None]:
         """Send Start and yield what the worker answers, Ended last.
 
-        Raises what the worker refused with (DecodeFull, PrefillFull), WorkerLost when it or the
-        prefill worker vanished, and Internal when it broke the contract or failed. When it failed
-        after generating, Ended comes first.
+        Raises what the worker refused with (DecodeFull, PrefillFull, InvalidRequest for a schema
+        that cannot be compiled), WorkerLost when it or the prefill worker vanished, and Internal
+        when it broke the contract or failed. When it failed after generating, Ended comes first.
         """
         await self._write(decode_pb2.DecodeRequest(start=self._start))
         self._started.set()
-        expected_index = 1
+        reader = ReportReader(self._start.task)
         while (response := await self._read()) is not None:
-            match response.WhichOneof("event"):
-                case "prefill_done":
-                    yield _prefilled(response.prefill_done, len(self._start.task.token_ids))
-                case "chunk":
-                    chunk = response.chunk
-                    if chunk.first_index != expected_index:
-                        raise _broken(f"chunk {chunk.first_index} in place of {expected_index}")
-                    expected_index += len(chunk.token_ids)
-                    yield _generated(chunk.first_index, chunk.token_ids)
-                case "final":
-                    self._ended = True
-                    await self._hang_up()
-                    yield _ended(response.final)
-                case _:
-                    raise _broken("an event that this router does not know")
+            if response.HasField("final"):
+                self._ended = True
+                await self._hang_up()
+            yield reader.read(response)
         if not self._ended:
             raise WorkerLost(f"decode worker {self.worker.id} closed its stream without Final")
 
-    async def stop(self, finish: Finish, keep_tokens: int | None = None) -> None:
-        """Ask the worker to end the attempt; Ended follows. Only the first call counts."""
-        if self._stopped or self._ended:
+    async def stop(
+        self, finish: Finish, keep_tokens: int | None = None, *, choice: int | None = None
+    ) -> None:
+        """Ask the worker to end the attempt, or one of its choices; its end follows.
+
+        Of each only the first call counts.
+        """
+        if self._stopped or self._ended or choice in self._stopped_choices:
             return
-        self._stopped = True
+        if choice is None:
+            self._stopped = True
+        else:
+            self._stopped_choices.add(choice)
         stop = decode_pb2.Stop(
-            reason=lifecycle_pb2.FinishReason.ValueType(finish.value), keep_tokens=keep_tokens
+            reason=lifecycle_pb2.FinishReason.ValueType(finish.value),
+            keep_tokens=keep_tokens,
+            choice=choice,
         )
         await self._started.wait()
         try:
@@ -136,10 +143,16 @@ class Attempt:
         return response if isinstance(response, decode_pb2.DecodeResponse) else None
 
     def _as_ours(self, error: grpc.aio.AioRpcError) -> TidemillError:
-        """A worker's status as what it means to this request: its client did nothing wrong."""
+        """A worker's status as what it means to this request.
+
+        Its client did nothing wrong, but for a schema that only a worker can judge.
+        """
         found = from_rpc_error(error)
         if isinstance(found, Overloaded | WorkerLost):
             return found
+        if isinstance(found, InvalidRequest) and found.reason == _GRAMMAR_INVALID:
+            why = found.message[:_MAX_WHY]
+            return InvalidRequest(why, reason=_GRAMMAR_INVALID, violations=[(SCHEMA_FIELD, why)])
         if isinstance(found, Unavailable) or found.code in (
             grpc.StatusCode.CANCELLED,
             grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -147,48 +160,3 @@ class Attempt:
             return WorkerLost(f"decode worker {self.worker.id} was lost", retry_after_s=0.5)
         logger.error("worker %s failed: %s", self.worker.id, found, extra={"reason": found.reason})
         return Internal("a worker failed", reason="WORKER_FAULT")
-
-
-def _prefilled(done: lifecycle_pb2.PrefillDone, num_prompt_tokens: int) -> Prefilled:
-    usage = done.usage
-    prefilled = Prefilled(
-        token_id=done.first_token_id,
-        prompt_tokens=usage.prompt_tokens,
-        computed_tokens=usage.computed_tokens,
-        reused=Reuse(
-            device=usage.reused_device_tokens,
-            host=usage.reused_host_tokens,
-            cache_ram=usage.reused_cache_ram_tokens,
-            cache_disk=usage.reused_cache_disk_tokens,
-            peer=usage.reused_peer_tokens,
-        ),
-        site=PrefillSite(
-            worker_id=usage.prefill_worker_id,
-            in_place=usage.prefill_site == usage_pb2.PREFILL_SITE_DECODE_WORKER,
-        ),
-        prefill_us=done.prefill_us,
-    )
-    if prefilled.prompt_tokens != num_prompt_tokens:
-        raise _broken(f"{prefilled.prompt_tokens} prompt tokens of {num_prompt_tokens}")
-    if prefilled.prompt_tokens != prefilled.computed_tokens + prefilled.reused.total:
-        raise _broken("its prompt split does not add up (U1)")
-    return prefilled
-
-
-def _generated(first_index: int, token_ids: Sequence[int]) -> Generated:
-    return Generated(first_index=first_index, token_ids=tuple(token_ids))
-
-
-def _ended(final: decode_pb2.Final) -> Ended:
-    return Ended(
-        finish=Finish(final.reason or Finish.SERVER_FAULT),
-        generated_tokens=final.generated_tokens,
-        drafted_tokens=final.drafted_tokens,
-        accepted_tokens=final.accepted_tokens,
-        busy_seconds=final.busy_seconds,
-    )
-
-
-def _broken(what: str) -> Internal:
-    logger.error("a worker broke the contract: %s", what)
-    return Internal("a worker broke its contract", reason="WORKER_FAULT")

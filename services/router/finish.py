@@ -39,7 +39,7 @@ class PrefillSite:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Completed:
-    """The last word on a request: its end, its usage and its bill."""
+    """The last word on a request: why its last choice ended, its usage and its bill."""
 
     finish: Finish
     usage: Usage
@@ -47,3 +47,4 @@ class Completed:
     receipt: Receipt
     seed: int
     timing: Timing
+    num_choices: int = 1

@@ -11,17 +11,20 @@ from collections.abc import Callable, Sequence
 from contextlib import aclosing
 
 from services.router.admission import Admitted
-from services.router.attempt import Attempt, Report
+from services.router.attempt import Attempt
 from services.router.config import LimitsConfig
 from services.router.dispatch import Dispatcher, Placed, Ticket
 from services.router.finish import Completed, Finish, Timing
 from services.router.fleet import Worker
-from services.router.outbox import Outbox, Piece
+from services.router.outbox import Outbox
+from services.router.relay import Choice, Relay
+from services.router.reports import Report
 from services.router.requests import RequestBook
 from services.router.settle import Settler
-from services.router.tally import Ended, Generated, Prefilled, Tally
+from services.router.tally import ChoiceEnded, Ended, Generated, Prefilled
 from services.router.tasks import OwnedTasks
 from services.router.worker_task import start_message
+from tidemill.api.common.v1.logprobs_pb2 import TokenLogprobs
 from tidemill.billing import Usage
 from tidemill.errors import (
     DeadlineExceeded,
@@ -32,7 +35,6 @@ from tidemill.errors import (
     Unavailable,
     WorkerLost,
 )
-from tidemill.text import TextStream
 
 _REFUSED_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0)
 _LOST_S = 3.0
@@ -64,14 +66,8 @@ class Generation:
         self._tasks = tasks
         self._limits = limits
         self._clock = clock
-        model = admitted.model
-        self._text = TextStream(
-            model.tokenizer,
-            admitted.ask.stop,
-            reasoning=model.config.reasoning,
-            inside=model.tokenizer.opens_reasoning(admitted.token_ids),
-        )
-        self._tally = Tally()
+        self._relay = Relay(admitted, self.outbox, max_tokens=limits.coalesce_tokens)
+        self._tally = self._relay.tally
         self._ending: Finish | None = None
         self._over = False
         self._attempt: Attempt | None = None
@@ -107,11 +103,15 @@ class Generation:
             return
         self._ending = finish
         self._dispatcher.withdraw(self._ticket)
-        if self._attempt is not None and self._patience is not None:
+        if self._attempt is not None:
+            self._await_final()
+            self._tasks.spawn(self._attempt.stop(finish), name="stop")
+
+    def _await_final(self) -> None:
+        """From now on the attempt's Final is due."""
+        if self._patience is not None:
             loop = asyncio.get_running_loop()
             self._patience.reschedule(loop.time() + self._limits.final_wait_s)
-            keep = self._text.num_tokens if self._text.stopped else None
-            self._tasks.spawn(self._attempt.stop(finish, keep), name="stop")
 
     def _first_token_is_late(self) -> None:
         if self._tally.prefilled is None:
@@ -187,64 +187,55 @@ class Generation:
             await attempt.close()
 
     def _take(self, attempt: Attempt, report: Report) -> None:
+        choices = self._relay.choices
         match report:
             case Prefilled():
                 self._first_token_at = self._clock()
                 self._tally.prefilled = report
                 self._dispatcher.prefilled(self.admitted.key)
-                self._relay((report.token_id,))
+                self._relay.score_prompt(report.prompt_logprobs)
+                for choice, token_id in zip(choices, report.token_ids, strict=True):
+                    logprobs = report.logprobs[choice.index : choice.index + 1]
+                    self._pass_on(attempt, choice, (token_id,), logprobs)
             case Generated():
-                self._relay(report.token_ids)
+                self._pass_on(attempt, choices[report.choice], report.token_ids, report.logprobs)
+            case ChoiceEnded():
+                choice = choices[report.choice]
+                choice.counts.reported = report.generated_tokens
+                self._relay.end(choice, report.finish)
             case Ended():
                 self._tally.end(report)
                 self._finals.append(attempt)
 
-    def _relay(self, token_ids: Sequence[int]) -> None:
-        """Pass tokens on as text, in messages of bounded size."""
-        size = self._limits.coalesce_tokens
-        for start in range(0, len(token_ids), size):
-            some = token_ids[start : start + size]
-            first_index = self._text.num_tokens
-            self._tally.received_tokens += len(some)
-            delta = self._text.push(some)
-            if delta.token_ids or delta.content or delta.reasoning:
-                self._put(first_index, delta.token_ids, delta.content, delta.reasoning)
-        if self._text.stopped:
-            self.end(Finish.STOP)
-
-    def _put(self, index: int, token_ids: tuple[int, ...], text: str, reasoning: str) -> None:
-        usage = self._tally.usage(
-            kept_tokens=self._text.num_tokens,
-            reasoning_tokens=self._text.num_reasoning_tokens,
-            max_tokens=self.admitted.sampling.max_tokens,
-        )
-        self.outbox.put(
-            Piece(
-                first_index=index,
-                token_ids=token_ids,
-                text=text,
-                reasoning=reasoning,
-                usage=usage,
-                site=self._tally.site,
-            )
-        )
+    def _pass_on(
+        self,
+        attempt: Attempt,
+        choice: Choice,
+        token_ids: Sequence[int],
+        logprobs: Sequence[TokenLogprobs],
+    ) -> None:
+        """Relay tokens; have the worker end a choice that they bring to a stop string."""
+        going_on = choice.finish is None
+        self._relay.push(choice, token_ids, logprobs)
+        if not going_on or choice.finish is None or self._ending is not None:
+            return
+        index = choice.index if len(self._relay.choices) > 1 else None
+        stop = attempt.stop(choice.finish, choice.counts.kept, choice=index)
+        self._tasks.spawn(stop, name="stop")
+        if self._relay.all_ended:
+            self._ending = choice.finish
+            self._await_final()
 
     def _settle(self, failure: TidemillError | None) -> None:
         """Once, whatever happened: write off or bill, remember, tell the client, acknowledge."""
-        tail = self._text.finish()
-        if tail.content or tail.reasoning:
-            self._put(self._text.num_tokens, (), tail.content, tail.reasoning)
         if failure is not None:
             self._tally.write_off()
-        usage = self._tally.usage(
-            kept_tokens=self._text.num_tokens if self._text.stopped else None,
-            reasoning_tokens=self._text.num_reasoning_tokens,
-            max_tokens=self.admitted.sampling.max_tokens,
-        )
+        finish = self._finish() if failure is None else Finish.SERVER_FAULT
+        usage = self._tally.usage()
         completed: Completed | None = None
         try:
             if failure is None:
-                completed = self._bill(usage)
+                completed = self._bill(usage, finish)
             else:
                 self._settler.write_off(self.admitted, usage, failure)
             if completed and completed.finish is Finish.DEADLINE and not usage.prompt_tokens:
@@ -260,7 +251,7 @@ class Generation:
         for attempt in self._finals:
             self._tasks.spawn(attempt.acknowledge(), name="acknowledge")
 
-    def _bill(self, usage: Usage) -> Completed:
+    def _bill(self, usage: Usage, finish: Finish) -> Completed:
         now = self._clock()
         first_token_s = self._first_token_at - self._admitted_at if usage.prompt_tokens else 0.0
         timing = Timing(
@@ -273,20 +264,23 @@ class Generation:
         return self._settler.settle(
             self.admitted,
             usage,
-            finish=self._finish(),
+            finish=finish,
             site=self._tally.site,
             timing=timing,
             attempts=max(self._num_attempts, 1),
         )
 
     def _finish(self) -> Finish:
-        """A stop string wins, then what the worker said, then why it was to end."""
-        if self._text.stopped:
-            return Finish.STOP
-        ended = self._tally.ended
+        """End the choices that still go on; why the last one ended.
+
+        A stop string wins, then what the worker said, then why it was to end.
+        """
+        ended, finish = self._tally.ended, self._ending or Finish.SERVER_FAULT
         if ended is not None and ended.finish is not Finish.SERVER_FAULT:
-            return ended.finish
-        return self._ending or Finish.SERVER_FAULT
+            finish = ended.finish
+        for choice in self._relay.choices:
+            self._relay.end(choice, finish)
+        return self._relay.last_finish or finish
 
 
 def _blamed(loss: WorkerLost, placed: Placed) -> Worker:

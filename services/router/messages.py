@@ -1,13 +1,16 @@
 """Protos to domain and back, for the public services."""
 
 import hashlib
+from typing import Any
 
 from services.router.admission import Ask, Conversation, Input
 from services.router.finish import Completed, PrefillSite, Timing
 from services.router.generation import Generation
-from services.router.outbox import Accepted, Event, Moved, Piece
+from services.router.outbox import Accepted, ChoiceEnd, Event, Moved, Piece, PromptScored
+from services.router.response_format import ResponseFormat
+from services.router.sampling import Wanted
 from tidemill.api.billing.v1 import receipt_pb2
-from tidemill.api.common.v1 import lifecycle_pb2, usage_pb2
+from tidemill.api.common.v1 import lifecycle_pb2, sampling_pb2, usage_pb2
 from tidemill.api.router.v1 import router_service_pb2 as router_pb2
 from tidemill.billing import Decides, Prices, Receipt, Usage
 from tidemill.text import ChatMessage
@@ -22,26 +25,25 @@ _DECIDES = {
     Decides.ARRIVAL.value: receipt_pb2.DECIDING_INSTANT_ARRIVAL,
 }
 
+_OPTIONAL_SAMPLING = [
+    field.name for field in sampling_pb2.Sampling.DESCRIPTOR.fields if field.has_presence
+]
+
 
 def ask_of(request: router_pb2.GenerateRequest) -> Ask:
     """The domain form of a validated request."""
-    sampling = request.sampling
-
-    def given(name: str) -> bool:
-        return sampling.HasField(name)  # type: ignore[arg-type]  # one of the names below
-
     return Ask(
         request_id=request.request_id,
         body_sha256=hashlib.sha256(request.SerializeToString(deterministic=True)).digest(),
         model=request.model,
         input=_input(request),
         stop=tuple(request.stop),
-        temperature=sampling.temperature if given("temperature") else None,
-        top_p=sampling.top_p if given("top_p") else None,
-        top_k=sampling.top_k,
-        seed=sampling.seed if given("seed") else None,
-        max_tokens=sampling.max_tokens if given("max_tokens") else None,
-        stop_token_ids=tuple(sampling.stop_token_ids),
+        sampling=_wanted(request.sampling),
+        response_format=(
+            _response_format(request.response_format)
+            if request.HasField("response_format")
+            else None
+        ),
         max_cost=(
             (request.max_cost.currency, request.max_cost.nano)
             if request.HasField("max_cost")
@@ -56,6 +58,26 @@ def ask_of(request: router_pb2.GenerateRequest) -> Ask:
             request.total_timeout_ms / 1000 if request.HasField("total_timeout_ms") else None
         ),
     )
+
+
+def _wanted(sampling: sampling_pb2.Sampling) -> Wanted:
+    asked: dict[str, Any] = {
+        name: getattr(sampling, name)
+        for name in _OPTIONAL_SAMPLING
+        if sampling.HasField(name)  # type: ignore[arg-type]  # one of the names
+    }
+    return Wanted(
+        logit_bias=dict(sampling.logit_bias),
+        stop_token_ids=tuple(sampling.stop_token_ids),
+        ignore_eos=sampling.ignore_eos,
+        **asked,
+    )
+
+
+def _response_format(response_format: router_pb2.ResponseFormat) -> ResponseFormat:
+    if response_format.HasField("json_schema"):
+        return ResponseFormat(response_format.json_schema.schema)
+    return ResponseFormat()
 
 
 def _input(request: router_pb2.GenerateRequest) -> Input:
@@ -97,6 +119,10 @@ class EventWriter:
                 sequence = self._sequence
                 self._sequence += 1
                 return router_pb2.GenerateResponse(chunk=_chunk(event, sequence))
+            case PromptScored():
+                return router_pb2.GenerateResponse(prompt_scored=_prompt_scored(event))
+            case ChoiceEnd():
+                return router_pb2.GenerateResponse(choice_end=_choice_end(event))
             case Completed():
                 return completed_message(event)
 
@@ -201,6 +227,22 @@ def _chunk(piece: Piece, sequence: int) -> router_pb2.TextChunk:
         text=piece.text,
         reasoning_text=piece.reasoning,
         usage=usage_message(piece.usage, piece.site),
+        choice=piece.choice,
+        logprobs=piece.logprobs,
+    )
+
+
+def _prompt_scored(scored: PromptScored) -> router_pb2.PromptScored:
+    return router_pb2.PromptScored(
+        first_index=scored.first_index, token_ids=scored.token_ids, logprobs=scored.logprobs
+    )
+
+
+def _choice_end(end: ChoiceEnd) -> router_pb2.ChoiceEnd:
+    return router_pb2.ChoiceEnd(
+        choice=end.choice,
+        finish_reason=lifecycle_pb2.FinishReason.ValueType(end.finish.value),
+        completion_tokens=end.completion_tokens,
     )
 
 

@@ -38,7 +38,7 @@ class RouterMetrics:
         )
         self._tpot = Histogram(
             "tidemill_router_time_per_output_token_seconds",
-            "From the first token to the last, per token after the first.",
+            "From the first token to the last, per token after the first of a choice.",
             ["model"],
             buckets=_TPOT_S,
             registry=registry,
@@ -98,9 +98,10 @@ class RouterMetrics:
         self._count_unbilled(model, usage)
         if timing.first_token_us:
             self._ttft.labels(model).observe(timing.first_token_us / 1e6)
-        if usage.completion_tokens > 1:
+        following = usage.completion_tokens / completed.num_choices - 1
+        if following > 0:
             seconds = (timing.total_us - timing.first_token_us) / 1e6
-            self._tpot.labels(model).observe(seconds / (usage.completion_tokens - 1))
+            self._tpot.labels(model).observe(seconds / following)
 
     def failed(self, model: str, usage: Usage, reason: str) -> None:
         """A request was written off."""

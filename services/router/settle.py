@@ -56,6 +56,7 @@ class Settler:
             receipt=receipt,
             seed=admitted.sampling.seed,
             timing=timing,
+            num_choices=admitted.sampling.n,
         )
         self.metrics.completed(admitted.model.name, completed)
         fields = {**receipt.to_fields(), "content_sha256": receipt.content_sha256}

@@ -105,11 +105,6 @@ class Usage:
         """Prompt tokens billed at the miss price."""
         return self.prompt_tokens - self.cache_hit_tokens
 
-    @property
-    def rejected_tokens(self) -> int:
-        """Drafted tokens that the target model did not draw itself; they never leave a worker."""
-        return self.drafted_tokens - self.accepted_tokens
-
 
 def _require_counts(record: Reuse | Unbilled | Usage) -> None:
     for entry in fields(record):

@@ -30,10 +30,11 @@ class StopMatcher:
         self._held = ""
         self.matched: str | None = None
 
-    def push(self, text: str) -> str:
+    def push(self, text: str, *, armed: bool = True) -> str:
         """The text that is safe to emit; all text before the stop string once `matched` is set.
 
-        Nothing may be pushed after a match.
+        Nothing may be pushed after a match. A stop string that is completed while not `armed` is
+        plain text, and no part of a later one.
         """
         assert self.matched is None
         if len(self._next) == 1:
@@ -41,9 +42,12 @@ class StopMatcher:
         seen = self._held + text
         for end, character in enumerate(text, start=len(self._held) + 1):
             self._state = self._step(self._state, character)
-            if found := self._match[self._state]:
+            found = self._match[self._state]
+            if found and armed:
                 self.matched, self._held = found, ""
                 return seen[: end - len(found)]
+            if found:
+                self._state = 0
         safe = len(seen) - self._depth[self._state]
         self._held = seen[safe:]
         return seen[:safe]

@@ -36,7 +36,8 @@ class TextStream:
     """Detokenises, applies stop strings, then splits off reasoning.
 
     The billed completion ends with the token that completes a stop string, of which no text is
-    emitted. `inside`: the prompt ended with `<think>`. Without `reasoning`, tags are plain text.
+    emitted, and a stop string does not end it before it has `min_tokens`. `inside`: the prompt
+    ended with `<think>`. Without `reasoning`, tags are plain text.
     """
 
     def __init__(
@@ -44,9 +45,11 @@ class TextStream:
         tokenizer: Tokenizer,
         stop_strings: Sequence[str] = (),
         *,
+        min_tokens: int = 0,
         reasoning: bool = False,
         inside: bool = False,
     ) -> None:
+        self._min_tokens = min_tokens
         self._detokenizer = Detokenizer(tokenizer.token_bytes)
         self._stops = StopMatcher(stop_strings)
         self._splitter = ReasoningSplitter(inside=inside) if reasoning else None
@@ -109,7 +112,7 @@ class TextStream:
 
     def _emit(self, text: str) -> Split:
         self._num_chars += len(text)
-        return self._split(self._stops.push(text))
+        return self._split(self._stops.push(text, armed=self.num_tokens >= self._min_tokens))
 
     def _split(self, text: str) -> Split:
         return Split("", text) if self._splitter is None else self._splitter.push(text)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +26,19 @@ class SamplingDefaults:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, fits in (
+            ("temperature", 0 <= self.temperature <= 2),
+            ("top_p", 0 < self.top_p <= 1),
+            ("top_k", 0 <= self.top_k <= 1 << 20),
+            ("min_p", 0 <= self.min_p <= 1),
+            ("repetition_penalty", 0 < self.repetition_penalty <= 10),
+        ):
+            if not fits:
+                raise ValueError(f"{name} is out of range: {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +47,15 @@ class Tokenizer:
 
     Its methods may be called from several threads; encoding lets go of the GIL.
     `token_bytes[i]` holds the bytes of id `i`, empty for special tokens. `digest` is 32 bytes,
-    equal for folders that turn the same input into the same ids.
+    equal for folders that turn the same input into the same ids; `vocabulary_digest` is that of
+    `token_bytes`.
     """
 
     token_bytes: Sequence[bytes]
     eos_ids: frozenset[int]
     defaults: SamplingDefaults
     digest: bytes
+    vocabulary_digest: bytes
     _encoder: HfTokenizer
     _leading_id: int | None
     _template: ChatTemplate | None
@@ -64,11 +79,13 @@ class Tokenizer:
         generation = _read_object(generation_path)
         leading_id = _leading_id(encoder, config, special, config_path)
         identity = [content.decode(), template_source, sorted(special.items()), leading_id]
+        token_bytes = byte_table(encoder)
         return cls(
-            token_bytes=byte_table(encoder),
+            token_bytes=token_bytes,
             eos_ids=_eos_ids(encoder, generation, special, generation_path),
             defaults=_sampling_defaults(generation, generation_path),
             digest=hashlib.sha256(json.dumps(identity).encode()).digest(),
+            vocabulary_digest=vocabulary_digest(token_bytes),
             _encoder=encoder,
             _leading_id=leading_id,
             _template=template,
@@ -78,11 +95,6 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Largest id plus one."""
         return len(self.token_bytes)
-
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether `encode_chat` works."""
-        return self._template is not None
 
     def encode(
         self, text: str, *, max_bytes: int = MAX_PROMPT_BYTES, field: str = "prompt"
@@ -136,6 +148,15 @@ class Tokenizer:
     def opens_reasoning(self, prompt_ids: Sequence[int]) -> bool:
         """Whether the prompt ends with `<think>`, so that the completion starts inside it."""
         return self.decode(prompt_ids[-_TAIL_TOKENS:]).rstrip().endswith(OPENING)
+
+
+def vocabulary_digest(token_bytes: Sequence[bytes]) -> bytes:
+    """SHA-256 over each id's bytes in order, each after its length (4 bytes, little-endian).
+
+    32 bytes, by which a grammar's worker knows that its vocabulary is the router's.
+    """
+    parts = (len(token).to_bytes(4, "little") + token for token in token_bytes)
+    return hashlib.sha256(b"".join(parts)).digest()
 
 
 def _refuse(field: str, problem: str) -> NoReturn:
@@ -233,11 +254,15 @@ def _eos_ids(
 
 
 def _sampling_defaults(generation: Mapping[str, Any], path: Path) -> SamplingDefaults:
+    given = {
+        entry.name: generation[entry.name]
+        for entry in fields(SamplingDefaults)
+        if generation.get(entry.name) is not None
+    }
     try:
-        return SamplingDefaults(
-            temperature=float(generation.get("temperature", 1.0)),
-            top_p=float(generation.get("top_p", 1.0)),
-            top_k=int(generation.get("top_k", 0)),
-        )
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: a sampling value is no number: {error}") from error
+        numbers: dict[str, Any] = {name: float(value) for name, value in given.items()}
+        if "top_k" in numbers:
+            numbers["top_k"] = int(numbers["top_k"])
+        return SamplingDefaults(**numbers)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"{path}: a sampling value is wrong: {error}") from error

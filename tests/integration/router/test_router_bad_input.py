@@ -71,6 +71,32 @@ BAD_REQUESTS = {
     "too many tokens wanted": (sampled(max_tokens=40_000), "sampling.max_tokens"),
     "an unknown stop token": (sampled(stop_token_ids=[7777]), "sampling.stop_token_ids"),
     "too many stop tokens": (sampled(stop_token_ids=range(65)), "sampling.stop_token_ids"),
+    "min_p over one": (sampled(min_p=1.5), "sampling.min_p"),
+    "no repetition penalty": (sampled(repetition_penalty=0), "sampling.repetition_penalty"),
+    "NaN repetition penalty": (
+        sampled(repetition_penalty=float("nan")),
+        "sampling.repetition_penalty",
+    ),
+    "a huge presence penalty": (sampled(presence_penalty=2.5), "sampling.presence_penalty"),
+    "a huge frequency penalty": (sampled(frequency_penalty=-9), "sampling.frequency_penalty"),
+    "a biased token that is none": (sampled(logit_bias={9999: 1.0}), "sampling.logit_bias"),
+    "a huge bias": (sampled(logit_bias={5: 101.0}), "sampling.logit_bias"),
+    "too many biases": (
+        sampled(logit_bias=dict.fromkeys(range(1025), 1.0)),
+        "sampling.logit_bias",
+    ),
+    "too many alternatives": (sampled(logprobs=21), "sampling.logprobs"),
+    "too many prompt alternatives": (sampled(prompt_logprobs=21), "sampling.prompt_logprobs"),
+    "more tokens at least than at most": (
+        sampled(min_tokens=9, max_tokens=8),
+        "sampling.min_tokens",
+    ),
+    "more tokens at least than the context leaves": (
+        ask(prompt="x" * 1000, sampling=sampling_pb2.Sampling(min_tokens=30)),
+        "sampling.min_tokens",
+    ),
+    "no choices": (sampled(n=0), "sampling.n"),
+    "too many choices": (sampled(n=17), "sampling.n"),
     "10,000 stop strings": (ask(stop=["s"] * 10_000), "stop"),
     "an empty stop string": (ask(stop=["ok", ""]), "stop[1]"),
     "a long stop string": (ask(stop=["s" * 257]), "stop[0]"),
@@ -165,6 +191,19 @@ async def test_max_cost_is_held_against_the_worst_case(router: RouterHarness) ->
     assert (await router.generate(affordable(worst - 1, "r2"))).error is not None
     paid = await router.generate(affordable(worst, "r3"))
     assert paid.completed.receipt.amount_nano <= worst
+
+
+async def test_the_worst_case_counts_every_choice(router: RouterHarness) -> None:
+    async def worst(n: int) -> int:
+        cost = router_pb2.MaxCost(currency="USD", nano=1)
+        sampling = sampling_pb2.Sampling(max_tokens=10, n=n)
+        heard = await router.generate(ask(f"n{n}", max_cost=cost, sampling=sampling))
+        assert heard.error is not None
+        return int(heard.error.metadata["worst_case_nano"])
+
+    one, two, four = [await worst(n) for n in (1, 2, 4)]
+    assert abs((four - two) - 2 * (two - one)) <= 2  # rounded up to whole nano-units
+    assert two > one
 
 
 async def test_cancel_generation_is_validated_too(router: RouterHarness) -> None:

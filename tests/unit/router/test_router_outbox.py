@@ -2,8 +2,17 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from services.router.finish import PrefillSite
-from services.router.outbox import Accepted, Event, Moved, Outbox, Piece
+from services.router.finish import Finish, PrefillSite
+from services.router.outbox import (
+    Accepted,
+    ChoiceEnd,
+    Event,
+    Moved,
+    Outbox,
+    Piece,
+    PromptScored,
+)
+from tidemill.api.common.v1.logprobs_pb2 import TokenLogprobs
 from tidemill.billing import Usage
 from tidemill.errors import WorkerLost
 
@@ -12,14 +21,17 @@ def make(clock: Callable[[], float] = time.monotonic) -> Outbox:
     return Outbox(max_tokens=8, max_delay_s=0.05, clock=clock)
 
 
-def piece(index: int, count: int = 1) -> Piece:
+def piece(index: int, count: int = 1, *, choice: int = 0, generated: int = 0) -> Piece:
     ids = tuple(range(index, index + count))
+    told = generated or index + count
     return Piece(
+        choice=choice,
+        logprobs=tuple(TokenLogprobs(logprob=-each) for each in ids),
         first_index=index,
         token_ids=ids,
         text="".join(f"{each} " for each in ids),
         reasoning="",
-        usage=Usage(completion_tokens=index + count, generated_tokens=index + count),
+        usage=Usage(completion_tokens=told, generated_tokens=told),
         site=PrefillSite(),
     )
 
@@ -96,4 +108,59 @@ async def test_only_the_last_position_is_told_and_none_after_the_first_piece() -
     outbox.move(0)
     outbox.put(piece(0))
     assert isinstance(await anext(events), Piece)
+    await events.aclose()
+
+
+async def test_choices_are_never_merged_and_each_keeps_its_order() -> None:
+    outbox = make()
+    for index in range(12):
+        for choice in range(3):
+            outbox.put(piece(index, choice=choice, generated=3 * index + choice + 1))
+    outbox.end_choice(ChoiceEnd(1, Finish.STOP, 12))
+    outbox.close(WorkerLost("end"))
+    events = await drain(outbox)
+    pieces = [each for each in events if isinstance(each, Piece)]
+    for choice in range(3):
+        own = [each for each in pieces if each.choice == choice]
+        assert [len(each.token_ids) for each in own] == [8, 4]
+        assert [token for each in own for token in each.token_ids] == list(range(12))
+    counts = [each.usage.generated_tokens for each in pieces]
+    assert counts == sorted(counts), "the usage told so far fell"
+    assert counts[-1] == 36
+    last_of_1 = max(i for i, each in enumerate(events) if getattr(each, "choice", None) == 1)
+    assert events[last_of_1] == ChoiceEnd(1, Finish.STOP, 12)
+
+
+async def test_log_probabilities_stay_with_their_tokens() -> None:
+    outbox = make()
+    for index in range(20):
+        outbox.put(piece(index))
+    outbox.close(WorkerLost("end"))
+    for each in await drain(outbox):
+        assert isinstance(each, Piece)
+        assert [-one.logprob for one in each.logprobs] == list(each.token_ids)
+
+
+async def test_the_prompt_is_scored_before_the_first_piece() -> None:
+    outbox = make()
+    outbox.accept(0)
+    outbox.move(0)
+    scored = [PromptScored(1, (7, 8), ()), PromptScored(3, (9,), ())]
+    for each in scored:
+        outbox.score(each)
+    outbox.put(piece(0))
+    outbox.close(WorkerLost("end"))
+    assert await drain(outbox) == [Accepted(0), *scored, piece(0)]
+
+
+async def test_a_choice_that_keeps_up_does_not_wait_for_one_that_is_behind() -> None:
+    outbox = make()
+    events = outbox.events()
+    for index in range(3):
+        for choice in range(4):
+            outbox.put(piece(index, choice=choice))
+        started = time.monotonic()
+        for _ in range(4):
+            assert isinstance(await anext(events), Piece)
+        assert time.monotonic() - started < 0.04
     await events.aclose()

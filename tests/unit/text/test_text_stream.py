@@ -44,6 +44,19 @@ def test_billing_ends_with_the_token_that_completes_the_stop_string(tokenizer: T
     assert stream.finish() == Delta(stopped=True)
 
 
+def test_a_stop_string_counts_from_the_least_number_of_tokens_on(tokenizer: Tokenizer) -> None:
+    stream = TextStream(tokenizer, ["END"], min_tokens=7)
+    content, _, billed = drain(stream, [spell(tokenizer, token) for token in ("ENDaENDbEND", "c")])
+    assert (content, len(billed)) == ("ENDa", 7)
+    assert stream.stop_string == "END"
+
+
+def test_a_stop_string_that_was_passed_over_is_no_part_of_the_next(tokenizer: Tokenizer) -> None:
+    stream = TextStream(tokenizer, ["aba"], min_tokens=4)
+    content, _, billed = drain(stream, [spell(tokenizer, "ababa"), spell(tokenizer, "bax")])
+    assert (content, len(billed)) == ("abab", 7)
+
+
 def test_a_stop_string_that_ends_inside_a_token_bills_the_whole_token(
     tokenizer: Tokenizer,
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tidemill.errors import CheckpointError, InvalidRequest
-from tidemill.text import ChatMessage, SamplingDefaults, Tokenizer
+from tidemill.text import ChatMessage, SamplingDefaults, Tokenizer, vocabulary_digest
 
 CONVERSATION = [
     ChatMessage("system", 'Be <brief> & "short".'),
@@ -92,8 +92,20 @@ def test_a_prompt_starts_with_the_models_begin_token_once(tokenizer: Tokenizer) 
 def test_a_folder_says_what_ends_and_how_to_sample(tokenizer: Tokenizer) -> None:
     assert tokenizer.eos_ids == {1, 3}
     assert tokenizer.defaults == SamplingDefaults(temperature=0.6, top_p=0.95, top_k=0)
-    assert tokenizer.has_chat_template
     assert tokenizer.vocab_size == len(tokenizer.token_bytes)
+
+
+def test_every_sampling_value_that_the_folder_advises_is_read(model_dir: Path) -> None:
+    advice: dict[str, Any] = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.05}
+    rewrite(model_dir / "generation_config.json", **advice, repetition_penalty=1.1)
+    loaded = Tokenizer.load(model_dir)
+    assert loaded.defaults == SamplingDefaults(**advice, repetition_penalty=1.1)
+
+
+def test_the_vocabulary_s_digest_tells_order_and_lengths(tokenizer: Tokenizer) -> None:
+    assert tokenizer.vocabulary_digest == vocabulary_digest(tokenizer.token_bytes)
+    tables = ([b"ab", b"c"], [b"a", b"bc"], [b"c", b"ab"], [b"ab", b"", b"c"])
+    assert len({vocabulary_digest(table) for table in tables}) == len(tables)
 
 
 def test_without_generation_config_the_end_token_ends(model_dir: Path) -> None:
@@ -223,7 +235,8 @@ def test_a_prompt_that_ends_with_the_tag_opens_reasoning(tokenizer: Tokenizer, p
         ("tokenizer_config.json", '{"add_bos_token": true, "bos_token": "<s>"}', "bos_token '<s>'"),
         ("generation_config.json", '{"eos_token_id": 99999}', "eos_token_id 99999 is no token"),
         ("generation_config.json", '{"eos_token_id": ["1"]}', "eos_token_id '1' is no token"),
-        ("generation_config.json", '{"temperature": "hot"}', "a sampling value is no number"),
+        ("generation_config.json", '{"temperature": "hot"}', "a sampling value is wrong"),
+        ("generation_config.json", '{"min_p": 1.5}', "min_p is out of range"),
     ],
 )
 def test_a_broken_folder_names_the_file(
