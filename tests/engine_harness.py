@@ -20,12 +20,12 @@ GREEDY = SamplingParams(temperature=0, max_tokens=32)
 
 
 def load_engine(
-    path: Path, *, num_blocks: int = 64, prefill_chunk_tokens: int = 512, max_batch: int = 32
+    path: Path, *, num_blocks: int = 64, step_tokens: int = 512, max_batch: int = 32
 ) -> Engine:
     """An fp32-or-as-saved engine on one thread, so that test processes do not fight over cores."""
     config = EngineConfig(
         num_blocks=num_blocks,
-        prefill_chunk_tokens=prefill_chunk_tokens,
+        step_tokens=step_tokens,
         max_batch=max_batch,
         num_threads=1,
     )

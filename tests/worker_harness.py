@@ -57,7 +57,7 @@ async def worker_at(
     *,
     worker_id: str | None = None,
     num_blocks: int = 96,
-    prefill_chunk_tokens: int = 64,
+    step_tokens: int = 64,
     make_transport: Any = None,
     **settings: Any,
 ) -> AsyncIterator[RunningWorker]:
@@ -66,9 +66,7 @@ async def worker_at(
         worker_id=worker_id or role.value,
         model="tiny",
         model_dir=model_dir,
-        engine=EngineConfig(
-            num_blocks=num_blocks, prefill_chunk_tokens=prefill_chunk_tokens, num_threads=1
-        ),
+        engine=EngineConfig(num_blocks=num_blocks, step_tokens=step_tokens, num_threads=1),
         server=ServerConfig(tls=tls(CERTIFICATES[role]), drain_s=0.2),
         **settings,
     )

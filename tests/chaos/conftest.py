@@ -32,7 +32,7 @@ def shared_breakable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Break
         settings={
             "prefill": {
                 "advertise": f"127.0.0.1:{wire_port}",
-                "engine": {"prefill_chunk_tokens": 64},
+                "engine": {"step_tokens": 64},
                 "handover": {"max_message_bytes": 65_536},
             },
         },

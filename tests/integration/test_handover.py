@@ -203,7 +203,7 @@ async def test_layers_arrive_while_later_chunks_are_computed(
     model_dir: Path, tls_files: Tls
 ) -> None:
     async with (
-        worker_at(Role.PREFILL, model_dir, tls_files, prefill_chunk_tokens=64) as prefill,
+        worker_at(Role.PREFILL, model_dir, tls_files, step_tokens=64) as prefill,
         stub_of(prefill, tls_files) as stub,
     ):
         slow_down(prefill, 0.05)
@@ -325,7 +325,7 @@ async def test_a_decode_worker_that_vanishes_stops_the_prefill(
     model_dir: Path, tls_files: Tls
 ) -> None:
     async with (
-        worker_at(Role.PREFILL, model_dir, tls_files, prefill_chunk_tokens=32) as prefill,
+        worker_at(Role.PREFILL, model_dir, tls_files, step_tokens=32) as prefill,
         stub_of(prefill, tls_files) as stub,
     ):
         slow_down(prefill, 0.05)

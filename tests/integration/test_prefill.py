@@ -298,7 +298,7 @@ async def test_a_full_pool_refuses_and_keeps_what_it_has(model_dir: Path, tls_fi
 
 async def test_stop_reaches_a_prefill_between_chunks(model_dir: Path, tls_files: Tls) -> None:
     async with (
-        worker_at(Role.PREFILL, model_dir, tls_files, prefill_chunk_tokens=64) as prefill,
+        worker_at(Role.PREFILL, model_dir, tls_files, step_tokens=64) as prefill,
         stub_of(prefill, tls_files) as stub,
     ):
         slow_down(prefill, 0.05)

@@ -224,7 +224,7 @@ model_dir = "{model_dir}"
 {extra}
 [{service}.engine]
 num_blocks = 96
-prefill_chunk_tokens = 16
+step_tokens = 16
 num_threads = 1
 [{service}.server]
 address = "127.0.0.1:{port}"

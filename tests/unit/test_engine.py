@@ -37,7 +37,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def engine(model_dir: Path) -> Engine:
-    return load_engine(model_dir, prefill_chunk_tokens=32)
+    return load_engine(model_dir, step_tokens=32)
 
 
 @pytest.fixture(scope="module")
@@ -220,12 +220,31 @@ def test_stop_of_an_unknown_or_finished_sequence_is_ignored(engine: Engine) -> N
     assert finish_of(run_all(engine), "s").reason == "length"
 
 
-def test_prefill_chunks_and_decode_steps_alternate(engine: Engine) -> None:
+def test_prompts_are_computed_beside_running_sequences_within_the_step_budget(
+    engine: Engine,
+) -> None:
     engine.submit(make_sequence(engine, "a", PROMPT[:20]))
     engine.step()
-    engine.submit(make_sequence(engine, "b", PROMPT))
-    kinds = [[type(output).__name__ for output in engine.step()] for _ in range(5)]
-    assert kinds == [["TokensOutput"], [], ["TokensOutput"], [], ["TokensOutput"]]
+    prompt = make_sequence(engine, "b", PROMPT)
+    engine.submit(prompt)
+    computed = []
+    for _ in range(2):
+        assert [type(output).__name__ for output in engine.step()] == ["TokensOutput"]
+        assert engine.current_step.num_tokens == 32
+        computed.append(prompt.num_computed_tokens)
+    assert computed == [31, 62]
+    assert {output.seq_id for output in engine.step()} == {"a", "b"}
+
+
+def test_busy_time_is_shared_by_tokens_computed(engine: Engine) -> None:
+    engine.submit(make_sequence(engine, "a", PROMPT[:1]))
+    engine.step()
+    (running,) = engine._scheduler.running
+    before = running.busy_seconds
+    prompt = make_sequence(engine, "b", PROMPT)
+    engine.submit(prompt)
+    engine.step()
+    assert prompt.busy_seconds == pytest.approx(31 * (running.busy_seconds - before))
 
 
 def test_short_prompts_share_a_prefill_step(engine: Engine) -> None:

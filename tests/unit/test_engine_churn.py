@@ -28,7 +28,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_r1_every_sequence_ends_once_and_every_block_returns(model_dir: Path) -> None:
     rng = random.Random(5)
-    engine = load_engine(model_dir, num_blocks=40, prefill_chunk_tokens=48, max_batch=8)
+    engine = load_engine(model_dir, num_blocks=40, step_tokens=48, max_batch=8)
     shared = [rng.randrange(6, 512) for _ in range(140)]
     seqs: dict[str, Sequence] = {}
     outputs: list[Output] = []

@@ -24,7 +24,8 @@ from tests.engine_harness import (
 from tests.tiny_model import YARN, make_tiny_checkpoint
 from tests.x1 import E_LOGIT, E_ROUTE, Gaps, reference_gaps
 from tidemill.engine import Engine, SamplingParams, Sequence
-from tidemill.engine.scheduler import PrefillChunk
+from tidemill.engine.runner import ModelRunner
+from tidemill.engine.scheduler import PrefillChunk, Step
 from tidemill.models.deepseek import Dispatched, MoeMlp
 
 LENGTHS = (1, 5, 63, 64, 65, 129, 200, 300)
@@ -61,7 +62,7 @@ def gaps(model_dir: Path, prompts: list[list[int]], whole: list[list[int]]) -> l
 def _chunked(path: Path, prompts: list[list[int]]) -> list[list[int]]:
     streams = []
     for index, prompt in enumerate(prompts):
-        engine = load_engine(path, prefill_chunk_tokens=(37, 61, 7, 100)[index % 4])
+        engine = load_engine(path, step_tokens=(37, 61, 7, 100)[index % 4])
         streams.append(run_sequence(engine, make_sequence(engine, "s", prompt)))
     return streams
 
@@ -112,7 +113,7 @@ def _hand_over(source: Engine, target: Engine, prompt: list[int]) -> list[int]:
 
 def _crowded(path: Path, prompts: list[list[int]]) -> list[list[int]]:
     """All at once with small chunks; every prompt also comes as a decoy that leaves early."""
-    engine = load_engine(path, prefill_chunk_tokens=50, max_batch=6)
+    engine = load_engine(path, step_tokens=50, max_batch=6)
     outputs = []
     seqs = []
     for index, prompt in enumerate(prompts):
@@ -182,7 +183,7 @@ def test_paths_differ_by_far_less_than_the_gaps_we_excuse(
         expected, expected_scores = _last_logits(engine, seq, [len(prompt)]), scores.copy()
         splits = [range(0, len(prompt), step)[1:] for step in (len(prompt) // 3 + 1, 40)]
         runs = [partial(_last_logits, engine, seq, [*ends, len(prompt)]) for ends in splits]
-        for run in (*runs, partial(engine._runner.decode, [seq])):
+        for run in (*runs, partial(_logits_after, engine, Step(decodes=[seq]))):
             scores.clear()
             worst_logit = max(worst_logit, (run() - expected).abs().max().item())
             for layer, choice in scores.items():
@@ -200,11 +201,13 @@ class _RecordingMoe(MoeMlp):
     note: Callable[[Tensor], None]
 
     def dispatch(self, tokens: Tensor) -> Dispatched:
+        assert self.gate_bias is not None
         self.note(linear(tokens[-1].float(), self.gate).sigmoid() + self.gate_bias)
         return super().dispatch(tokens)
 
 
 def _record_choices(engine: Engine) -> dict[int, Tensor]:
+    assert isinstance(engine._runner, ModelRunner)
     model = engine._runner.model
     scores: dict[int, Tensor] = {}
     layers = list(model.layers)
@@ -220,6 +223,11 @@ def _record_choices(engine: Engine) -> dict[int, Tensor]:
 def _last_logits(engine: Engine, seq: Sequence, ends: list[int]) -> Tensor:
     start = 0
     for end in ends:
-        logits = engine._runner.prefill([PrefillChunk(seq, start, end)])
+        logits = _logits_after(engine, Step(chunks=[PrefillChunk(seq, start, end)]))
         start = end
     return logits
+
+
+def _logits_after(engine: Engine, step: Step) -> Tensor:
+    """Logits [1, V] after the step's last row."""
+    return engine._runner.logits(engine._runner.forward(step)[-1:])

@@ -46,7 +46,7 @@ class _Move(NamedTuple):
 class Reservation:
     """Blocks taken for one chain, each referenced once; their bytes are due until `settle`.
 
-    `tiers` says where the claimed start of the chain lay. `fresh` blocks will be zeroed. `demoted`
+    `cancel` one that is not to be settled, and `release` its blocks in either case. `tiers` says where the claimed start of the chain lay. `fresh` blocks will be zeroed. `demoted`
     and `promoted` are copies between device and host that are still to be made.
     """
 
@@ -55,6 +55,11 @@ class Reservation:
     fresh: list[int]
     demoted: list[_Move] = field(default_factory=list)
     promoted: list[_Move] = field(default_factory=list)
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is due."""
+        return not (self.fresh or self.demoted or self.promoted)
 
 
 class BlockPool:
@@ -121,12 +126,15 @@ class BlockPool:
         with self._lock:
             return len(self._host)
 
-    def allocate(self, n: int) -> list[int]:
+    def allocate(self, n: int, *, zeroed: bool = True) -> list[int]:
         """Take n blocks, each referenced once; PoolExhausted, with nothing taken, if too few.
 
-        They come zeroed: nothing of an earlier owner, not even a NaN, outlives its release.
+        They come zeroed: nothing of an earlier owner, not even a NaN, outlives its release. Who
+        overwrites them whole before anyone reads them may go without.
         """
         reservation = self.reserve((), n)
+        if not zeroed:
+            reservation.fresh.clear()
         self.settle(reservation)
         return reservation.block_table
 
@@ -188,15 +196,14 @@ class BlockPool:
                 self._commit(move.block, move.block_hash, move.root)
             reservation.fresh, reservation.demoted, reservation.promoted = [], [], []
 
-    def abandon(self, reservation: Reservation) -> None:
-        """Give back a reservation that was not settled."""
+    def cancel(self, reservation: Reservation) -> None:
+        """Drop the moves that are due, if any; the blocks stay the holder's, to be released."""
         with self._lock:
             for move in reservation.demoted:
                 self._host.drop(move.slot)
             for move in reversed(reservation.promoted):
                 self._host.unpin(move.block_hash)
-            reservation.demoted, reservation.promoted = [], []
-        self.release(reservation.block_table)
+            reservation.fresh, reservation.demoted, reservation.promoted = [], [], []
 
     def release(self, block_ids: Sequence[int]) -> None:
         """Give up one reference to each block, in chain order: a chain's tail is evicted first."""
@@ -211,6 +218,19 @@ class BlockPool:
                     self._evictable[block] = None
                 else:
                     self._free.append(block)
+
+    def share(self, block_ids: Sequence[int]) -> None:
+        """Reference held blocks once more each."""
+        with self._lock:
+            for block in block_ids:
+                if self._references[block] == 0:
+                    raise PoolCorrupted(f"block {block} is shared but not referenced")
+                self._references[block] += 1
+
+    def num_holders(self, block_id: int) -> int:
+        """References to a block, those of passing readers included."""
+        with self._lock:
+            return self._references[block_id]
 
     def commit(self, block_id: int, block_hash: bytes, root: bytes = b"") -> None:
         """Make a referenced block findable: its 64 positions are final and `block_hash` names them.

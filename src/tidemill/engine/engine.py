@@ -1,14 +1,21 @@
 """The engine: takes sequences, runs steps, reports tokens."""
 
+import itertools
 import threading
 import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from tidemill.blocks import BLOCK_TOKENS
+from tidemill.engine.admission import Admission, blocks_for
 from tidemill.engine.block_pool import BlockPool
 from tidemill.engine.config import EngineConfig
 from tidemill.engine.layout import KvLayout
+from tidemill.engine.logprobs import prompt_logprobs
 from tidemill.engine.outputs import (
     EngineLoad,
     FinishedOutput,
@@ -17,12 +24,14 @@ from tidemill.engine.outputs import (
     PrefilledOutput,
     TokensOutput,
 )
-from tidemill.engine.runner import ModelRunner
+from tidemill.engine.runner import ModelRunner, Runner
 from tidemill.engine.sampling import Drawn, draw
-from tidemill.engine.scheduler import DecodeStep, PrefillStep, Scheduler
+from tidemill.engine.scheduler import Scheduler, Step
 from tidemill.engine.sequence import FinishReason, Sequence
+from tidemill.engine.swap import SwapSpace
+from tidemill.engine.tables import BlockTables
 from tidemill.engine.validate import validate
-from tidemill.errors import AlreadyExists, ConfigError
+from tidemill.errors import AlreadyExists, ConfigError, PoolCorrupted, PoolExhausted
 from tidemill.models.checkpoint import Checkpoint
 from tidemill.models.config import ModelConfig, load_eos_token_ids
 from tidemill.models.weights import load_model
@@ -33,10 +42,14 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Engine:
     """One model, one pool, one thread that calls `step`.
 
-    `submit`, `fund`, `stop` and `load_snapshot` may be called from any thread; they take effect
-    between steps. Blocks belong to the caller: it allocates (or claims) them before `submit`,
-    commits full prompt blocks (only it knows their hashes) and releases them after the sequence's
-    last output. An exception inside a step leaves `step`; the engine is then not to be used again.
+    The other methods may be called from any thread; they take effect between steps. The caller
+    allocates (or claims) the blocks of a prompt before `submit`; from then to the sequence's last
+    output its table belongs to the engine, which grows it, commits full blocks and swaps it out
+    and in; what the table holds then is the caller's to release. An exception inside a step leaves
+    `step`; the engine is then not to be used again.
+
+    `starved` says that the last step found no block for anybody: what it waits for is held by
+    others, and not by sequences. `current_step` is what computes now, or did last.
     """
 
     def __init__(
@@ -45,7 +58,7 @@ class Engine:
         config: EngineConfig,
         model_config: ModelConfig,
         eos_token_ids: frozenset[int],
-        runner: ModelRunner,
+        runner: Runner,
         layout: KvLayout,
     ) -> None:
         self.config = config
@@ -55,11 +68,21 @@ class Engine:
         self.pool = runner.pool
         self.max_context = _max_context(config, model_config)
         self._runner = runner
+        swap = SwapSpace(config.num_swap_blocks, self.pool.latents)
+        self._tables = BlockTables(self.pool, swap)
         self._scheduler = Scheduler(
-            max_batch=config.max_batch, prefill_chunk_tokens=config.prefill_chunk_tokens
+            self._tables, max_batch=config.max_batch, step_tokens=config.step_tokens
+        )
+        self._admission = Admission(
+            device_blocks=self.pool.num_blocks, swap_blocks=config.num_swap_blocks
         )
         self._lock = threading.Lock()
+        self._numbers = itertools.count()
         self._seqs: dict[str, Sequence] = {}
+        self._parents: dict[str, Sequence] = {}
+        self._arrived: list[Sequence] = []  # prompt prefilled elsewhere, first token not looked at
+        self.starved = False
+        self.current_step = Step()
         self._stops: dict[str, tuple[str, int | None]] = {}
 
     @classmethod
@@ -96,16 +119,59 @@ class Engine:
     def has_work(self) -> bool:
         """Whether `step` would do something; paused sequences alone are no work."""
         with self._lock:
-            return bool(self._stops) or self._scheduler.has_work
+            return bool(self._stops or self._arrived) or self._scheduler.has_work
+
+    def could_hold(self, num_prompt_tokens: int, max_tokens: int, *, choices: int = 1) -> bool:
+        """Whether the empty engine has room for a prompt and so many completions of it."""
+        each, together = self._most_blocks(num_prompt_tokens, max_tokens, choices)
+        return self._admission.fits(each=each, together=together)
+
+    def admit(
+        self, seq_id: str, num_prompt_tokens: int, max_tokens: int, *, choices: int = 1
+    ) -> bool:
+        """Promise room to a sequence that will be submitted, or dismissed; False: not now.
+
+        Whoever is admitted will run to its end, swapped out at times: what all admitted sequences
+        may come to hold fits device and swap space together. Nobody is admitted while a sequence
+        is swapped out.
+        """
+        each, together = self._most_blocks(num_prompt_tokens, max_tokens, choices)
+        with self._lock:
+            if self._tables.swapped or not self._admission.admits(each=each, together=together):
+                return False
+            self._admission.promise(seq_id, together)
+            return True
+
+    def dismiss(self, seq_id: str) -> None:
+        """An admitted sequence will not be submitted; nothing happens to one that was."""
+        with self._lock:
+            if seq_id not in self._seqs:
+                self._admission.withdraw(seq_id)
 
     def submit(self, seq: Sequence) -> None:
-        """Accept a sequence; InvalidRequest names each bad field, AlreadyExists a reused id."""
+        """Accept a sequence and its forks.
+
+        Raises InvalidRequest naming each bad field, AlreadyExists for a reused id, PoolExhausted
+        for one that was not admitted and would not be.
+        """
         validate(seq, vocab_size=self.model_config.vocab_size, max_context=self.max_context)
+        members = [seq] if seq.prefill_only else [seq, *seq.forks]
         with self._lock:
-            if seq.seq_id in self._seqs:
-                raise AlreadyExists(f"sequence {seq.seq_id!r} is already in the engine")
-            self._seqs[seq.seq_id] = seq
-            self._scheduler.add(seq)
+            for seq_id, count in Counter(member.seq_id for member in members).items():
+                if seq_id in self._seqs or count > 1:
+                    raise AlreadyExists(f"sequence {seq_id!r} is already in the engine")
+            if not seq.prefill_only:  # it never holds more than it comes with
+                self._promise(seq)
+            for member in members:
+                member.number = next(self._numbers)
+                self._seqs[member.seq_id] = member
+                self._parents[member.seq_id] = seq
+            if seq.num_generated:
+                for fork in seq.forks:
+                    self._tables.share(seq, fork)
+                self._arrived += members
+            else:
+                self._scheduler.add(seq)
 
     def fund(self, seq_id: str, total: int) -> None:
         """Allow `total` generated tokens in all (never fewer than before); resumes a paused one."""
@@ -133,54 +199,99 @@ class Engine:
             prefilling = self._scheduler.prefilling
             queued = sum(seq.num_uncomputed_prompt_tokens for seq in prefilling)
             running = min(len(self._scheduler.running), self.config.max_batch)
-            waiting = len(self._seqs) - running
-        return EngineLoad(queued, running, waiting, self.pool.num_free, self.pool.num_blocks)
+            swapped = len(self._tables.swapped)
+            waiting = len(self._seqs) - running - swapped
+        return EngineLoad(
+            queued, running, waiting, self.pool.num_free, self.pool.num_blocks, swapped
+        )
+
+    def check_idle(self) -> None:
+        """Raise PoolCorrupted if anything is held, promised or unsound, as nothing is when idle."""
+        self.pool.check_idle()
+        with self._lock:
+            self._tables.swap.check_integrity()
+            if used := self._tables.swap.num_used:
+                raise PoolCorrupted(f"{used} swapped blocks are held while idle")
+            if promised := self._admission.num_promised:
+                raise PoolCorrupted(f"{promised} blocks are promised while idle")
 
     def step(self) -> list[Output]:
-        """Apply stops, then run one prefill chunk or one decode step. Engine thread only."""
+        """Apply stops, then run one forward over running sequences and prompts' chunks.
+
+        Engine thread only.
+        """
         started = time.perf_counter()
         with self._lock:
-            outputs = self._apply_stops()
-            outputs += self._settle_first_tokens()
-            plan = self._scheduler.next_step()
-        if isinstance(plan, PrefillStep):
-            return outputs + self._prefill(plan, started)
-        if isinstance(plan, DecodeStep):
-            return outputs + self._decode(plan, started)
+            outputs = self._apply_stops() + self._settle_arrived()
+            step = self.current_step = self._scheduler.next_step()
+            self.starved = not step and self._scheduler.has_work
+        if not step:
+            return outputs
+        hidden = self._runner.forward(step)
+        self._score_prompts(step, hidden)
+        drawn = self._draw(step, hidden)
+        _share_time(step, started)
+        with self._lock:
+            return outputs + self._advance(step, iter(drawn))
+
+    def _draw(self, step: Step, hidden: Tensor) -> list[Drawn]:
+        """One token for each running sequence, then for each choice of a prompt now complete."""
+        rows = list(range(len(step.decodes)))
+        seqs = list(step.decodes)
+        index = list(rows)
+        end = len(rows)
+        for chunk in step.chunks:
+            end += chunk.num_tokens
+            if chunk.completes_prompt:
+                choices = [chunk.seq, *chunk.seq.forks]
+                index += [len(rows)] * len(choices)
+                rows.append(end - 1)
+                seqs += choices
+        if not rows:
+            return []
+        logits = self._runner.logits(hidden[rows])
+        return draw(logits[index] if len(index) > len(rows) else logits, seqs)
+
+    def _score_prompts(self, step: Step, hidden: Tensor) -> None:
+        row = len(step.decodes)
+        for chunk in step.chunks:
+            seq, top = chunk.seq, chunk.seq.sampling.prompt_logprobs
+            end = min(chunk.end, seq.num_prompt_tokens - 1)
+            if top is not None and end > chunk.start:
+                rows = hidden[row : row + end - chunk.start]
+                next_ids = seq.token_ids[chunk.start + 1 : end + 1]
+                seq.prompt_logprobs += prompt_logprobs(self._runner.logits, rows, next_ids, top)
+            row += chunk.num_tokens
+
+    def _advance(self, step: Step, drawn: Iterator[Drawn]) -> list[Output]:
+        outputs: list[Output] = []
+        for seq in step.decodes:
+            seq.num_computed_tokens = len(seq.token_ids)
+            self._tables.commit(seq)
+            outputs += self._extend(seq, next(drawn))
+        for chunk in step.chunks:
+            chunk.seq.num_computed_tokens = chunk.end
+            self._tables.commit(chunk.seq)
+            if chunk.completes_prompt:
+                choices = [chunk.seq, *chunk.seq.forks]
+                outputs += self._begin(chunk.seq, [next(drawn) for _ in choices])
         return outputs
 
-    def _prefill(self, plan: PrefillStep, started: float) -> list[Output]:
-        logits = self._runner.prefill(plan.chunks)
-        done = [
-            row for row, chunk in enumerate(plan.chunks) if chunk.end == chunk.seq.num_prompt_tokens
-        ]
-        seqs = [plan.chunks[row].seq for row in done]
-        tokens = draw(logits[done], seqs) if seqs else []
-        _share_time([chunk.seq for chunk in plan.chunks], started)
-        outputs: list[Output] = []
-        with self._lock:
-            for chunk in plan.chunks:
-                chunk.seq.num_computed_tokens = chunk.end
-            for seq, token in zip(seqs, tokens, strict=True):
-                if token.dead_end:
-                    outputs.append(self._finish(seq, FinishReason.DEAD_END.value))
-                    continue
-                outputs.append(PrefilledOutput(seq.seq_id, [token]))
-                if seq.prefill_only:
-                    self._drop(seq)
-                    continue
-                self._scheduler.prefill_done(seq)
-                outputs += self._extend(seq, token)
-        return outputs
-
-    def _decode(self, plan: DecodeStep, started: float) -> list[Output]:
-        tokens = draw(self._runner.decode(plan.seqs), plan.seqs)
-        _share_time(plan.seqs, started)
-        outputs: list[Output] = []
-        with self._lock:
-            for seq, token in zip(plan.seqs, tokens, strict=True):
-                seq.num_computed_tokens = len(seq.token_ids)
-                outputs += self._extend(seq, token)
+    def _begin(self, seq: Sequence, first_tokens: list[Drawn]) -> list[Output]:
+        """The prompt is computed: report it, and let all its choices decode."""
+        members = [seq] if seq.prefill_only else [seq, *seq.forks]
+        if first_tokens[0].dead_end:  # one row of logits, one constraint: so for all
+            return [self._finish(member, FinishReason.DEAD_END.value) for member in members]
+        outputs: list[Output] = [PrefilledOutput(seq.seq_id, first_tokens, seq.prompt_logprobs)]
+        if seq.prefill_only:
+            self._drop(seq)
+            return outputs
+        self._scheduler.prefill_done(seq)
+        for fork in seq.forks:
+            self._tables.share(seq, fork)
+            self._scheduler.add(fork)
+        for member, drawn in zip(members, first_tokens, strict=True):
+            outputs += self._extend(member, drawn)
         return outputs
 
     def _extend(self, seq: Sequence, drawn: Drawn) -> list[Output]:
@@ -190,32 +301,48 @@ class Engine:
         logprobs = [] if drawn.logprobs is None else [drawn.logprobs]
         index = seq.num_generated - 1
         outputs: list[Output] = [TokensOutput(seq.seq_id, [drawn.token_id], index, logprobs)]
-        return outputs + self._finish_or_pause(seq)
-
-    def _finish_or_pause(self, seq: Sequence) -> list[Output]:
         if seq.finish_reason is not None:
-            return [self._finish(seq, seq.finish_reason.value)]
+            return [*outputs, self._finish(seq, seq.finish_reason.value)]
         if not seq.is_funded:
             self._scheduler.pause(seq)
-            return [PausedOutput(seq.seq_id)]
-        return []
+            outputs.append(PausedOutput(seq.seq_id))
+        return outputs
 
-    def _settle_first_tokens(self) -> list[Output]:
-        """End or pause handed-over sequences whose first token leaves nothing to generate."""
+    def _settle_arrived(self) -> list[Output]:
+        """Take handed-over sequences on; some first tokens leave nothing to generate."""
         outputs: list[Output] = []
-        for seq in list(self._scheduler.running):
-            if seq.num_generated == 1:
-                seq.finish_reason = seq.reason_to_finish(self.max_context)
-                outputs += self._finish_or_pause(seq)
+        for seq in self._arrived:
+            if self._seqs.get(seq.seq_id) is not seq:
+                continue
+            seq.finish_reason = seq.reason_to_finish(self.max_context)
+            if seq.finish_reason is not None:
+                outputs.append(self._finish(seq, seq.finish_reason.value))
+                continue
+            self._scheduler.add(seq)
+            if not seq.is_funded:
+                outputs.append(PausedOutput(seq.seq_id))
+        self._arrived.clear()
         return outputs
 
     def _apply_stops(self) -> list[Output]:
         outputs: list[Output] = []
         for seq_id, (reason, keep_tokens) in list(self._stops.items()):
             seq = self._seqs[seq_id]
+            if self._prompt_is_wanted(self._parents[seq_id]):
+                continue
             seq.keep_tokens = keep_tokens
             outputs.append(self._finish(seq, reason))
         return outputs
+
+    def _prompt_is_wanted(self, parent: Sequence) -> bool:
+        """Whether a prompt is yet to be computed for a choice that nobody has stopped.
+
+        Its other choices then end as soon as it is.
+        """
+        if not parent.num_uncomputed_prompt_tokens or parent.prefill_only:
+            return False
+        members = [parent, *parent.forks]
+        return any(each.seq_id in self._seqs and each.seq_id not in self._stops for each in members)
 
     def _finish(self, seq: Sequence, reason: str) -> FinishedOutput:
         self._drop(seq)
@@ -225,12 +352,41 @@ class Engine:
         self._scheduler.remove(seq)
         del self._seqs[seq.seq_id]
         self._stops.pop(seq.seq_id, None)
+        parent = self._parents.pop(seq.seq_id)
+        if not any(member.seq_id in self._seqs for member in (parent, *parent.forks)):
+            self._admission.withdraw(parent.seq_id)
+
+    def _promise(self, seq: Sequence) -> None:
+        if seq.seq_id in self._admission:
+            return
+        sizes = [
+            self._most_blocks(each.num_prompt_tokens, each.sampling.max_tokens, 1)[0]
+            for each in (seq, *seq.forks)
+        ]
+        shared = seq.num_prompt_tokens // BLOCK_TOKENS if seq.forks else 0
+        together = sum(sizes) - shared * len(seq.forks)
+        together = max(together, len(seq.block_table))
+        if not self._admission.admits(each=max(sizes), together=together):
+            raise PoolExhausted(
+                f"{together} blocks may be needed, {self._admission.num_promised} are promised to "
+                f"others, {self.pool.num_blocks} and {self.config.num_swap_blocks} to swap exist"
+            )
+        self._admission.promise(seq.seq_id, together)
+
+    def _most_blocks(
+        self, num_prompt_tokens: int, max_tokens: int, choices: int
+    ) -> tuple[int, int]:
+        each = blocks_for(num_prompt_tokens, max_tokens, self.max_context)
+        together = blocks_for(num_prompt_tokens, max_tokens, self.max_context, choices=choices)
+        return each, together
 
 
-def _share_time(seqs: list[Sequence], started: float) -> None:
-    share = (time.perf_counter() - started) / len(seqs)
-    for seq in seqs:
-        seq.busy_seconds += share
+def _share_time(step: Step, started: float) -> None:
+    per_token = (time.perf_counter() - started) / step.num_tokens
+    for seq in step.decodes:
+        seq.busy_seconds += per_token
+    for chunk in step.chunks:
+        chunk.seq.busy_seconds += per_token * chunk.num_tokens
 
 
 def _max_context(config: EngineConfig, model_config: ModelConfig) -> int:

@@ -63,6 +63,7 @@ class EngineLoad:
 
     queued_prefill_tokens: int  # prompt tokens accepted and not yet computed
     running: int  # sequences that decode in the next steps
-    waiting: int  # sequences in prefill, paused, or beyond max_batch
+    waiting: int  # sequences in prefill, paused, or beyond max_batch; not those swapped
     free_blocks: int
     total_blocks: int
+    swapped: int = 0  # sequences whose latents the device had no room for

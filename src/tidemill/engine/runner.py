@@ -1,15 +1,28 @@
 """Turns planned steps into batches for the model and runs them."""
 
-from collections.abc import Sequence as Items
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from tidemill.blocks import BLOCK_TOKENS
 from tidemill.engine.block_pool import BlockPool
-from tidemill.engine.scheduler import PrefillChunk
+from tidemill.engine.scheduler import Step
 from tidemill.engine.sequence import Sequence
 from tidemill.models.deepseek import Batch, DecodeRows, DeepseekModel, PromptSpan
+
+
+class Runner(Protocol):
+    """What computes a step: it reads and writes latents in `pool` by the sequences' tables."""
+
+    pool: BlockPool
+
+    def forward(self, step: Step) -> Tensor:
+        """Compute the step's latents; hidden states [T, D], decode rows first, then the chunks."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [N, D] -> logits [N, V] for the positions after them."""
 
 
 class ModelRunner:
@@ -20,53 +33,56 @@ class ModelRunner:
         self.pool = pool
 
     @torch.inference_mode()
-    def prefill(self, chunks: Items[PrefillChunk]) -> Tensor:
-        """Compute the chunks' latents; logits [C, V] after the last position of each chunk."""
-        token_ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
+    def forward(self, step: Step) -> Tensor:
+        """As Runner.forward."""
+        token_ids = [seq.token_ids[-1] for seq in step.decodes]
+        positions = [len(seq.token_ids) - 1 for seq in step.decodes]
+        slots = [seq.slot(len(seq.token_ids) - 1) for seq in step.decodes]
         spans: list[PromptSpan] = []
-        for chunk in chunks:
+        for chunk in step.chunks:
             row = len(token_ids)
             token_ids += chunk.seq.token_ids[chunk.start : chunk.end]
             positions += range(chunk.start, chunk.end)
             slots += [chunk.seq.slot(position) for position in range(chunk.start, chunk.end)]
             blocks = chunk.seq.block_table[: -(-chunk.end // BLOCK_TOKENS)]
             spans.append(PromptSpan(row, len(token_ids), chunk.start, torch.tensor(blocks)))
-
-        def on_layer(layer: int) -> None:
-            for chunk in chunks:
-                if chunk.seq.on_layer is not None:
-                    chunk.seq.on_layer(layer, chunk.start, chunk.end)
-
-        hidden = self.model.forward(
-            torch.tensor(token_ids),
-            Batch(torch.tensor(positions), torch.tensor(slots), spans=spans),
-            self.pool.latents,
-            on_layer if any(chunk.seq.on_layer for chunk in chunks) else None,
+        batch = Batch(
+            positions=torch.tensor(positions),
+            slots=torch.tensor(slots),
+            decodes=_decode_rows(step.decodes) if step.decodes else None,
+            spans=spans,
         )
-        return self.model.logits(hidden[[span.row_end - 1 for span in spans]])
+        return self.model.forward(
+            torch.tensor(token_ids), batch, self.pool.latents, _layer_callback(step)
+        )
 
     @torch.inference_mode()
-    def decode(self, seqs: Items[Sequence]) -> Tensor:
-        """Compute each sequence's newest token; logits [B, V] for the one after it."""
-        positions = [len(seq.token_ids) - 1 for seq in seqs]
-        tables = [
-            seq.block_table[: position // BLOCK_TOKENS + 1]
-            for seq, position in zip(seqs, positions, strict=True)
-        ]
-        width = max(map(len, tables))
-        padded = [table + table[:1] * (width - len(table)) for table in tables]
-        position_row = torch.tensor(positions)
-        hidden = self.model.forward(
-            torch.tensor([seq.token_ids[-1] for seq in seqs]),
-            Batch(
-                positions=position_row,
-                slots=torch.tensor(
-                    [seq.slot(position) for seq, position in zip(seqs, positions, strict=True)]
-                ),
-                decodes=DecodeRows(torch.tensor(padded), position_row + 1),
-            ),
-            self.pool.latents,
-        )
+    def logits(self, hidden: Tensor) -> Tensor:
+        """As Runner.logits."""
         return self.model.logits(hidden)
+
+
+def _decode_rows(seqs: list[Sequence]) -> DecodeRows:
+    lengths = [len(seq.token_ids) for seq in seqs]
+    tables = [
+        seq.block_table[: -(-length // BLOCK_TOKENS)]
+        for seq, length in zip(seqs, lengths, strict=True)
+    ]
+    width = max(map(len, tables))
+    padded = [table + table[:1] * (width - len(table)) for table in tables]
+    return DecodeRows(torch.tensor(padded), torch.tensor(lengths))
+
+
+def _layer_callback(step: Step) -> Callable[[int], None] | None:
+    """Tells each prompt that wants to know; None if none does."""
+    watched = [
+        (chunk.seq.on_layer, chunk) for chunk in step.chunks if chunk.seq.on_layer is not None
+    ]
+    if not watched:
+        return None
+
+    def on_layer(layer: int) -> None:
+        for tell, chunk in watched:
+            tell(layer, chunk.start, chunk.end)
+
+    return on_layer

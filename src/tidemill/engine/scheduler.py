@@ -1,9 +1,10 @@
-"""Who runs in the next step: one packed prefill chunk, or one token for every running sequence."""
+"""Who runs in the next step: one token for every running sequence, and chunks of prompts."""
 
-from collections import deque
-from dataclasses import dataclass
+from bisect import insort
+from dataclasses import dataclass, field
 
 from tidemill.engine.sequence import Sequence
+from tidemill.engine.tables import BlockTables
 
 
 @dataclass(frozen=True)
@@ -14,51 +15,70 @@ class PrefillChunk:
     start: int
     end: int
 
+    @property
+    def num_tokens(self) -> int:
+        """Positions to compute."""
+        return self.end - self.start
+
+    @property
+    def completes_prompt(self) -> bool:
+        """Whether the first token can be drawn after it."""
+        return self.end == self.seq.num_prompt_tokens
+
 
 @dataclass(frozen=True)
-class PrefillStep:
-    """Chunks of one or more prompts, at most `prefill_chunk_tokens` together."""
+class Step:
+    """One forward: each of `decodes` gets one more token, each chunk's positions are computed."""
 
-    chunks: list[PrefillChunk]
+    decodes: list[Sequence] = field(default_factory=list)
+    chunks: list[PrefillChunk] = field(default_factory=list)
 
+    @property
+    def num_tokens(self) -> int:
+        """Rows of the batch."""
+        return len(self.decodes) + sum(chunk.num_tokens for chunk in self.chunks)
 
-@dataclass(frozen=True)
-class DecodeStep:
-    """Sequences that each get one more token."""
-
-    seqs: list[Sequence]
+    def __bool__(self) -> bool:
+        return bool(self.decodes or self.chunks)
 
 
 class Scheduler:
-    """First come, first served in both phases; prefill and decode steps alternate when both wait.
+    """First come, first served in both phases, within `step_tokens` a step.
 
-    Not thread-safe: the engine's lock guards it.
+    Every running sequence decodes in every step, as far as `max_batch` and its block allow, the
+    oldest first; prompts share what is left of the budget, and at least one token of it. When
+    blocks run out the youngest sequence is swapped out; it comes back, the oldest first, when
+    there is room again. Not thread-safe: the engine's lock guards it.
     """
 
-    def __init__(self, *, max_batch: int, prefill_chunk_tokens: int) -> None:
+    def __init__(self, tables: BlockTables, *, max_batch: int, step_tokens: int) -> None:
         self.max_batch = max_batch
-        self.prefill_chunk_tokens = prefill_chunk_tokens
-        self.prefilling: deque[Sequence] = deque()
+        self.step_tokens = step_tokens
+        self.prefilling: list[Sequence] = []
         self.running: list[Sequence] = []
         self.paused: dict[str, Sequence] = {}
-        self._last_was_prefill = False
+        self._tables = tables
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would compute something."""
-        return bool(self.prefilling or self.running)
+        """Whether somebody wants a step, even if no block is free for it now."""
+        return bool(self.prefilling or self.running or self._resumable())
 
     def add(self, seq: Sequence) -> None:
-        """Queue a new sequence for prefill, or for decode if its prompt is computed."""
+        """Take a sequence on by its state: to prefill, to decode, or to wait for funds."""
         if seq.num_uncomputed_prompt_tokens:
-            self.prefilling.append(seq)
+            insort(self.prefilling, seq, key=_age)
+        elif seq.is_funded:
+            insort(self.running, seq, key=_age)
         else:
-            self.running.append(seq)
+            self.paused[seq.seq_id] = seq
 
     def remove(self, seq: Sequence) -> None:
-        """Forget a sequence, wherever it is."""
-        if self.paused.pop(seq.seq_id, None) is None:
-            (self.prefilling if seq in self.prefilling else self.running).remove(seq)
+        """Forget a sequence, wherever it is, or whether it is anywhere yet."""
+        if self._tables.is_swapped(seq):
+            self._tables.drop(seq)
+        else:
+            self._leave(seq)
 
     def pause(self, seq: Sequence) -> None:
         """Set a running sequence aside until `resume`."""
@@ -68,26 +88,52 @@ class Scheduler:
     def resume(self, seq: Sequence) -> None:
         """Let a paused sequence run again; nothing happens to one that is not paused."""
         if self.paused.pop(seq.seq_id, None) is not None:
-            self.running.append(seq)
+            self.add(seq)
 
     def prefill_done(self, seq: Sequence) -> None:
         """Move a sequence whose prompt is computed on to decode."""
         self.prefilling.remove(seq)
-        self.running.append(seq)
+        self.add(seq)
 
-    def next_step(self) -> PrefillStep | DecodeStep | None:
-        """Plan one step; None when nothing can run."""
-        if self.prefilling and not (self.running and self._last_was_prefill):
-            self._last_was_prefill = True
-            return PrefillStep(self._pack_chunks())
-        if self.running:
-            self._last_was_prefill = False
-            return DecodeStep(self.running[: self.max_batch])
-        return None
+    def next_step(self) -> Step:
+        """Plan one step; empty when nothing can run now."""
+        self._swap_in()
+        most = self.step_tokens - 1 if self.prefilling else self.step_tokens
+        decodes = self._writable(min(self.max_batch, most))
+        return Step(decodes, self._pack_chunks(self.step_tokens - len(decodes)))
 
-    def _pack_chunks(self) -> list[PrefillChunk]:
+    def _writable(self, most: int) -> list[Sequence]:
+        """The oldest running sequences, each with a block to write its newest token to."""
+        ready: list[Sequence] = []
+        for seq in self.running[:most]:
+            if self._tables.is_swapped(seq):
+                break  # what is left is younger and swapped out as well
+            while not self._tables.extend(seq):
+                victim = max(self._swappable(), key=_age)
+                self._leave(victim)
+                self._tables.swap_out(victim)
+                if victim is seq:
+                    break
+            else:
+                ready.append(seq)
+        return ready
+
+    def _swappable(self) -> list[Sequence]:
+        """Whom to swap out: not those whose blocks are handed over while they are computed."""
+        prefilling = [seq for seq in self.prefilling if not seq.prefill_only]
+        return [*self.running, *self.paused.values(), *prefilling]
+
+    def _swap_in(self) -> None:
+        for seq in self._resumable():
+            if not self._tables.swap_in(seq, headroom=len(self.running)):
+                return
+            self.add(seq)
+
+    def _resumable(self) -> list[Sequence]:
+        return [seq for seq in self._tables.swapped if seq.is_funded]
+
+    def _pack_chunks(self, room: int) -> list[PrefillChunk]:
         chunks: list[PrefillChunk] = []
-        room = self.prefill_chunk_tokens
         for seq in self.prefilling:
             if room == 0:
                 break
@@ -96,3 +142,13 @@ class Scheduler:
             chunks.append(PrefillChunk(seq, start, end))
             room -= end - start
         return chunks
+
+    def _leave(self, seq: Sequence) -> None:
+        self.paused.pop(seq.seq_id, None)
+        for group in (self.prefilling, self.running):
+            if seq in group:
+                group.remove(seq)
+
+
+def _age(seq: Sequence) -> int:
+    return seq.number

@@ -5,6 +5,7 @@ from collections.abc import Sequence as Tokens
 from enum import Enum
 
 from tidemill.blocks import BLOCK_TOKENS
+from tidemill.engine.logprobs import TokenLogprobs
 from tidemill.engine.sampling import Constraint, History, SamplingParams
 
 # Called on the engine thread with (layer, start, end) as soon as the layer's latents for positions
@@ -25,12 +26,22 @@ class FinishReason(Enum):
 class Sequence:
     """Prompt, generated tokens and where their latents lie.
 
-    `block_table` is the caller's allocation: enough 64-token blocks for the prompt, and for
-    `max_tokens` more unless `prefill_only`. `num_cached_tokens` prompt tokens are already in these
-    blocks (reused) and are not computed again. With `first_token_id` the whole prompt is: the
-    sequence was prefilled elsewhere and that token is the first generated one. The last
-    `num_relayed_tokens` of the prompt are completion that earlier attempts have generated.
-    `constraint` is this sequence's own.
+    `block_table` is what the caller has allocated: at least 64-token blocks for the prompt. From
+    submission to the sequence's last output it belongs to the engine, which grows it block by block
+    and empties it while the sequence is swapped out; what it holds after that is the caller's to
+    release. `num_cached_tokens` prompt tokens are already in these blocks (reused) and are not
+    computed again. With `first_token_id` the whole prompt is: the sequence was prefilled elsewhere
+    and that token is the first generated one. The last `num_relayed_tokens` of the prompt are
+    completion that earlier attempts have generated. `constraint` is this sequence's own.
+
+    With `root`, the hash that the prompt's chain hangs on, the engine commits every full block that
+    it computes: the first `num_committed` blocks are findable under `block_hashes`. What precedes
+    submission is the caller's to commit.
+
+    `forks` are further completions of the same prompt: sequences with an empty table, their own
+    sampling and, if the prompt was prefilled elsewhere, their own first token. They are submitted
+    with this one, share its prompt's blocks, and end one by one. Of a `prefill_only` sequence they
+    only draw their first tokens.
     """
 
     def __init__(
@@ -38,7 +49,7 @@ class Sequence:
         seq_id: str,
         prompt: Tokens[int],
         *,
-        block_table: Tokens[int],
+        block_table: Tokens[int] = (),
         sampling: SamplingParams,
         num_cached_tokens: int = 0,
         num_relayed_tokens: int = 0,
@@ -47,6 +58,8 @@ class Sequence:
         prefill_only: bool = False,
         on_layer: OnLayer | None = None,
         constraint: Constraint | None = None,
+        root: bytes | None = None,
+        forks: "Tokens[Sequence]" = (),
     ) -> None:
         self.seq_id = seq_id
         self.token_ids = list(prompt)
@@ -60,6 +73,11 @@ class Sequence:
         self.prefill_only = prefill_only
         self.on_layer = on_layer
         self.constraint = constraint
+        self.root = root
+        self.forks = list(forks)
+        self.number = 0  # in order of submission; the engine's
+        self.block_hashes: list[bytes] = []
+        self.prompt_logprobs: list[TokenLogprobs] = []
         self.history: History | None = None
         self.finish_reason: FinishReason | None = None
         self.keep_tokens: int | None = None
@@ -67,6 +85,7 @@ class Sequence:
         if first_token_id is not None:
             self.token_ids.append(first_token_id)
             self.num_computed_tokens = self.num_prompt_tokens
+        self.num_committed = self.num_computed_tokens // BLOCK_TOKENS
 
     @property
     def num_generated(self) -> int:
@@ -87,11 +106,6 @@ class Sequence:
     def is_funded(self) -> bool:
         """Whether one more token may be generated."""
         return self.num_funded_tokens is None or self.num_generated < self.num_funded_tokens
-
-    def num_blocks_needed(self, max_context: int) -> int:
-        """Blocks that `block_table` must hold: the last generated token has no latent."""
-        new_tokens = 0 if self.prefill_only else self.sampling.max_tokens - 1
-        return -(-min(self.num_prompt_tokens + new_tokens, max_context) // BLOCK_TOKENS)
 
     def slot(self, position: int) -> int:
         """Row of the pool (block * 64 + offset) that holds `position`."""

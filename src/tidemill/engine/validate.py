@@ -2,7 +2,7 @@
 
 import math
 
-from tidemill.blocks import max_hit_tokens
+from tidemill.blocks import BLOCK_TOKENS, max_hit_tokens
 from tidemill.engine.sampling import SamplingParams
 from tidemill.engine.sequence import Sequence
 from tidemill.errors import InvalidRequest
@@ -14,7 +14,7 @@ def validate(seq: Sequence, *, vocab_size: int, max_context: int) -> None:
         seq.sampling
     )
     if not violations:
-        violations = _block_violations(seq, max_context)
+        violations = _block_violations(seq) + _fork_violations(seq, vocab_size, max_context)
     if violations:
         summary = "; ".join(f"{field}: {description}" for field, description in violations)
         raise InvalidRequest(summary, violations=violations)
@@ -59,19 +59,33 @@ def _sampling_violations(sampling: SamplingParams) -> list[tuple[str, str]]:
     ]
 
 
-def _block_violations(seq: Sequence, max_context: int) -> list[tuple[str, str]]:
+def _block_violations(seq: Sequence) -> list[tuple[str, str]]:
     violations: list[tuple[str, str]] = []
-    needed = seq.num_blocks_needed(max_context)
+    needed = -(-seq.num_prompt_tokens // BLOCK_TOKENS)
     if len(seq.block_table) < needed:
         violations.append(
             ("block_table", f"has {len(seq.block_table)} blocks, {needed} are needed")
         )
-    if not 0 <= seq.num_cached_tokens <= max_hit_tokens(seq.num_prompt_tokens):
+    most = max_hit_tokens(seq.num_prompt_tokens)
+    if seq.sampling.prompt_logprobs is not None:
+        most = 0
+    if not 0 <= seq.num_cached_tokens <= most:
         violations.append(
-            (
-                "num_cached_tokens",
-                f"is {seq.num_cached_tokens}, "
-                f"at most {max_hit_tokens(seq.num_prompt_tokens)} can be reused",
-            )
+            ("num_cached_tokens", f"is {seq.num_cached_tokens}, at most {most} can be reused")
         )
+    return violations
+
+
+def _fork_violations(seq: Sequence, vocab_size: int, max_context: int) -> list[tuple[str, str]]:
+    violations: list[tuple[str, str]] = []
+    prompt = seq.token_ids[: seq.num_prompt_tokens]
+    for fork in seq.forks:
+        violations += _prompt_violations(fork, vocab_size, max_context)
+        violations += _sampling_violations(fork.sampling)
+        if fork.token_ids[: fork.num_prompt_tokens] != prompt:
+            violations.append(("forks", f"{fork.seq_id!r} has another prompt"))
+        if fork.block_table or fork.forks:
+            violations.append(("forks", f"{fork.seq_id!r} has blocks or forks of its own"))
+        if bool(fork.num_generated) != bool(seq.num_generated):
+            violations.append(("forks", f"{fork.seq_id!r} lacks a first token, or has one"))
     return violations
