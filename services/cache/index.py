@@ -81,41 +81,49 @@ class Location:
     num_bytes: int
 
 
+@dataclass(frozen=True)
+class Holding:
+    """A block that this node holds."""
+
+    block_hash: bytes
+    namespace: bytes
+    num_bytes: int
+    tier: int
+
+
 class BlockIndex:
     """This node's part of the index, and its view of the other nodes'.
 
     Changes are noted at once and sent by `flush`, so no request waits for Redis to be written.
     `address` is the host:port told to the others; set it before the first flush. `peers` maps
-    the marks of the other living nodes to their addresses. `held` gives
-    (hash, namespace, bytes) of all blocks that this node holds.
+    the marks of the other living nodes to their addresses. `held` gives all blocks that this node
+    holds.
     """
 
     def __init__(
         self,
         link: RedisLink,
         node: Node,
-        held: Callable[[], Iterable[tuple[bytes, bytes, int]]],
+        held: Callable[[], Iterable[Holding]],
         *,
-        tier: int,
         entry_ttl_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._link = link
         self._node = node
         self._held = held
-        self._tier = tier
         self._ttl_ms = round(entry_ttl_s * 1000)
         self._clock = clock
         self.address = ""
-        self._pending: dict[bytes, tuple[bytes, int] | None] = {}
+        self._pending: dict[bytes, Holding | None] = {}
         self.peers: dict[bytes, str] = {}
         self._beat_at = 0.0
         self._announce_at = 0.0
         self._was_up = False
 
-    def stored(self, block_hash: bytes, namespace: bytes, num_bytes: int) -> None:
-        """Note that this node now holds a block."""
-        self._pending[block_hash] = (namespace, num_bytes)
+    def stored(self, holding: Holding) -> None:
+        """Note that this node now holds a block, or holds it in another tier."""
+        self._pending[holding.block_hash] = holding
 
     def gone(self, block_hash: bytes) -> None:
         """Note that this node no longer holds a block."""
@@ -146,7 +154,7 @@ class BlockIndex:
             self._beat_at = now + HEARTBEAT_S
             if await self._beat() or came_up or now >= self._announce_at:
                 self._announce_at = now + self._ttl_ms / 3000
-                self._pending.update((key, (ns, size)) for key, ns, size in self._held())
+                self._pending.update((each.block_hash, each) for each in self._held())
         while self._pending and self._link.up:
             batch = dict(islice(self._pending.items(), BATCH))
             for block_hash in batch:
@@ -200,7 +208,7 @@ class BlockIndex:
                 peers[Node(node_id, int(epoch)).mark] = address
         return peers
 
-    async def _send(self, redis: Redis, batch: dict[bytes, tuple[bytes, int] | None]) -> None:
+    async def _send(self, redis: Redis, batch: dict[bytes, Holding | None]) -> None:
         pipeline = redis.pipeline(transaction=False)
         now_ms = time.time_ns() // 1_000_000
         for block_hash, change in batch.items():
@@ -208,7 +216,9 @@ class BlockIndex:
             if change is None:
                 pipeline.eval(_FORGET, 1, key, self._node.mark)
             else:
-                entry = Entry(change[0], change[1], self._tier, now_ms, self._node.mark)
+                entry = Entry(
+                    change.namespace, change.num_bytes, change.tier, now_ms, self._node.mark
+                )
                 pipeline.set(key, entry.pack(), px=self._ttl_ms)
         await pipeline.execute()
 

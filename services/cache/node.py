@@ -3,18 +3,20 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from services.cache.config import CacheConfig
+from services.cache.disk import DiskTier
+from services.cache.disk_files import BlockFolder
 from services.cache.index import BlockIndex, Node
 from services.cache.metrics import CacheMetrics
 from services.cache.redis_link import RedisLink
 from services.cache.service import ALLOWED_ROLES, SERVICE, CacheServicer
 from services.cache.stats import StatsBook
 from services.cache.store import BlockStore
-from tidemill.api.cache.v1.cache_service_pb2 import CACHE_TIER_RAM
+from services.cache.tiers import CacheTiers
 from tidemill.api.cache.v1.cache_service_pb2_grpc import add_CacheServiceServicer_to_server
 from tidemill.rpc import tasks
 from tidemill.rpc.address import is_loopback
@@ -42,18 +44,16 @@ class CacheNode:
         self.registry = registry
         self._clock = clock
         self.store = BlockStore(config.capacity_bytes)
+        metrics = CacheMetrics(registry)
+        tiers = CacheTiers(self.store, metrics)
+        self.disk = tiers.disk = self._disk(tiers)
         self.link: RedisLink | None = None
         self.index: BlockIndex | None = None
         node = Node(config.node_id, time.time_ns() // 1_000_000)
         if config.redis_url is not None:
             self.link = RedisLink(config.redis_url, config.redis_timeout_s, clock=clock)
-            self.index = BlockIndex(
-                self.link,
-                node,
-                self._held,
-                tier=CACHE_TIER_RAM,
-                entry_ttl_s=config.entry_ttl_s,
-                clock=clock,
+            self.index = tiers.index = BlockIndex(
+                self.link, node, tiers.holdings, entry_ttl_s=config.entry_ttl_s, clock=clock
             )
         self.stats = StatsBook(self.link, f"{node.node_id} {node.epoch}")
         self._metrics_port: MetricsEndpoint | None = None
@@ -66,8 +66,8 @@ class CacheNode:
             metrics=RpcMetrics(registry),
         )
         self.server.add_service_name(SERVICE)
-        metrics = CacheMetrics(self.store, lambda: self.redis_up, registry)
-        self.servicer = CacheServicer(config, self.store, self.index, self.stats, metrics)
+        metrics.watch(self.store, self.disk, lambda: self.redis_up)
+        self.servicer = CacheServicer(config, tiers, self.stats, metrics)
         add_CacheServiceServicer_to_server(self.servicer, self.server.server)
 
     @property
@@ -81,7 +81,9 @@ class CacheNode:
         return self.link is not None and self.link.up
 
     async def start(self) -> None:
-        """Look for Redis, listen, announce. Raises ConfigError."""
+        """Take the disk, look for Redis, listen, announce. Raises ConfigError."""
+        if self.disk is not None:
+            await self.disk.start()
         if self.link is not None:
             await self.link.start()
         await self.server.start()
@@ -94,7 +96,7 @@ class CacheNode:
         self._upkeep = asyncio.create_task(self._keep_up())
 
     async def close(self) -> None:
-        """Drain, leave the index, stop."""
+        """Drain, leave the index, write down what memory holds, stop."""
         await self.server.drain()
         if self._upkeep is not None:
             await tasks.end(self._upkeep)
@@ -102,16 +104,28 @@ class CacheNode:
             await self.index.leave()
             await self.stats.flush()
             await self.link.close()
+        if self.disk is not None:
+            await self.disk.close(self.store)
         if self._metrics_port is not None:
             self._metrics_port.close()
 
-    def _held(self) -> Iterator[tuple[bytes, bytes, int]]:
-        for block_hash, block in self.store:
-            yield block_hash, block.namespace, len(block.payload)
+    def _disk(self, tiers: CacheTiers) -> DiskTier | None:
+        config = self._config
+        if config.disk_path is None or config.disk_capacity_bytes is None:
+            return None
+        return DiskTier(
+            BlockFolder(config.disk_path),
+            config.disk_capacity_bytes,
+            tiers,
+            timeout_s=config.disk_timeout_s,
+            clock=self._clock,
+        )
 
     def _why_not_ready(self) -> str | None:
         upkeep = self._upkeep
-        return "upkeep has failed" if upkeep is not None and upkeep.done() else None
+        if upkeep is not None and upkeep.done():
+            return "upkeep has failed"
+        return None if self.disk is None else self.disk.failure
 
     async def _keep_up(self) -> None:
         """Everything that no request waits for. Its failure is logged and fails readiness."""

@@ -1,26 +1,27 @@
 """CacheService: between the protos and the store, the index and the statistics."""
 
 import asyncio
-import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 from services.cache.config import CacheConfig
-from services.cache.index import BlockIndex, Location
+from services.cache.index import Location
 from services.cache.intake import Arrival, Staging, arrivals, namespace_of
 from services.cache.metrics import CacheMetrics
 from services.cache.stats import Row, StatsBook
-from services.cache.store import BlockStore, StoredBlock, namespace_digest
+from services.cache.store import StoredBlock, namespace_digest
+from services.cache.tiers import CacheTiers
 from tidemill.api.cache.v1 import cache_service_pb2 as pb
 from tidemill.api.cache.v1.cache_service_pb2_grpc import CacheServiceServicer
 from tidemill.api.common.v1.kv_pb2 import BlockPiece
-from tidemill.kv.cache_client import INLINE_HASH_BYTES, digest
+from tidemill.kv.cache_client import INLINE_HASH_BYTES
 from tidemill.kv.pieces import split
 from tidemill.rpc.validation import validate
 
 SERVICE = "tidemill.api.cache.v1.CacheService"
-WORKERS = frozenset({"prefill", "decode", "worker"})
+WORKERS = frozenset({"prefill", "decode"})
 ALLOWED_ROLES = {
     f"/{SERVICE}/LookupBlocks": WORKERS,
     f"/{SERVICE}/FetchBlocks": WORKERS,
@@ -29,26 +30,23 @@ ALLOWED_ROLES = {
 }
 MAX_STATS_ROWS = 10_000
 
-logger = logging.getLogger(__name__)
-
 Context = Any  # grpc.aio.ServicerContext; unused here, errors are raised
+_Sound = tuple[StoredBlock, pb.CacheTier.ValueType]
 
 
 class CacheServicer(CacheServiceServicer):
-    """The context cache of one node. `index` is None where no Redis is configured."""
+    """The context cache of one node."""
 
     def __init__(
         self,
         config: CacheConfig,
-        store: BlockStore,
-        index: BlockIndex | None,
+        tiers: CacheTiers,
         stats: StatsBook,
         metrics: CacheMetrics,
     ) -> None:
         self._max_block_bytes = config.max_block_bytes
         self.staging = Staging(config.staging_bytes)
-        self._store = store
-        self._index = index
+        self._tiers = tiers
         self._stats = stats
         self._metrics = metrics
 
@@ -73,22 +71,26 @@ class CacheServicer(CacheServiceServicer):
     async def FetchBlocks(
         self, request: pb.FetchBlocksRequest, context: Context
     ) -> AsyncGenerator[pb.FetchBlocksResponse, None]:
-        """Payloads from this node's memory, each verified before its first piece leaves."""
+        """Payloads from this node's tiers, each verified before its first piece leaves."""
         validate(request)
-        namespace, row = _digest(request.namespace), _row(request.namespace)
-        self._store.touch_chain(namespace, request.block_hashes)
-        ahead: asyncio.Task[StoredBlock | None] | None = None
+        hashes = request.block_hashes
+        self._tiers.touch_chain(_digest(request.namespace), hashes)
+        chain, row = frozenset(hashes), _row(request.namespace)
+        read = partial(self._sound, request.namespace, chain)
+        ahead: asyncio.Task[_Sound | None] | None = None
         try:
-            for block_hash, following in pairwise([*request.block_hashes, b""]):
-                block = await (ahead or self._sound(namespace, block_hash, row))
-                if block is None:
+            for block_hash, following in pairwise([*hashes, b""]):
+                found = await (ahead or read(block_hash))
+                if found is None:
                     return
-                # While a large block is sent, the next one is verified.
+                block, tier = found
+                # While a large block is sent, the next one is read and verified.
                 ahead = None
-                if following and len(block.payload) >= INLINE_HASH_BYTES:
-                    ahead = asyncio.create_task(self._sound(namespace, following, row))
+                slow = tier == pb.CACHE_TIER_DISK or len(block.payload) >= INLINE_HASH_BYTES
+                if following and slow:
+                    ahead = asyncio.create_task(read(following))
                 for piece in split(block_hash, block.payload, block.payload_sha256):
-                    yield pb.FetchBlocksResponse(piece=piece, tier=pb.CACHE_TIER_RAM)
+                    yield pb.FetchBlocksResponse(piece=piece, tier=tier)
                 self._delivered(row, block)
         finally:
             if ahead is not None:
@@ -114,7 +116,7 @@ class CacheServicer(CacheServiceServicer):
                 chain[arrival.block_hash] = None
         finally:
             await blocks.aclose()
-            self._store.touch_chain(namespace, list(chain))
+            self._tiers.touch_chain(namespace, list(chain))
             self._stats.count(row, "stored", stored)
             self._metrics.stored.inc(stored)
             self._metrics.skipped.inc(len(chain) - stored)
@@ -127,11 +129,16 @@ class CacheServicer(CacheServiceServicer):
         validate(request)
         tenant_id = request.tenant_id if request.HasField("tenant_id") else None
         rows = await self._stats.rows(tenant_id)
+        store, disk = self._tiers.store, self._tiers.disk
         answer = pb.GetCacheStatsResponse(
-            ram_bytes=self._store.num_bytes,
-            ram_capacity_bytes=self._store.capacity_bytes,
-            ram_blocks=len(self._store),
+            ram_bytes=store.num_bytes,
+            ram_capacity_bytes=store.capacity_bytes,
+            ram_blocks=len(store),
         )
+        if disk is not None:
+            answer.disk_bytes = disk.num_bytes
+            answer.disk_capacity_bytes = disk.capacity_bytes
+            answer.disk_blocks = len(disk)
         for (tenant, model), counts in list(rows.items())[:MAX_STATS_ROWS]:
             fields = {f"{counter}_blocks": number for counter, number in counts.items()}
             answer.stats.add(tenant_id=tenant, model=model, **fields)
@@ -139,10 +146,11 @@ class CacheServicer(CacheServiceServicer):
 
     async def _locate(self, namespace: bytes, hashes: Sequence[bytes]) -> list[Location]:
         """Locations from the chain's start on, up to the first block that nobody holds."""
-        here = [self._location_here(namespace, each) for each in hashes]
+        index = self._tiers.index
+        here = [self._tiers.locate(namespace, each) for each in hashes]
         start = here.index(None) if None in here else len(here)
-        if self._index is not None and start < len(here):
-            elsewhere = await self._index.find(namespace, hashes[start:])
+        if index is not None and start < len(here):
+            elsewhere = await index.find(namespace, hashes[start:])
             here[start:] = [
                 mine or other for mine, other in zip(here[start:], elsewhere, strict=True)
             ]
@@ -153,23 +161,15 @@ class CacheServicer(CacheServiceServicer):
             located.append(each)
         return located
 
-    def _location_here(self, namespace: bytes, block_hash: bytes) -> Location | None:
-        block = self._store.peek(namespace, block_hash)
-        return None if block is None else Location("", pb.CACHE_TIER_RAM, len(block.payload))
-
-    async def _sound(self, namespace: bytes, block_hash: bytes, row: Row) -> StoredBlock | None:
-        """The block if it is here and as it was stored; a corrupt one is dropped."""
-        block = self._store.peek(namespace, block_hash)
-        cause = "missing"
-        if block is not None:
-            if await digest(block.payload) == block.payload_sha256:
-                return block
-            cause = "corrupt"
-            logger.warning("dropped a corrupt block", extra={"block": block_hash.hex()})
-            if self._store.drop(block_hash, block):
-                self._note_gone(block_hash)
-        self._stats.count(row, "failed")
-        self._metrics.failed.labels(cause).inc()
+    async def _sound(
+        self, named: pb.BlockNamespace, chain: Collection[bytes], block_hash: bytes
+    ) -> _Sound | None:
+        """The block if it is here and as it was stored, and its tier; failures are counted."""
+        found = await self._tiers.read(_digest(named), block_hash, spare=chain)
+        if not isinstance(found, str):
+            return found
+        self._stats.count(_row(named), "failed")
+        self._metrics.failed.labels(found).inc()
         return None
 
     def _delivered(self, row: Row, block: StoredBlock) -> None:
@@ -178,26 +178,18 @@ class CacheServicer(CacheServiceServicer):
         self._metrics.delivered_bytes.inc(len(block.payload))
 
     def _wants(self, first: BlockPiece) -> bool:
-        return first.block_hash not in self._store and self._store.fits(first.total_bytes)
+        tiers = self._tiers
+        return not tiers.holds(first.block_hash) and tiers.store.fits(first.total_bytes)
 
     def _keep(self, namespace: bytes, arrival: Arrival, chain: dict[bytes, None]) -> bool:
         """Whether the block was stored. Earlier blocks of its chain do not go for it."""
         if arrival.payload is None:
             return False
         block = StoredBlock(namespace, arrival.payload, arrival.payload_sha256)
-        put = self._store.put(arrival.block_hash, block, spare=chain)
-        self._metrics.evictions.inc(len(put.evicted))
-        for each in put.evicted:
-            self._note_gone(each)
-        if put.taken:
+        taken = self._tiers.put(arrival.block_hash, block, spare=chain)
+        if taken:
             self._metrics.stored_bytes.inc(len(arrival.payload))
-            if self._index is not None:
-                self._index.stored(arrival.block_hash, namespace, len(arrival.payload))
-        return put.taken
-
-    def _note_gone(self, block_hash: bytes) -> None:
-        if self._index is not None:
-            self._index.gone(block_hash)
+        return taken
 
 
 def _digest(namespace: pb.BlockNamespace) -> bytes:

@@ -28,10 +28,10 @@ class StoredBlock:
 
 @dataclass(frozen=True)
 class Put:
-    """Whether a block was taken, and the hashes of those that had to go."""
+    """Whether a block was taken, and the hashes and blocks that had to go."""
 
     taken: bool
-    evicted: tuple[bytes, ...] = ()
+    evicted: tuple[tuple[bytes, StoredBlock], ...] = ()
 
 
 class BlockStore:
@@ -88,8 +88,9 @@ class BlockStore:
             if oldest in spare:
                 taken = False
                 break
-            self.num_bytes -= len(self._blocks.pop(oldest).payload)
-            evicted.append(oldest)
+            gone = self._blocks.pop(oldest)
+            self.num_bytes -= len(gone.payload)
+            evicted.append((oldest, gone))
         if taken:
             self._blocks[block_hash] = block
             self.num_bytes += len(block.payload)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import redis.asyncio
 
-from services.cache.index import BlockIndex, Node
+from services.cache.index import BlockIndex, Holding, Node
 from services.cache.node import CacheNode
 from services.cache.redis_link import RedisLink
 from services.cache.stats import StatsBook
@@ -258,12 +258,12 @@ async def test_cancelled_lookups_never_get_each_others_answers(
     server = redis_server()
     link = RedisLink(server.url, 5.0)
     await link.start()
-    holder = BlockIndex(link, Node("holder", 1), list, tier=1, entry_ttl_s=60)
+    holder = BlockIndex(link, Node("holder", 1), list, entry_ttl_s=60)
     holder.address = "127.0.0.1:1"
     for number in range(100):
-        holder.stored(number.to_bytes(32, "big"), b"n" * 32, number + 1)
+        holder.stored(Holding(number.to_bytes(32, "big"), b"n" * 32, number + 1, tier=1))
     await holder.flush()
-    seeker = BlockIndex(link, Node("seeker", 1), list, tier=1, entry_ttl_s=60)
+    seeker = BlockIndex(link, Node("seeker", 1), list, entry_ttl_s=60)
     await seeker.flush()
     chance = random.Random(7)
 
