@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+from tests.reference_model import build_reference
 
 # Small products: threads would only fight with the other processes of a test run.
 torch.set_num_threads(1)
@@ -62,17 +63,39 @@ def make_tiny_checkpoint(
     `overrides` are DeepseekV3Config fields, e.g. `rope_parameters=YARN`. Gate biases are random,
     so that they matter to the choice of experts; weights are wide enough for clear logits.
     """
-    # Copied: transformers writes into the rope dictionary that it is given.
-    config = DeepseekV3Config(**{**_tiny_config(), **copy.deepcopy(overrides)})
+    return _save(path, "deepseek_v3", seed, dtype, overrides)
+
+
+def make_tiny_v2_checkpoint(
+    path: Path, *, seed: int = 0, dtype: str = "float32", **overrides: Any
+) -> Path:
+    """As `make_tiny_checkpoint` of the older form: softmax routing, queries in one product."""
+    older = {"q_lora_rank": None, "topk_method": "greedy", "n_shared_experts": 2}
+    return _save(path, "deepseek_v2", seed, dtype, older | overrides)
+
+
+def _save(path: Path, model_type: str, seed: int, dtype: str, overrides: dict[str, Any]) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = DeepseekV3ForCausalLM(config)
+        # Copied: transformers writes into the rope dictionary that it is given.
+        model = build_reference(model_type, {**_tiny_config(), **copy.deepcopy(overrides)})
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.normal_(std=0.05)
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                torch.nn.init.normal_(parameter, std=0.1)
     model.to(getattr(torch, dtype)).save_pretrained(path)
+    _name_architecture(path, type(model).__bases__[0].__name__)
     _save_tokenizer(path)
     return path
+
+
+def _name_architecture(path: Path, name: str) -> None:
+    """The class that users know in the place of the tests' own."""
+    config = json.loads((path / "config.json").read_text())
+    config["architectures"] = [name]
+    (path / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _tiny_config() -> dict[str, Any]:

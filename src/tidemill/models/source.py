@@ -35,7 +35,11 @@ class WeightSource:
         self._config = config
         self._dtype = dtype
         self._on_progress = on_progress
-        self._left = {name for name in checkpoint.names if not _stays_on_disk(name, config)}
+        self._left = {
+            name
+            for name in checkpoint.names
+            if checkpoint.size(name) and not _stays_on_disk(name, config)
+        }
         self._total = sum(checkpoint.size(name) for name in self._left)
         self._done = 0
 
