@@ -1,18 +1,15 @@
 """What the engine refuses, whoever asked: the last check before tokens reach the model."""
 
-import math
-
 from tidemill.blocks import BLOCK_TOKENS, max_hit_tokens
-from tidemill.engine.sampling import SamplingParams
+from tidemill.engine.sampling_rules import sampling_violations
 from tidemill.engine.sequence import Sequence
 from tidemill.errors import InvalidRequest
 
 
 def validate(seq: Sequence, *, vocab_size: int, max_context: int) -> None:
     """Raise InvalidRequest with one violation per bad field."""
-    violations = _prompt_violations(seq, vocab_size, max_context) + _sampling_violations(
-        seq.sampling
-    )
+    violations = _prompt_violations(seq, vocab_size, max_context)
+    violations += sampling_violations(seq, vocab_size=vocab_size)
     if not violations:
         violations = _block_violations(seq) + _fork_violations(seq, vocab_size, max_context)
     if violations:
@@ -42,23 +39,6 @@ def _prompt_violations(seq: Sequence, vocab_size: int, max_context: int) -> list
     return violations
 
 
-def _sampling_violations(sampling: SamplingParams) -> list[tuple[str, str]]:
-    must = {
-        "temperature": (
-            math.isfinite(sampling.temperature) and sampling.temperature >= 0,
-            "a finite number of at least 0",
-        ),
-        "top_p": (0 < sampling.top_p <= 1, "in (0, 1]"),
-        "top_k": (sampling.top_k >= 0, "at least 0"),
-        "max_tokens": (sampling.max_tokens >= 1, "at least 1"),
-    }
-    return [
-        (f"sampling.{name}", f"is {getattr(sampling, name)}, expected {expected}")
-        for name, (holds, expected) in must.items()
-        if not holds
-    ]
-
-
 def _block_violations(seq: Sequence) -> list[tuple[str, str]]:
     violations: list[tuple[str, str]] = []
     needed = -(-seq.num_prompt_tokens // BLOCK_TOKENS)
@@ -81,7 +61,7 @@ def _fork_violations(seq: Sequence, vocab_size: int, max_context: int) -> list[t
     prompt = seq.token_ids[: seq.num_prompt_tokens]
     for fork in seq.forks:
         violations += _prompt_violations(fork, vocab_size, max_context)
-        violations += _sampling_violations(fork.sampling)
+        violations += sampling_violations(fork, vocab_size=vocab_size)
         if fork.token_ids[: fork.num_prompt_tokens] != prompt:
             violations.append(("forks", f"{fork.seq_id!r} has another prompt"))
         if fork.block_table or fork.forks:
