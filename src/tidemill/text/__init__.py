@@ -5,7 +5,7 @@ from tidemill.text.detokenizer import Detokenizer
 from tidemill.text.reasoning import ReasoningSplitter
 from tidemill.text.stop import StopMatcher
 from tidemill.text.stream import Delta, TextStream
-from tidemill.text.tokenizer import SamplingDefaults, Tokenizer, vocabulary_digest
+from tidemill.text.tokenizer import SamplingDefaults, Tokenizer
 
 __all__ = [
     "ChatMessage",
@@ -16,5 +16,4 @@ __all__ = [
     "StopMatcher",
     "TextStream",
     "Tokenizer",
-    "vocabulary_digest",
 ]

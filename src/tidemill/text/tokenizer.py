@@ -13,6 +13,7 @@ from tidemill.errors import CheckpointError, InvalidRequest
 from tidemill.text.chat_template import ChatMessage, ChatTemplate
 from tidemill.text.detokenizer import Detokenizer, byte_table
 from tidemill.text.reasoning import OPENING
+from tidemill.vocabulary import vocabulary_digest
 
 MAX_PROMPT_BYTES = 1 << 20
 
@@ -148,15 +149,6 @@ class Tokenizer:
     def opens_reasoning(self, prompt_ids: Sequence[int]) -> bool:
         """Whether the prompt ends with `<think>`, so that the completion starts inside it."""
         return self.decode(prompt_ids[-_TAIL_TOKENS:]).rstrip().endswith(OPENING)
-
-
-def vocabulary_digest(token_bytes: Sequence[bytes]) -> bytes:
-    """SHA-256 over each id's bytes in order, each after its length (4 bytes, little-endian).
-
-    32 bytes, by which a grammar's worker knows that its vocabulary is the router's.
-    """
-    parts = (len(token).to_bytes(4, "little") + token for token in token_bytes)
-    return hashlib.sha256(b"".join(parts)).digest()
 
 
 def _refuse(field: str, problem: str) -> NoReturn:
