@@ -24,6 +24,8 @@ from tidemill.api.decode.v1 import decode_service_pb2 as pb
 from tidemill.api.decode.v1.decode_service_pb2_grpc import DecodeServiceStub
 from tidemill.engine import EngineConfig, Output
 from tidemill.errors import TidemillError
+from tidemill.kv.cache_client import CacheClientConfig
+from tidemill.policy import FetchConfig
 from tidemill.rpc.channel import internal_channel
 from tidemill.rpc.server import ServerConfig
 from tidemill.rpc.status import from_rpc_error
@@ -38,6 +40,8 @@ if TYPE_CHECKING:  # a name that only the stubs have
 
 Tls = Callable[[str], TlsFiles]
 SCOPE = b"s" * 32
+ALWAYS_FETCH = FetchConfig(margin=1e6)
+PATIENT = CacheClientConfig(lookup_s=10, stall_s=10, pause_s=0.2, most_pause_s=1)
 CERTIFICATES = {Role.PREFILL: "prefill", Role.DECODE: "decode", Role.BOTH: "worker"}
 
 
@@ -61,7 +65,11 @@ async def worker_at(
     make_transport: Any = None,
     **settings: Any,
 ) -> AsyncIterator[RunningWorker]:
-    """A worker of `role` over the tiny model, single-threaded."""
+    """A worker of `role` over the tiny model, single-threaded.
+
+    It fetches whatever it can: computing this model is quicker, and so is a busy machine's whim.
+    """
+    settings = {"fetch": ALWAYS_FETCH, "peers": PATIENT} | settings
     config = WorkerConfig(
         worker_id=worker_id or role.value,
         model="tiny",

@@ -239,7 +239,10 @@ async def test_a_corrupt_cache_block_is_computed_and_counted(
         answer = await other.ask(prompt_of(200))
         assert split_of(answer.usage) == {"cache_ram": 64, "computed": 136}
         assert answer.tokens == first.tokens
-        assert metric(other.prefill, "cache_failed_blocks_total") == 2
+        assert (
+            metric(other.prefill, "fetch_failed_blocks_total", tier="cache_ram", cause="missing")
+            == 2
+        )
 
 
 def corrupt_in_cache(cache: CacheNode, block_hash: bytes) -> None:

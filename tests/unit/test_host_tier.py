@@ -142,7 +142,7 @@ def test_a_promoted_block_is_evicted_again_without_a_copy() -> None:
     pool.check_idle()
 
 
-def test_an_unsettled_reservation_can_be_abandoned() -> None:
+def test_an_unsettled_reservation_can_be_cancelled() -> None:
     pool = make_pool(2, host_blocks=3)
     put_chain(pool, 2, token=1)
     evict_all(pool)
@@ -150,7 +150,9 @@ def test_an_unsettled_reservation_can_be_abandoned() -> None:
     reservation = pool.reserve(hashes_of(1, 1), 2)
     with pytest.raises(PoolCorrupted, match="held while idle"):
         pool.check_idle()
-    pool.abandon(reservation)
+    pool.cancel(reservation)
+    pool.release(reservation.block_table)
+    pool.settle(reservation)
     pool.check_idle()
     assert pool.locate(hashes_of(2, 1)) == [HOST, HOST]
 
@@ -250,11 +252,14 @@ class TieredPoolAgainstModel(RuleBasedStateMachine):
         return blocks
 
     @rule(n=st.integers(1, 4), token=st.integers(0, 2))
-    def reserve_and_abandon(self, n: int, token: int) -> None:
+    def reserve_and_cancel(self, n: int, token: int) -> None:
         try:
-            self.pool.abandon(self.pool.reserve(hashes_of(n, token), n))
+            reservation = self.pool.reserve(hashes_of(n, token), n)
         except PoolExhausted:
             assert n > self.pool.num_free
+            return
+        self.pool.cancel(reservation)
+        self.pool.release(reservation.block_table)
 
     @rule(n=st.integers(1, 4), token=st.integers(0, 2))
     def read(self, n: int, token: int) -> None:

@@ -6,7 +6,7 @@ while engine.has_work:
     for output in engine.step(): ...
 """
 
-from tidemill.engine.block_pool import BlockPool, PoolTier
+from tidemill.engine.block_pool import BlockPool, PoolTier, Reservation
 from tidemill.engine.config import EngineConfig
 from tidemill.engine.engine import Engine
 from tidemill.engine.layout import KvLayout
@@ -37,6 +37,7 @@ __all__ = [
     "PoolCorrupted",
     "PoolTier",
     "PrefilledOutput",
+    "Reservation",
     "SamplingParams",
     "Sequence",
     "TokenLogprobs",

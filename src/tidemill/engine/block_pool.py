@@ -46,8 +46,9 @@ class _Move(NamedTuple):
 class Reservation:
     """Blocks taken for one chain, each referenced once; their bytes are due until `settle`.
 
-    `cancel` one that is not to be settled, and `release` its blocks in either case. `tiers` says where the claimed start of the chain lay. `fresh` blocks will be zeroed. `demoted`
-    and `promoted` are copies between device and host that are still to be made.
+    `cancel` one that is not to be settled, and `release` its blocks in either case. `tiers` says
+    where the claimed start of the chain lay. `fresh` blocks will be zeroed. `demoted` and
+    `promoted` are copies between device and host that are still to be made.
     """
 
     block_table: list[int]

@@ -12,7 +12,7 @@ and after a failure a breaker skips that node of the cache for a while.
 import asyncio
 import enum
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -35,10 +35,11 @@ INLINE_HASH_BYTES = 1 << 18  # below this a thread costs more than the hash
 
 
 class CacheTier(enum.Enum):
-    """Where in the cache service a block lay; the values name the fields of PromptUsage."""
+    """Where outside of a worker a block lay; the values name the fields of PromptUsage."""
 
     RAM = "cache_ram"
     DISK = "cache_disk"
+    PEER = "peer"
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,19 @@ class HeldBlocks:
 
     namespace: CacheNamespace
     tiers: tuple[CacheTier, ...]
-    total_bytes: int
     holders: tuple[tuple[str, tuple[bytes, ...]], ...]
 
     def __len__(self) -> int:
         return len(self.tiers)
+
+    def first(self, num_blocks: int) -> "HeldBlocks":
+        """No more than so many of them."""
+        holders, room = [], num_blocks
+        for address, hashes in self.holders:
+            if room > 0:
+                holders.append((address, hashes[:room]))
+                room -= len(hashes)
+        return HeldBlocks(self.namespace, self.tiers[:num_blocks], tuple(holders))
 
 
 @dataclass(frozen=True)
@@ -110,8 +119,9 @@ class CacheClient:
     """Talks to one node of the cache, and through `connect` to the others that it names.
 
     `connect(address)` opens a channel to another node; without it, blocks that lie elsewhere are
-    misses. Every method raises CacheUnavailable when the cache does not answer in time, refuses,
-    or is being skipped after a failure; InvalidRequest when the arguments are out of bounds.
+    misses. With `peer` the far side is another worker, and its blocks are of no other tier. Every
+    method raises CacheUnavailable when the cache does not answer in time, refuses, or is being
+    skipped after a failure; InvalidRequest when the arguments are out of bounds.
     """
 
     def __init__(
@@ -120,10 +130,12 @@ class CacheClient:
         config: CacheClientConfig | None = None,
         *,
         connect: Callable[[str], grpc.aio.Channel] | None = None,
+        peer: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config or CacheClientConfig()
         self._connect = connect
+        self._peer = peer
         self._clock = clock
         self._nodes = {"": self._node(channel)}
 
@@ -141,7 +153,8 @@ class CacheClient:
         node.admit()
         with node.watch():
             answer = await node.stub.LookupBlocks(request, timeout=self._config.lookup_s)
-        return _held(namespace, hashes, answer)
+        tiers = tuple(map(self._tier, answer.tiers[: len(hashes)]))
+        return _held(namespace, hashes, tiers, answer.holders)
 
     async def fetch(
         self, namespace: CacheNamespace, hashes: Sequence[bytes]
@@ -200,6 +213,12 @@ class CacheClient:
         for node in self._nodes.values():
             await node.channel.close()
 
+    def _tier(self, said: int) -> CacheTier:
+        """What a block's tier is for the bill, whatever the far side calls it."""
+        if self._peer:
+            return CacheTier.PEER
+        return CacheTier.DISK if said == pb.CACHE_TIER_DISK else CacheTier.RAM
+
     def _node(self, channel: grpc.aio.Channel) -> "_Node":
         breaker = Breaker(self._config.pause_s, self._config.most_pause_s, clock=self._clock)
         return _Node(channel, breaker)
@@ -253,7 +272,7 @@ class CacheClient:
                 if not isinstance(answer, pb.FetchBlocksResponse):  # the end of the stream
                     return None
                 if assembly is None:
-                    tier = _tier(answer.tier)
+                    tier = self._tier(answer.tier)
                     limit = self._config.max_block_bytes
                     assembly = Assembly(answer.piece, max_bytes=limit)
                 else:
@@ -334,21 +353,20 @@ def _to_proto(namespace: CacheNamespace) -> pb.BlockNamespace:
     )
 
 
-def _tier(tier: int) -> CacheTier:
-    return CacheTier.DISK if tier == pb.CACHE_TIER_DISK else CacheTier.RAM
-
-
 def _held(
-    namespace: CacheNamespace, hashes: Sequence[bytes], answer: pb.LookupBlocksResponse
+    namespace: CacheNamespace,
+    hashes: Sequence[bytes],
+    tiers: tuple[CacheTier, ...],
+    runs: Iterable[pb.BlockHolder],
 ) -> HeldBlocks:
     """The answer in our terms; never more blocks than were asked for."""
-    tiers = tuple(_tier(tier) for tier in answer.tiers[: len(hashes)])
-    runs = [(run.address, run.num_blocks) for run in answer.holders] or [("", len(tiers))]
     holders = []
     start = 0
-    for address, num_blocks in runs:
+    for address, num_blocks in [(run.address, run.num_blocks) for run in runs] or [
+        ("", len(tiers))
+    ]:
         run = tuple(hashes[start : min(start + num_blocks, len(tiers))])
         if run:
             holders.append((address, run))
         start += len(run)
-    return HeldBlocks(namespace, tiers[:start], answer.total_bytes, tuple(holders))
+    return HeldBlocks(namespace, tiers[:start], tuple(holders))

@@ -156,6 +156,12 @@ class FetchOrRecompute:
         """Of `num_blocks` so many had landed when time was up; taken as if it had gone on so."""
         self.fetched(source, num_blocks, seconds * num_blocks / (num_landed + 1))
 
+    def stalled(self, asked: str, num_blocks: int, seconds: float) -> None:
+        """Whoever was asked had not even said in this time what it holds of so many blocks."""
+        known = [source for source in self._past if source.asked == asked]
+        for source in known or [Source(asked, "")]:
+            self.cut(source, num_blocks, 0, seconds)
+
     def fetch_s(self, source: Source, num_blocks: int) -> float | None:
         """What fetching so much from the source should take; None: not known."""
         past = self._past.get(source)

@@ -159,10 +159,11 @@ class Attempt:
 
     async def _prefill_on(self, peer: PrefillPeer) -> Sequence:
         """Prefill on another worker; returns once all latents have landed."""
+        await self._worker.reuse.settle(self._blocks)
         request = PrefillRequest(
             task=self.start.task,
             layout_fingerprint=self._worker.engine.layout.fingerprint(),
-            held_tokens=self._blocks.num_device_tokens,
+            held_tokens=self._blocks.num_held_tokens,
         )
         self._worker.num_waiting += 1
         try:
@@ -203,7 +204,7 @@ class Attempt:
             self._worker.engine.pool,
             self._worker.engine.layout,
             self._blocks.block_table,
-            first_token=self._blocks.num_device_tokens,
+            first_token=self._blocks.num_held_tokens,
             num_tokens=self._blocks.prompt.num_tokens,
         )
 

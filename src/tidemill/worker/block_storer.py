@@ -74,11 +74,7 @@ class BlockStorer:
 
     def _read(self, hashes: list[bytes]) -> list[tuple[bytes, bytes]]:
         """Payloads of those blocks that the pool still holds, by hash."""
-        payloads = []
-        for block_hash in hashes:
-            held = self._pool.claim([block_hash])
-            try:
-                payloads += [(block_hash, to_bytes(self._pool.read_block(block))) for block in held]
-            finally:
-                self._pool.release(held)
-        return payloads
+        found = [(block_hash, self._pool.read_committed(block_hash)) for block_hash in hashes]
+        return [
+            (block_hash, to_bytes(values)) for block_hash, values in found if values is not None
+        ]

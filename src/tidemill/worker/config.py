@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tidemill.engine import EngineConfig
 from tidemill.kv.cache_client import CacheClientConfig
+from tidemill.policy import FetchConfig
 from tidemill.rpc.server import ServerConfig
 
 
@@ -76,7 +77,8 @@ class WorkerConfig:
     `model` is the name under which `model_dir` is served; `advertise` the host:port that others
     dial (unset: the address bound). A prompt is refused when `max_queued_tokens` uncached tokens
     wait already, so one prompt of any length always fits an idle worker. Decode pauses for
-    `fund_wait_s` at the end of its funds; a step older than `stall_s` fails readiness.
+    `fund_wait_s` at the end of its funds; a step older than `stall_s` fails readiness. `peers`
+    bounds calls to other workers for their blocks, `fetch` what fetching from anywhere may cost.
     """
 
     worker_id: str
@@ -86,6 +88,8 @@ class WorkerConfig:
     server: ServerConfig = field(default_factory=ServerConfig)
     handover: HandoverConfig = field(default_factory=HandoverConfig)
     cache: CacheConfig | None = None
+    peers: CacheClientConfig = field(default_factory=CacheClientConfig)
+    fetch: FetchConfig = field(default_factory=FetchConfig)
     registry: RegistryConfig | None = None
     advertise: str | None = None
     max_queued_tokens: int = 65_536

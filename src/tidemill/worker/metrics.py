@@ -30,10 +30,25 @@ class WorkerMetrics:
             "handover_bytes", "Latents moved between workers, by direction.", "direction"
         )
         self.pull_retries = counter("pull_retries", "Pulls repeated from the start.")
-        self.cache_failed_blocks = counter(
-            "cache_failed_blocks", "Blocks that the cache held and did not deliver sound."
+        self.fetch_failed_blocks = counter(
+            "fetch_failed_blocks",
+            "Blocks held elsewhere that did not come: missing or damaged, unavailable, or cut.",
+            "tier",
+            "cause",
         )
-        self.cache_errors = counter("cache_errors", "Calls the cache did not serve.", "call")
+        self.fetch_skipped_blocks = counter(
+            "fetch_skipped_blocks",
+            "Blocks held elsewhere, and computed as the quicker way.",
+            "tier",
+        )
+        self.peer_served_blocks = counter(
+            "peer_served_blocks", "Blocks sent to other workers, by the tier they lay in.", "tier"
+        )
+        self.cache_errors = counter(
+            "cache_errors",
+            "Calls that the cache or a peer did not serve: store, fetch, peer.",
+            "call",
+        )
         self.cache_stored_blocks = counter("cache_stored_blocks", "Blocks sent to the cache.")
         self.cache_dropped_blocks = counter(
             "cache_dropped_blocks", "Blocks not stored: queue full, evicted, or cache away."

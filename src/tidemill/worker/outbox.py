@@ -1,51 +1,94 @@
 """What an attempt has to tell its router, in order, with waiting tokens put together."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
-from tidemill.api.common.v1.lifecycle_pb2 import PrefillDone
-from tidemill.api.decode.v1.decode_service_pb2 import Chunk, DecodeResponse, Final
+from tidemill.api.common.v1.lifecycle_pb2 import FinishReason, PrefillDone
+from tidemill.api.decode.v1.decode_service_pb2 import Chunk, ChoiceEnded, DecodeResponse, Final
+from tidemill.engine import TokenLogprobs
 from tidemill.errors import TidemillError
+from tidemill.worker.task import logprobs_messages
+
+# With 20 alternatives a token takes up to 160 bytes: a fifth of what one message may hold.
+MAX_CHUNK_TOKENS = 8192
+
+
+@dataclass
+class _Waiting:
+    """One choice's tokens that the router has not been told of."""
+
+    num_generated: int = 1
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    ended: ChoiceEnded | None = None
 
 
 class Outbox:
     """PrefillDone, Chunks, Final, then perhaps an error; one reader, never blocks the writer.
 
     Tokens that are written while the reader is busy, or within `pace_s()` seconds of the last
-    Chunk, leave in one Chunk. Every message costs the process that also runs the engine.
+    Chunk, leave in one Chunk a choice. Every message costs the process that also runs the engine.
     """
 
     def __init__(self, attempt: int, *, pace_s: Callable[[], float]) -> None:
-        self.num_generated = 0
         self._attempt = attempt
         self._pace_s = pace_s
         self._loop = asyncio.get_running_loop()
         self._next_at = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._prefill_done: PrefillDone | None = None
-        self._tokens: list[int] = []
+        self._choices: list[_Waiting] = []
+        self._num_sent = 0
         self._final: Final | None = None
         self._error: TidemillError | None = None
         self._closed = False
         self._changed = asyncio.Event()
 
+    @property
+    def num_generated(self) -> int:
+        """Tokens of all choices, the first ones included."""
+        return sum(choice.num_generated for choice in self._choices)
+
+    def num_generated_by(self, choice: int) -> int:
+        """Tokens of one choice; 0 before the prompt is prefilled."""
+        return self._choices[choice].num_generated if self._choices else 0
+
     def prefill_done(self, done: PrefillDone) -> None:
-        """The prompt is prefilled, and with it token 0 is there."""
+        """The prompt is prefilled, and with it token 0 of every choice is there."""
         self._prefill_done = done
-        self.num_generated = 1
+        self._choices = [_Waiting() for _ in range(max(len(done.first_token_ids), 1))]
+        self._num_sent = len(self._choices)
         self._wake()
 
-    def tokens(self, first_index: int, token_ids: list[int]) -> None:
-        """Tokens from `first_index` on; those known already are skipped."""
-        new = token_ids[self.num_generated - first_index :]
-        self._tokens += new
-        self.num_generated += len(new)
+    def tokens(
+        self,
+        first_index: int,
+        token_ids: Sequence[int],
+        logprobs: Sequence[TokenLogprobs] = (),
+        *,
+        choice: int = 0,
+    ) -> None:
+        """A choice's tokens from `first_index` on; those known already are skipped."""
+        waiting = self._choices[choice]
+        num_known = waiting.num_generated - first_index
+        waiting.token_ids += token_ids[num_known:]
+        waiting.logprobs += logprobs[num_known:]
+        waiting.num_generated += len(token_ids[num_known:])
         if self._timer is None:
             delay = self._next_at - self._loop.time()
             if delay <= 0:
                 self._changed.set()
             else:
                 self._timer = self._loop.call_later(delay, self._wake)
+
+    def choice_ended(self, choice: int, reason: "FinishReason.ValueType") -> None:
+        """One of several choices has ended; its tokens go first."""
+        waiting = self._choices[choice]
+        waiting.ended = ChoiceEnded(
+            choice=choice, reason=reason, generated_tokens=waiting.num_generated
+        )
+        self._wake()
 
     def close(self, final: Final | None, error: TidemillError | None) -> None:
         """The last word: at most one Final, then `error` if there is one."""
@@ -61,17 +104,24 @@ class Outbox:
             if self._prefill_done is not None:
                 done, self._prefill_done = self._prefill_done, None
                 yield DecodeResponse(prefill_done=done)
-            if self._tokens:
-                self._next_at = self._loop.time() + self._pace_s()
-                yield DecodeResponse(chunk=self._chunk())
+            for response in self._take():
+                yield response
             if closed:
                 break
-        if self._tokens:
-            yield DecodeResponse(chunk=self._chunk())
         if self._final is not None:
             yield DecodeResponse(final=self._final)
         if self._error is not None:
             raise self._error
+
+    def _take(self) -> Iterator[DecodeResponse]:
+        """What waits, choice by choice; more may come while the reader is busy with one."""
+        for index, waiting in enumerate(self._choices):
+            while waiting.token_ids:
+                self._next_at = self._loop.time() + self._pace_s()
+                yield DecodeResponse(chunk=self._chunk(index, waiting))
+            if waiting.ended is not None:
+                ended, waiting.ended = waiting.ended, None
+                yield DecodeResponse(choice_ended=ended)
 
     def _wake(self) -> None:
         if self._timer is not None:
@@ -79,11 +129,17 @@ class Outbox:
             self._timer = None
         self._changed.set()
 
-    def _chunk(self) -> Chunk:
-        token_ids, self._tokens = self._tokens, []
+    def _chunk(self, choice: int, waiting: _Waiting) -> Chunk:
+        first_index = waiting.num_generated - len(waiting.token_ids)
+        token_ids = waiting.token_ids[:MAX_CHUNK_TOKENS]
+        logprobs = waiting.logprobs[:MAX_CHUNK_TOKENS]
+        del waiting.token_ids[:MAX_CHUNK_TOKENS], waiting.logprobs[:MAX_CHUNK_TOKENS]
+        self._num_sent += len(token_ids)
         return Chunk(
             attempt=self._attempt,
-            first_index=self.num_generated - len(token_ids),
+            first_index=first_index,
             token_ids=token_ids,
-            generated_tokens=self.num_generated,
+            generated_tokens=self._num_sent,
+            choice=choice,
+            logprobs=logprobs_messages(logprobs),
         )

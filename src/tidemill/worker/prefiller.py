@@ -157,9 +157,9 @@ class PrefillJob:
 
     async def _run(self) -> PrefillDone:
         blocks = self._blocks
-        self._ready(0, blocks.num_device_tokens)
+        self._ready(0, blocks.num_ready_tokens)
         await self._worker.reuse.fetch(blocks)
-        self._ready(blocks.num_device_tokens, blocks.num_cached_tokens)
+        self._ready(blocks.num_ready_tokens, blocks.num_cached_tokens)
         self._running = self._worker.thread.submit(self._sequence(), self._on_output)
         if self.handover.state.closed:
             self._running.stop("cancelled")

@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import logging
 import os
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from tidemill.api.worker.v1.worker_service_pb2_grpc import add_WorkerServiceServ
 from tidemill.engine import Engine
 from tidemill.errors import CheckpointError, ConfigError
 from tidemill.kv.cache_client import CacheClient
+from tidemill.policy import FetchOrRecompute
 from tidemill.rpc import process
 from tidemill.rpc.address import is_loopback
 from tidemill.rpc.channel import internal_channel
@@ -29,10 +31,12 @@ from tidemill.rpc.server import RpcServer
 from tidemill.rpc.tls import TlsFiles
 from tidemill.worker.attempt_table import AttemptTable
 from tidemill.worker.background import Background
+from tidemill.worker.block_fetcher import BlockFetcher
 from tidemill.worker.block_storer import BlockStorer
 from tidemill.worker.config import RegistryConfig, Role, WorkerConfig
 from tidemill.worker.decode_service import DecodeService
 from tidemill.worker.engine_thread import EngineThread
+from tidemill.worker.kv_peers import KvPeers
 from tidemill.worker.metrics import WorkerMetrics
 from tidemill.worker.prefill_service import PrefillService
 from tidemill.worker.prompt import PromptReuse
@@ -130,9 +134,33 @@ async def running_worker(
             )
             background.start("block storer", storer.run)
         thread = stack.enter_context(EngineThread(engine))
-        reuse = PromptReuse(engine, model=config.model, cache=cache, storer=storer, metrics=metrics)
+        policy = FetchOrRecompute(config.fetch, clock=time.monotonic)
+        holders = KvPeers(
+            lambda address, role: internal_channel(address, role=role, tls=tls), config.peers
+        )
+        stack.push_async_callback(holders.close)
+        fetcher = BlockFetcher(
+            policy,
+            block_bytes=engine.layout.block_bytes,
+            cache=cache,
+            peers=holders,
+            metrics=metrics,
+        )
         worker = Worker(
-            config, role, thread, reuse, storer=storer, metrics=metrics, background=background
+            config,
+            role,
+            thread,
+            PromptReuse(
+                engine,
+                model=config.model,
+                worker_id=config.worker_id,
+                fetcher=fetcher,
+                storer=storer,
+            ),
+            storer=storer,
+            policy=policy,
+            metrics=metrics,
+            background=background,
         )
         peers = PrefillPeers(
             lambda address: internal_channel(address, role="prefill", tls=tls),

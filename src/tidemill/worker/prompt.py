@@ -1,34 +1,40 @@
-"""A prompt's blocks on a worker: claimed from the pool, fetched from the cache, or computed."""
+"""A prompt's blocks on a worker: claimed from its pool, fetched from elsewhere, or computed."""
 
 import asyncio
+import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import aclosing
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
-from tidemill.api.common.v1.lifecycle_pb2 import WorkerTask
+from tidemill.api.common.v1.lifecycle_pb2 import KvPeer, WorkerTask
 from tidemill.api.common.v1.usage_pb2 import PrefillSite, PromptUsage
 from tidemill.blocks import BLOCK_TOKENS, chain_hashes, max_hit_tokens, root_hash
-from tidemill.engine import BlockPool, Engine
-from tidemill.errors import CacheUnavailable, InvalidRequest
-from tidemill.kv.cache_client import CacheClient, CacheNamespace, CacheTier
+from tidemill.engine import BlockPool, Engine, PoolTier, Reservation
+from tidemill.errors import InvalidRequest
+from tidemill.kv.cache_client import CacheNamespace, CacheTier
 from tidemill.kv.segments import from_bytes
 from tidemill.kv.threads import in_thread
+from tidemill.policy import FetchOrRecompute
+from tidemill.worker.block_fetcher import BlockFetcher
 from tidemill.worker.block_storer import BlockStorer
-from tidemill.worker.metrics import WorkerMetrics
 
 
 @dataclass(frozen=True)
 class Prompt:
     """What is asked: token ids, the chain hashes of their full blocks, and whose they are.
 
-    `root` is the hash that the chain hangs on.
+    `root` is the hash that the chain hangs on. `peers` may hold more of the chain. Of a `scored`
+    prompt the log-probabilities of its own tokens are wanted.
     """
 
     token_ids: tuple[int, ...]
     root: bytes
     hashes: tuple[bytes, ...]
     namespace: CacheNamespace
+    peers: tuple[KvPeer, ...] = ()
+    scored: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -39,28 +45,29 @@ class Prompt:
 class PromptBlocks:
     """Blocks of one prompt and of what is generated after it; `release` gives them back, once.
 
-    The lengths grow: num_device_tokens <= num_cached_tokens <= num_computed_tokens <= num_tokens.
-    Everything here happens on the event loop.
+    The lengths grow: num_ready_tokens <= num_held_tokens <= num_cached_tokens <=
+    num_computed_tokens <= num_tokens. Everything here happens on the event loop.
     """
 
-    def __init__(
-        self, pool: BlockPool, prompt: Prompt, claimed: Sequence[int], fresh: Sequence[int]
-    ) -> None:
+    def __init__(self, pool: BlockPool, prompt: Prompt, reservation: Reservation) -> None:
         self.prompt = prompt
-        self.block_table = [*claimed, *fresh]
-        self.num_device_tokens = len(claimed) * BLOCK_TOKENS
-        self._hashes = list(prompt.hashes)
-        self.num_fetched = dict.fromkeys(CacheTier, 0)
-        self.num_computed_tokens = self.num_device_tokens
+        self.block_table = list(reservation.block_table)
+        self.owed = reservation
+        self.num_ready_tokens = _num_leading(reservation.tiers, PoolTier.DEVICE) * BLOCK_TOKENS
+        self.num_held_tokens = len(reservation.tiers) * BLOCK_TOKENS
+        self.num_reused: Counter[PoolTier | CacheTier] = Counter()
+        self.num_computed_tokens = 0
         self.fetch_seconds = 0.0
+        self._hashes = list(prompt.hashes)
         self._pool = pool
-        self._num_committed = len(claimed)
+        self._num_committed = 0
         self._released = False
+        self._found(reservation.tiers)
 
     @property
     def num_cached_tokens(self) -> int:
-        """Tokens reused from the pool and from the cache."""
-        return self.num_device_tokens + sum(self.num_fetched.values())
+        """Tokens reused, from whichever tier."""
+        return self.num_reused.total()
 
     @property
     def num_uncomputed_tokens(self) -> int:
@@ -69,15 +76,25 @@ class PromptBlocks:
 
     def landed(self, block_index: int, tier: CacheTier) -> None:
         """A block was fetched whole: `block_index` counts from the prompt's start."""
-        self.num_fetched[tier] += BLOCK_TOKENS
+        self.num_reused[tier] += BLOCK_TOKENS
         self.computed(to=(block_index + 1) * BLOCK_TOKENS)
+
+    def adopt(self, reservation: Reservation) -> None:
+        """The pool holds what follows the cached start: its blocks take the fresh ones' places."""
+        start = self.num_cached_tokens // BLOCK_TOKENS
+        places = slice(start, start + len(reservation.block_table))
+        fresh, self.block_table[places] = self.block_table[places], reservation.block_table
+        self._pool.release(fresh)
+        self.owed = reservation
+        self._found(reservation.tiers)
 
     def computed(self, *, to: int) -> list[bytes]:
         """Latents up to position `to` are final: commits full blocks, returns their hashes."""
         self.num_computed_tokens = to
         hashes = self._hashes[self._num_committed : to // BLOCK_TOKENS]
         for block_hash in hashes:
-            self._pool.commit(self.block_table[self._num_committed], block_hash)
+            block = self.block_table[self._num_committed]
+            self._pool.commit(block, block_hash, self.prompt.root)
             self._num_committed += 1
         return hashes
 
@@ -91,6 +108,7 @@ class PromptBlocks:
         """Give every block back; safe to repeat."""
         if not self._released:
             self._released = True
+            self._pool.cancel(self.owed)
             self._pool.release(self.block_table)
 
     def usage(self, site: "PrefillSite.ValueType", worker_id: str) -> PromptUsage:
@@ -98,34 +116,43 @@ class PromptBlocks:
         return PromptUsage(
             prompt_tokens=self.prompt.num_tokens,
             computed_tokens=self.prompt.num_tokens - self.num_cached_tokens,
-            reused_device_tokens=self.num_device_tokens,
-            reused_cache_ram_tokens=self.num_fetched[CacheTier.RAM],
-            reused_cache_disk_tokens=self.num_fetched[CacheTier.DISK],
+            reused_device_tokens=self.num_reused[PoolTier.DEVICE],
+            reused_host_tokens=self.num_reused[PoolTier.HOST],
+            reused_cache_ram_tokens=self.num_reused[CacheTier.RAM],
+            reused_cache_disk_tokens=self.num_reused[CacheTier.DISK],
+            reused_peer_tokens=self.num_reused[CacheTier.PEER],
             prefill_site=site,
             prefill_worker_id=worker_id,
         )
 
+    def _found(self, tiers: Sequence[PoolTier]) -> None:
+        """The pool holds so many more blocks, committed already or as soon as they are settled."""
+        for tier in tiers:
+            self.num_reused[tier] += BLOCK_TOKENS
+        self._num_committed += len(tiers)
+        self.num_computed_tokens = self.num_cached_tokens
+
 
 class PromptReuse:
-    """Finds blocks for prompts: in the pool, in the cache service, or fresh ones."""
+    """Finds blocks for prompts: in the pool, in the cache, at other workers, or fresh ones."""
 
     def __init__(
         self,
         engine: Engine,
         *,
         model: str,
-        cache: CacheClient | None,
+        worker_id: str,
+        fetcher: BlockFetcher,
         storer: BlockStorer | None,
-        metrics: WorkerMetrics,
     ) -> None:
         self._pool = engine.pool
         self._layout = engine.layout
         self._vocab_size = engine.model_config.vocab_size
         self._fingerprint = engine.layout.fingerprint()
         self._model = model
-        self._cache = cache
+        self._worker_id = worker_id
+        self._fetcher = fetcher
         self._storer = storer
-        self._metrics = metrics
 
     async def identify(self, task: WorkerTask) -> Prompt:
         """Copy and hash the prompt, in a thread. Raises InvalidRequest for unknown token ids."""
@@ -144,51 +171,73 @@ class PromptReuse:
             layout_fingerprint=self._fingerprint,
             model=self._model,
         )
-        return Prompt(token_ids, root, tuple(chain_hashes(root, token_ids)), namespace)
+        return Prompt(
+            token_ids,
+            root,
+            tuple(chain_hashes(root, token_ids)),
+            namespace,
+            peers=tuple(peer for peer in task.peers if peer.worker_id != self._worker_id),
+            scored=task.sampling.HasField("prompt_logprobs"),
+        )
 
     def reusable(self, prompt: Prompt) -> tuple[bytes, ...]:
-        """Hashes that may be hits (U2): whole blocks, never the last token's."""
+        """Hashes that may be hits (U2): whole blocks, never the last token's.
+
+        None of a prompt whose own tokens are scored: all of its logits are wanted.
+        """
+        if prompt.scored:
+            return ()
         return prompt.hashes[: max_hit_tokens(prompt.num_tokens) // BLOCK_TOKENS]
 
     def take(self, prompt: Prompt, hashes: Sequence[bytes], *, num_positions: int) -> PromptBlocks:
         """Claim the held start of `hashes` and allocate the rest up to `num_positions`.
 
-        Raises PoolExhausted with nothing taken.
+        Raises PoolExhausted with nothing taken. Nothing but the first num_ready_tokens may be
+        touched before `settle` or `fetch`.
         """
-        claimed = self._pool.claim(hashes)
-        try:
-            fresh = self._pool.allocate(-(-num_positions // BLOCK_TOKENS) - len(claimed))
-        except BaseException:
-            self._pool.release(claimed)
-            raise
-        return PromptBlocks(self._pool, prompt, claimed, fresh)
+        num_blocks = max(-(-num_positions // BLOCK_TOKENS), len(hashes))
+        return PromptBlocks(self._pool, prompt, self._pool.reserve(hashes, num_blocks))
+
+    async def settle(self, blocks: PromptBlocks) -> None:
+        """Move the bytes that taking the blocks has left due: to and from host memory."""
+        if not blocks.owed.settled:
+            await in_thread(self._pool.settle, blocks.owed)
 
     async def fetch(self, blocks: PromptBlocks) -> None:
-        """Fill blocks after the claimed ones from the cache, as far as it delivers.
+        """Settle, then fill blocks after the held ones from elsewhere, where that is quicker.
 
-        Whatever it does not deliver is left to be computed; that is no error.
+        Where the pool holds what follows the fetched, it goes on from there. Whatever does not
+        come is left to be computed; that is no error.
         """
-        first = blocks.num_device_tokens // BLOCK_TOKENS
-        wanted = self.reusable(blocks.prompt)[first:]
-        if self._cache is None or not wanted:
-            return
         started = time.perf_counter()
         try:
-            held = await self._cache.lookup(blocks.prompt.namespace, wanted)
-            missing = len(held)
-            async with aclosing(self._cache.fetch_held(held)) as fetched:
-                async for block in fetched:
-                    if len(block.payload) != self._layout.block_bytes:
-                        break
-                    block_id = blocks.block_table[first + block.index]
-                    await in_thread(self._write, block_id, block.payload)
-                    blocks.landed(first + block.index, block.tier)
-                    missing -= 1
-            self._metrics.cache_failed_blocks.inc(missing)
-        except CacheUnavailable:
-            self._metrics.cache_errors.labels("fetch").inc()
+            await self.settle(blocks)
+            while await self._fetch_next(blocks) and await self._claim_next(blocks):
+                pass
         finally:
             blocks.fetch_seconds = time.perf_counter() - started
+
+    async def _fetch_next(self, blocks: PromptBlocks) -> bool:
+        first = blocks.num_cached_tokens // BLOCK_TOKENS
+        wanted = self.reusable(blocks.prompt)[first:]
+        if not wanted:
+            return False
+
+        async def land(index: int, payload: bytes, tier: CacheTier) -> None:
+            await in_thread(self._write, blocks.block_table[first + index], payload)
+            blocks.landed(first + index, tier)
+
+        prompt = blocks.prompt
+        return bool(await self._fetcher.fetch(prompt.namespace, wanted, land, peers=prompt.peers))
+
+    async def _claim_next(self, blocks: PromptBlocks) -> bool:
+        held = blocks.num_cached_tokens // BLOCK_TOKENS
+        reservation = self._pool.reserve_held(self.reusable(blocks.prompt)[held:])
+        if not reservation.block_table:
+            return False
+        blocks.adopt(reservation)
+        await self.settle(blocks)
+        return True
 
     def computed(self, blocks: PromptBlocks, *, to: int) -> None:
         """Positions up to `to` are computed: make full blocks findable, here and in the cache."""
@@ -210,13 +259,10 @@ class PromptReuse:
 class Backlog:
     """Prompts in prefill on this worker, for other workers and in place alike."""
 
-    def __init__(
-        self, max_queued_tokens: int, *, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, max_queued_tokens: int, policy: FetchOrRecompute) -> None:
         self._max_queued_tokens = max_queued_tokens
-        self._clock = clock
+        self._policy = policy
         self._prompts: set[PromptBlocks] = set()
-        self._tokens_per_second = 0.0
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -234,9 +280,8 @@ class Backlog:
 
     def retry_after_s(self) -> float:
         """A guess at when there will be room: the time that half of the backlog takes."""
-        if not self._tokens_per_second:
-            return 0.2
-        return min(max(self.num_tokens / self._tokens_per_second / 2, 0.05), 5.0)
+        compute_s = self._policy.compute_s(self.num_tokens / BLOCK_TOKENS)
+        return 0.2 if math.isinf(compute_s) else min(max(compute_s / 2, 0.05), 5.0)
 
     def add(self, blocks: PromptBlocks) -> None:
         """A prompt was admitted."""
@@ -249,6 +294,8 @@ class Backlog:
         self._prompts.remove(blocks)
         num_tokens = blocks.num_computed_tokens - blocks.num_cached_tokens
         if busy_seconds > 0 and num_tokens > 0:
-            rate = num_tokens / busy_seconds
-            known = self._tokens_per_second or rate
-            self._tokens_per_second = 0.8 * known + 0.2 * rate
+            self._policy.computed(num_tokens / BLOCK_TOKENS, busy_seconds)
+
+
+def _num_leading(tiers: Sequence[PoolTier], tier: PoolTier) -> int:
+    return len(list(takewhile(lambda each: each is tier, tiers)))

@@ -11,9 +11,11 @@ from tidemill.api.common.v1.lifecycle_pb2 import WorkerTask
 from tidemill.api.common.v1.usage_pb2 import PromptUsage
 from tidemill.api.worker.v1 import worker_service_pb2 as pb
 from tidemill.blocks import BLOCK_TOKENS
-from tidemill.engine import PoolCorrupted
+from tidemill.engine import PoolCorrupted, PoolTier
 from tidemill.errors import FailedPrecondition, InvalidRequest
+from tidemill.kv.cache_client import CacheTier
 from tidemill.kv.handover import HandoverTable
+from tidemill.policy import FetchOrRecompute
 from tidemill.worker.background import Background
 from tidemill.worker.block_storer import BlockStorer
 from tidemill.worker.config import Role, WorkerConfig
@@ -30,6 +32,8 @@ ROLES = {
     Role.BOTH: pb.WORKER_ROLE_BOTH,
 }
 
+TIERS = [tier.value for kind in (PoolTier, CacheTier) for tier in kind]
+
 logger = logging.getLogger(__name__)
 
 
@@ -44,6 +48,7 @@ class Worker:
         reuse: PromptReuse,
         *,
         storer: BlockStorer | None,
+        policy: FetchOrRecompute,
         metrics: WorkerMetrics,
         background: Background,
         clock: Callable[[], float] = time.monotonic,
@@ -59,13 +64,14 @@ class Worker:
         self.metrics = metrics
         self.clock = clock
         self._background = background
-        self.backlog = Backlog(config.max_queued_tokens)
+        self.backlog = Backlog(config.max_queued_tokens, policy)
         self.handovers = HandoverTable(
             epoch=self.epoch, lease_s=config.handover.lease_s, clock=clock
         )
         self.draining = False
         self.registered: bool | None = None  # whether the registry took the last heartbeat
         self.num_waiting = 0  # attempts that wait for their KV
+        self.num_serving = 0  # other workers' fetches
         self._checked_at = clock()
         self._corrupted: str | None = None
 
@@ -91,9 +97,8 @@ class Worker:
         """Add a finished prefill to the metrics."""
         metrics = self.metrics
         metrics.computed_tokens.inc(usage.computed_tokens)
-        metrics.reused_tokens.labels("device").inc(usage.reused_device_tokens)
-        metrics.reused_tokens.labels("cache_ram").inc(usage.reused_cache_ram_tokens)
-        metrics.reused_tokens.labels("cache_disk").inc(usage.reused_cache_disk_tokens)
+        for tier in TIERS:
+            metrics.reused_tokens.labels(tier).inc(getattr(usage, f"reused_{tier}_tokens"))
         metrics.prefill_seconds.observe(seconds)
 
     def chunk_pace_s(self) -> float:
@@ -112,6 +117,7 @@ class Worker:
             or len(self.backlog)
             or len(self.handovers)
             or self.num_waiting
+            or self.num_serving
             or (self.storer is not None and self.storer.busy)
         )
 
@@ -132,14 +138,12 @@ class Worker:
 
     def check_pool(self) -> None:
         """Check the idle pool: sound books, and no block held. Readiness shows the outcome."""
-        pool = self.engine.pool
         try:
-            pool.check_integrity()
+            self.engine.pool.check_idle()
         except PoolCorrupted as error:
             self._corrupted = str(error)
         else:
-            held = pool.num_referenced
-            self._corrupted = f"{held} blocks are held while idle" if held else None
+            self._corrupted = None
         if self._corrupted:
             logger.error("block pool", extra={"why": self._corrupted})
 
@@ -169,19 +173,25 @@ class Worker:
 
     def load(self) -> pb.WatchLoadResponse:
         """The load right now, without epoch and sequence."""
-        load = self.engine.load_snapshot()
+        load, pool = self.engine.load_snapshot(), self.engine.pool
+        tiers = [
+            pb.KvTierLoad(
+                tier=pb.KV_TIER_DEVICE, total_blocks=load.total_blocks, free_blocks=load.free_blocks
+            )
+        ]
+        if pool.num_host_blocks:
+            host = pb.KvTierLoad(
+                tier=pb.KV_TIER_HOST,
+                total_blocks=pool.num_host_blocks,
+                free_blocks=pool.num_host_free,
+            )
+            tiers.append(host)
         return pb.WatchLoadResponse(
             queued_uncached_tokens=self.backlog.num_tokens,
             prefilling=len(self.backlog),
             running=load.running,
             waiting=self.num_waiting + max(load.waiting - len(self.backlog), 0),
-            tiers=[
-                pb.KvTierLoad(
-                    tier=pb.KV_TIER_DEVICE,
-                    total_blocks=load.total_blocks,
-                    free_blocks=load.free_blocks,
-                )
-            ],
+            tiers=tiers,
             open_handovers=len(self.handovers),
             step_age_ms=round(self.thread.step_age_s * 1000),
             draining=self.draining,
