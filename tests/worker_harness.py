@@ -69,7 +69,8 @@ async def worker_at(
 
     It fetches whatever it can: computing this model is quicker, and so is a busy machine's whim.
     """
-    settings = {"fetch": ALWAYS_FETCH, "peers": PATIENT} | settings
+    settings.setdefault("fetch", ALWAYS_FETCH)
+    settings.setdefault("peers", PATIENT)
     config = WorkerConfig(
         worker_id=worker_id or role.value,
         model="tiny",
