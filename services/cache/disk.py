@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
-from services.cache.disk_files import NUM_FOLDERS, BlockFolder, Cause, Header
+from services.cache.disk_files import NUM_FOLDERS, BlockFolder, Cause, Header, file_bytes
 from services.cache.store import StoredBlock
 from tidemill.kv.breaker import Breaker
 from tidemill.rpc import tasks
@@ -148,13 +148,17 @@ class DiskTier:
                 kept.used_at_ns = self._now_ns()
                 self._kept.move_to_end(block_hash)
 
+    def fits(self, num_bytes: int) -> bool:
+        """Whether a payload of that size can ever be held."""
+        return file_bytes(num_bytes) <= self.capacity_bytes
+
     def offer(self, block_hash: bytes, block: StoredBlock) -> bool:
         """Queue a block to be written, unless it is here; False, and counted, if it will not be."""
         if self.holds(block_hash):
             self._use(block.namespace, block_hash)
             return True
         header = _header(block_hash, block)
-        if header.file_bytes > self.capacity_bytes:
+        if not self.fits(header.num_bytes):
             return False
         if self._writes.retry_after_s() > 0:
             self._events.fault(Cause.PAUSED)
@@ -193,7 +197,7 @@ class DiskTier:
             self._forget_all()
         elif outcome is not Cause.SLOW:
             self._forget(block_hash)
-            loop.run_in_executor(self._writer, self._folder.remove, block_hash)
+            self._writer.submit(self._folder.remove, block_hash)
         return outcome
 
     def check_integrity(self) -> None:
@@ -280,8 +284,7 @@ class DiskTier:
         self.touch_chain(namespace, [block_hash])
         kept = self._kept.get(block_hash)
         if kept is not None and self.up:
-            touch = self._folder.touch, block_hash, kept.used_at_ns
-            asyncio.get_running_loop().run_in_executor(self._writer, *touch)
+            self._writer.submit(self._folder.touch, block_hash, kept.used_at_ns)
 
     def _replace(
         self, victims: list[bytes], header: Header, payload: bytes, used_at_ns: int

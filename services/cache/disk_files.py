@@ -67,6 +67,11 @@ _CAUSES = {
 }
 
 
+def file_bytes(num_bytes: int) -> int:
+    """What the file of a payload takes of the disk."""
+    return -(-(HEADER_BYTES + num_bytes) // PAGE_BYTES) * PAGE_BYTES
+
+
 @dataclass(frozen=True)
 class Header:
     """What a file says of its block."""
@@ -79,7 +84,7 @@ class Header:
     @property
     def file_bytes(self) -> int:
         """What the file takes of the disk."""
-        return -(-(HEADER_BYTES + self.num_bytes) // PAGE_BYTES) * PAGE_BYTES
+        return file_bytes(self.num_bytes)
 
     def pack(self) -> bytes:
         """The file's first HEADER_BYTES: the fields and their SHA-256."""
@@ -210,7 +215,7 @@ class BlockFolder:
 
     def _take(self) -> None:
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock_fd = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock_fd = os.open(self.root / "lock", os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for folder in (self._partials, self._blocks):

@@ -99,7 +99,7 @@ class CacheServicer(CacheServiceServicer):
     async def StoreBlocks(
         self, request_iterator: AsyncIterator[pb.StoreBlocksRequest], context: Context
     ) -> pb.StoreBlocksResponse:
-        """Whole, verified blocks go into memory; those held already are skipped."""
+        """Whole, verified blocks are kept; those held already are skipped."""
         named = await namespace_of(request_iterator)
         namespace, row = _digest(named), _row(named)
         chain: dict[bytes, None] = {}
@@ -179,7 +179,7 @@ class CacheServicer(CacheServiceServicer):
 
     def _wants(self, first: BlockPiece) -> bool:
         tiers = self._tiers
-        return not tiers.holds(first.block_hash) and tiers.store.fits(first.total_bytes)
+        return not tiers.holds(first.block_hash) and tiers.fits(first.total_bytes)
 
     def _keep(self, namespace: bytes, arrival: Arrival, chain: dict[bytes, None]) -> bool:
         """Whether the block was stored. Earlier blocks of its chain do not go for it."""

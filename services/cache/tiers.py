@@ -7,7 +7,7 @@ from services.cache.disk import DiskTier
 from services.cache.disk_files import Cause, Header
 from services.cache.index import BlockIndex, Holding, Location
 from services.cache.metrics import CacheMetrics
-from services.cache.store import BlockStore, Put, StoredBlock
+from services.cache.store import BlockStore, StoredBlock
 from tidemill.api.cache.v1.cache_service_pb2 import (
     CACHE_TIER_DISK,
     CACHE_TIER_RAM,
@@ -59,13 +59,16 @@ class CacheTiers:
         if self.disk is not None:
             self.disk.touch_chain(namespace, block_hashes)
 
+    def fits(self, num_bytes: int) -> bool:
+        """Whether a payload of that size can ever be held."""
+        disk = self.disk
+        return self.store.fits(num_bytes) or (disk is not None and disk.fits(num_bytes))
+
     def put(self, block_hash: bytes, block: StoredBlock, *, spare: Collection[bytes]) -> bool:
-        """Hold a block in memory; False if there is no room but that of `spare`."""
-        put = self.store.put(block_hash, block, spare=spare)
-        self._demote(put)
-        if put.taken and self.index is not None:
-            self.index.stored(_in_ram(block_hash, block))
-        return put.taken
+        """Hold a block: in memory, or on disk where memory has no room but that of `spare`."""
+        if self._take(block_hash, block, spare):
+            return True
+        return not self.holds(block_hash) and self._offer(block_hash, block)
 
     async def read(
         self, namespace: bytes, block_hash: bytes, *, spare: Collection[bytes]
@@ -89,7 +92,7 @@ class CacheTiers:
         found = await self.disk.read(namespace, block_hash)
         if not isinstance(found, StoredBlock):
             return cause if found is None else found.value
-        if self.put(block_hash, found, spare=spare):
+        if self._take(block_hash, found, spare):
             self._metrics.promoted.inc()
         return found, CACHE_TIER_DISK
 
@@ -114,12 +117,19 @@ class CacheTiers:
             block = waiting if isinstance(waiting, StoredBlock) else None
         return block
 
-    def _demote(self, put: Put) -> None:
+    def _take(self, block_hash: bytes, block: StoredBlock, spare: Collection[bytes]) -> bool:
+        """Hold a block in memory; what has to go for it goes to disk."""
+        put = self.store.put(block_hash, block, spare=spare)
         self._metrics.evictions.inc(len(put.evicted))
-        for block_hash, block in put.evicted:
-            if self.disk is not None:
-                self.disk.offer(block_hash, block)
-            self._left_memory(block_hash)
+        for evicted_hash, evicted in put.evicted:
+            self._offer(evicted_hash, evicted)
+            self._left_memory(evicted_hash)
+        if put.taken and self.index is not None:
+            self.index.stored(_in_ram(block_hash, block))
+        return put.taken
+
+    def _offer(self, block_hash: bytes, block: StoredBlock) -> bool:
+        return self.disk is not None and self.disk.offer(block_hash, block)
 
     def _left_memory(self, block_hash: bytes) -> None:
         """Tell the index where the block lies now, if anywhere."""

@@ -30,6 +30,7 @@ T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "tidemill-demo"
 CACHE_BYTES = 512 << 20
+CACHE_DISK_BYTES = 2 << 30
 NUM_BLOCKS = 512  # of KV for each worker: 32,768 tokens
 MAX_BATCH = 16
 DEFAULT_MAX_TOKENS = 256
@@ -123,6 +124,8 @@ class Plan:
         return {
             "node_id": "cache-0",
             "capacity_bytes": CACHE_BYTES,
+            "disk_path": self.state.cache_disk,
+            "disk_capacity_bytes": CACHE_DISK_BYTES,
             "redis_url": self.cache_redis.url(self.state, "cache"),
             "server": self._server(self.cache_port, "cache"),
         }

@@ -29,6 +29,7 @@ class StateDirectory:
         self.certs = path / "certs"
         self.secrets = path / "secrets"
         self.logs = path / "logs"
+        self.cache_disk = path / "cache-disk"
         self.config = path / "tidemill.toml"
         self.lock_fd = -1
 
@@ -53,9 +54,9 @@ class StateDirectory:
             os.close(self.lock_fd)
 
     def prepare(self, *, empty: bool) -> None:
-        """Make what is missing; with `empty` forget what the last stack's Redis had kept."""
+        """Make what is missing; with `empty` forget what the last stack's Redis and cache kept."""
         if empty:
-            for directory in self.path.glob("redis-*"):
+            for directory in (*self.path.glob("redis-*"), *self.path.glob(self.cache_disk.name)):
                 shutil.rmtree(directory)
         for directory in (self.secrets, self.logs):
             directory.mkdir(mode=0o700, exist_ok=True)

@@ -99,6 +99,42 @@ async def test_a_cache_killed_in_the_middle_of_a_fetch_is_an_error_within_two_se
         assert client.available, "the client does not come back"
 
 
+async def test_blocks_on_disk_outlive_kill_9_and_nothing_half_written_is_delivered(
+    tls_files: Tls, start_cache: StartCache, free_port: Callable[[], int], tmp_path: Path
+) -> None:
+    port = free_port()
+    address = f"127.0.0.1:{port}"
+    disk = tmp_path / "disk"
+    settings = {"capacity_bytes": "1000000", "disk_path": f'"{disk}"', "disk_timeout_s": "20.0"}
+    settings["disk_capacity_bytes"] = "1000000000"
+    process = start_cache(port, **settings)
+    await until_ready(tls_files, address)
+    blocks = chain(*(os.urandom(500_000) for _ in range(40)))
+    async with cache_client(tls_files, address) as client:
+        storing = asyncio.create_task(client.store(ALICE, blocks))
+        deadline = time.monotonic() + 20
+        while len(list(disk.glob("v1/*/*"))) < 10:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.001)
+        process.kill()
+        process.wait()
+        await asyncio.gather(storing, return_exceptions=True)
+
+    start_cache(port, **settings)
+    await until_ready(tls_files, address)
+    on_disk = {path.name for path in disk.glob("v1/*/*")}
+    kept = [each for each in blocks if each[0].hex() in on_disk]
+    assert len(kept) >= 10
+    assert list((disk / "partial").iterdir()) == []
+    async with cache_client(tls_files, address) as client:
+        deadline = time.monotonic() + 20
+        while len(held := await client.lookup(ALICE, hashes(kept))) < len(kept):
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.05)
+        found = [block async for block in client.fetch_held(held)]
+        assert [block.payload for block in found] == [payload for _, payload in kept]
+
+
 async def test_it_drains_and_ends_well_when_told_to(
     tls_files: Tls, start_cache: StartCache, free_port: Callable[[], int]
 ) -> None:

@@ -217,5 +217,5 @@ async def test_a_removed_folder_loses_its_blocks_once_and_is_used_again(
         assert await keep(tier, HASHES[5], block(NAMESPACES[0], 1000))
         await eventually(lambda: tier.peek(NAMESPACES[0], HASHES[5]) is not None)
         assert isinstance(await tier.read(NAMESPACES[0], HASHES[5]), StoredBlock)
-        assert tier.up
+        await eventually(lambda: tier.up)
         assert tier.failure is None
