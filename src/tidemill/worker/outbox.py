@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from tidemill.api.common.v1.lifecycle_pb2 import FinishReason, PrefillDone
-from tidemill.api.decode.v1.decode_service_pb2 import Chunk, ChoiceEnded, DecodeResponse, Final
+from tidemill.api.decode.v1.decode_service_pb2 import ChoiceEnded, Chunk, DecodeResponse, Final
 from tidemill.engine import TokenLogprobs
 from tidemill.errors import TidemillError
 from tidemill.worker.task import logprobs_messages
@@ -108,18 +108,22 @@ class Outbox:
                 yield response
             if closed:
                 break
+        for response in self._take():
+            yield response
         if self._final is not None:
             yield DecodeResponse(final=self._final)
         if self._error is not None:
             raise self._error
 
     def _take(self) -> Iterator[DecodeResponse]:
-        """What waits, choice by choice; more may come while the reader is busy with one."""
+        """What waits now, choice by choice; what comes meanwhile keeps the pace."""
         for index, waiting in enumerate(self._choices):
-            while waiting.token_ids:
+            left = len(waiting.token_ids)
+            while left > 0:
                 self._next_at = self._loop.time() + self._pace_s()
                 yield DecodeResponse(chunk=self._chunk(index, waiting))
-            if waiting.ended is not None:
+                left -= MAX_CHUNK_TOKENS
+            if waiting.ended is not None and not waiting.token_ids:
                 ended, waiting.ended = waiting.ended, None
                 yield DecodeResponse(choice_ended=ended)
 
