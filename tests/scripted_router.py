@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from tidemill.api.billing.v1 import receipt_pb2
 from tidemill.api.common.v1 import lifecycle_pb2, usage_pb2
+from tidemill.api.common.v1.logprobs_pb2 import TokenLogprobs
 from tidemill.api.router.v1 import admin_service_pb2 as admin_pb
 from tidemill.api.router.v1 import router_service_pb2 as pb
 from tidemill.api.router.v1.admin_service_pb2_grpc import (
@@ -247,13 +248,22 @@ def accepted(request: pb.GenerateRequest) -> pb.GenerateResponse:
     )
 
 
-def chunk(index: int, text: str, *, sequence: int | None = None) -> pb.GenerateResponse:
+def likelihood(token_id: int) -> TokenLogprobs:
+    """What is told of a token, with two alternatives."""
+    return TokenLogprobs(logprob=-token_id, top_token_ids=[1, 2], top_logprobs=[-0.5, -1.5])
+
+
+def chunk(
+    index: int, text: str, *, sequence: int | None = None, choice: int = 0, logprobs: bool = False
+) -> pb.GenerateResponse:
     """One token, whose id is 100 + its index."""
     return pb.GenerateResponse(
         chunk=pb.TextChunk(
             sequence=index if sequence is None else sequence,
+            choice=choice,
             first_index=index,
             token_ids=[100 + index],
+            logprobs=[likelihood(100 + index)] if logprobs else [],
             text=text,
             usage=usage_message(billed_usage(index + 1)),
         )
@@ -274,6 +284,46 @@ def answer(*words: str) -> Script:
         yield router.completed(request, len(words), lifecycle_pb2.FINISH_REASON_STOP)
 
     return script
+
+
+def choices(*texts: str) -> Script:
+    """One choice for each text, a letter a chunk in turns, all scored, and so is the prompt."""
+
+    async def script(
+        router: ScriptedRouter, request: pb.GenerateRequest, context: Context
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        del context
+        yield accepted(request)
+        for index in (1, 3):
+            tokens = [index, index + 1]
+            yield pb.GenerateResponse(
+                prompt_scored=pb.PromptScored(
+                    first_index=index, token_ids=tokens, logprobs=map(likelihood, tokens)
+                )
+            )
+        sequence = 0
+        for index in range(max(map(len, texts))):
+            for choice, text in enumerate(texts):
+                if index < len(text):
+                    yield chunk(index, text[index], sequence=sequence, choice=choice, logprobs=True)
+                    sequence += 1
+                elif index == len(text):
+                    yield choice_end(choice, index, lifecycle_pb2.FINISH_REASON_STOP)
+        for choice, text in enumerate(texts):
+            if len(text) == max(map(len, texts)):
+                yield choice_end(choice, len(text), lifecycle_pb2.FINISH_REASON_LENGTH)
+        yield router.completed(request, sum(map(len, texts)), lifecycle_pb2.FINISH_REASON_LENGTH)
+
+    return script
+
+
+def choice_end(
+    choice: int, num_tokens: int, reason: "lifecycle_pb2.FinishReason.ValueType"
+) -> pb.GenerateResponse:
+    """The end of one of several choices."""
+    return pb.GenerateResponse(
+        choice_end=pb.ChoiceEnd(choice=choice, finish_reason=reason, completion_tokens=num_tokens)
+    )
 
 
 def refuse(error: TidemillError) -> Script:

@@ -12,6 +12,7 @@ from tests.scripted_router import (
     ScriptedRouter,
     answer,
     break_after,
+    choices,
     refuse,
     serve,
     silence,
@@ -32,6 +33,7 @@ from tidemill.client import (
     RetryPolicy,
     Stream,
     TextChunk,
+    TokenLogprobs,
 )
 from tidemill.client.generation import Progress
 
@@ -153,6 +155,31 @@ async def test_a_stream_left_at_its_last_event_still_gives_the_completion(face_o
         face = face_of(address)
         completion = await face.call(leave if isinstance(face, SyncFace) else leave_aio)
     assert completion.text == "ab"
+
+
+async def test_choices_come_apart_with_their_ends_and_log_probabilities(face_of: FaceOf) -> None:
+    async with serve(ScriptedRouter([choices("ab", "c")])) as address:
+        face = face_of(address)
+        completion = await face.call(
+            lambda client: client.generate("p", model="demo", n=2, logprobs=2, prompt_logprobs=2)
+        )
+    first, second = completion.choices
+    assert (first.text, first.token_ids, first.finish_reason) == ("ab", (100, 101), "length")
+    assert (second.text, second.token_ids, second.finish_reason) == ("c", (100,), "stop")
+    assert (completion.text, completion.token_ids) == ("ab", (100, 101))
+    assert completion.finish_reason is FinishReason.LENGTH
+    assert completion.logprobs == first.logprobs
+    assert first.logprobs[1] == TokenLogprobs(101, -101.0, ((1, -0.5), (2, -1.5)))
+    assert [scored.token_id for scored in completion.prompt_logprobs] == [1, 2, 3, 4]
+    assert completion.usage.completion_tokens == 3
+
+
+async def test_a_choice_that_was_not_asked_for_is_an_error(face_of: FaceOf) -> None:
+    async with serve(ScriptedRouter([choices("ab", "c")])) as address:
+        face = face_of(address)
+        with pytest.raises(errors.Internal) as raised:
+            await face.call(lambda client: client.generate("p", model="demo"))
+    assert raised.value.reason == "SEQUENCE_GAP"
 
 
 async def test_cancel_ends_the_stream_with_its_bill(face_of: FaceOf) -> None:

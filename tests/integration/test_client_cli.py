@@ -16,6 +16,7 @@ from tests.scripted_router import (
     NUM_PROMPT_TOKENS,
     ScriptedRouter,
     answer,
+    choices,
     refuse,
     serve,
     until_cancelled,
@@ -172,6 +173,57 @@ async def test_a_prompt_may_come_from_stdin_and_options_reach_the_router() -> No
     assert request.max_cost == pb.MaxCost(currency="USD", nano=20_000_000)
 
 
+async def test_sampling_and_a_schema_reach_the_router(tmp_path: Path) -> None:
+    router = ScriptedRouter([answer("{}")])
+    (tmp_path / "schema.json").write_text('{"type": "object"}')
+    flags = {
+        "--min-p": "0.1",
+        "--repetition-penalty": "1.1",
+        "--presence-penalty": "-0.5",
+        "--frequency-penalty": "0.25",
+        "--min-tokens": "3",
+        "--json-schema": str(tmp_path / "schema.json"),
+    }
+    async with serve(router) as address:
+        ended = await tidemill(
+            *("generate", "p", "--ignore-eos", "--logit-bias", "5=-100", "--logit-bias", "6=1.5"),
+            *(word for flag in flags.items() for word in flag),
+            *("--logprobs", "2", "--prompt-logprobs", "--json"),
+            address=address,
+        )
+    assert ended.status == 0
+    (request,) = router.requests
+    sampling = request.sampling
+    assert (sampling.min_p, sampling.repetition_penalty, sampling.min_tokens) == (0.1, 1.1, 3)
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (-0.5, 0.25)
+    assert dict(sampling.logit_bias) == {5: -100.0, 6: 1.5}
+    assert sampling.ignore_eos
+    assert sampling.logprobs == 2
+    assert (sampling.prompt_logprobs, sampling.HasField("prompt_logprobs")) == (0, True)
+    assert json.loads(request.response_format.json_schema.schema) == {"type": "object"}
+
+
+async def test_several_answers_are_each_shown_whole() -> None:
+    async with serve(ScriptedRouter([choices("mill", "sea")])) as address:
+        ended = await tidemill("generate", "p", "--n", "2", "--json-object", address=address)
+    assert ended.status == 0
+    assert ended.out == "sea\nmill\n"
+    assert ended.err.startswith("[choice 1: stop]\n[choice 0: length]\n")
+    assert "completion 7" in ended.err
+
+
+async def test_json_holds_every_choice_and_what_was_scored() -> None:
+    async with serve(ScriptedRouter([choices("ab", "c")])) as address:
+        ended = await tidemill("chat", "p", "--n", "2", "--logprobs", "--json", address=address)
+    printed = json.loads(ended.out)
+    top = [{"token_id": 1, "logprob": -0.5}, {"token_id": 2, "logprob": -1.5}]
+    assert printed["text"] == "ab"
+    assert [choice["text"] for choice in printed["choices"]] == ["ab", "c"]
+    assert [choice["finish_reason"] for choice in printed["choices"]] == ["length", "stop"]
+    assert printed["choices"][1]["logprobs"] == [{"token_id": 100, "logprob": -100.0, "top": top}]
+    assert [each["token_id"] for each in printed["prompt_logprobs"]] == [1, 2, 3, 4]
+
+
 async def test_models_and_keys_print_plain_lines() -> None:
     async with serve(ScriptedRouter([answer("ok")])) as address:
         models = await tidemill("models", address=address)
@@ -198,6 +250,9 @@ async def test_dev_certs_are_made_where_asked(tmp_path: Path) -> None:
     [
         (["generate", "p", "--address", "nowhere"], "is not host:port"),
         (["chat", "--json"], "--json answers one message"),
+        (["chat", "--n", "2"], "--n answers one message"),
+        (["generate", "p", "--logprobs"], "are shown with --json"),
+        (["generate", "p", "--json-schema", "/nonexistent"], "cannot be read"),
         (["models", "--api-key-file", "/nonexistent"], "cannot read the key"),
         (["models", "--ca", "/nonexistent"], "cannot read /nonexistent"),
     ],

@@ -15,6 +15,8 @@ from tidemill.client.retry import RetryPolicy
 from tidemill.client.sync import Admin, Client, Stream
 from tidemill.client.types import (
     Accepted,
+    Choice,
+    ChoiceEnd,
     Completed,
     Completion,
     Event,
@@ -24,10 +26,12 @@ from tidemill.client.types import (
     Message,
     Model,
     NewKey,
+    PromptScored,
     Queued,
     Receipt,
     TextChunk,
     Timing,
+    TokenLogprobs,
     Usage,
 )
 
@@ -37,6 +41,8 @@ __all__ = [
     "AsyncAdmin",
     "AsyncClient",
     "AsyncStream",
+    "Choice",
+    "ChoiceEnd",
     "Client",
     "Completed",
     "Completion",
@@ -49,6 +55,7 @@ __all__ = [
     "NewKey",
     "Options",
     "Prices",
+    "PromptScored",
     "Queued",
     "Receipt",
     "RetryPolicy",
@@ -56,6 +63,7 @@ __all__ = [
     "Stream",
     "TextChunk",
     "Timing",
+    "TokenLogprobs",
     "Unbilled",
     "Usage",
 ]

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tidemill.client import cli_admin, cli_answer
+from tidemill.client import cli_admin, cli_answer, cli_options
 from tidemill.errors import ConfigError, TidemillError
 
 INTERRUPTED = 130
@@ -81,24 +81,7 @@ def _add_answers(
     commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
     connection: argparse.ArgumentParser,
 ) -> None:
-    sampling = argparse.ArgumentParser(add_help=False)
-    sampling.add_argument(
-        "-m", "--model", help="default: $TIDEMILL_MODEL, else the only model served"
-    )
-    sampling.add_argument("--max-tokens", type=int, metavar="N")
-    sampling.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
-    sampling.add_argument("--top-p", type=float, metavar="P")
-    sampling.add_argument("--top-k", type=int, metavar="K")
-    sampling.add_argument("--seed", type=int)
-    sampling.add_argument(
-        "--stop", action="append", metavar="TEXT", help="ends the answer; may be repeated"
-    )
-    sampling.add_argument(
-        "--max-cost", type=cli_answer.max_cost, metavar="0.01USD", help="refuse what may cost more"
-    )
-    sampling.add_argument("--timeout", type=float, metavar="S", help="seconds for the whole answer")
-    sampling.add_argument("--request-id", metavar="ID", help="idempotency key (default: a UUID)")
-
+    sampling = cli_options.parser()
     generate = commands.add_parser(
         "generate", parents=[connection, sampling], help="continue a prompt"
     )

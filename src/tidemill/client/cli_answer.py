@@ -9,14 +9,22 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from decimal import Decimal
 from types import FrameType
 from typing import TextIO
 
 from tidemill.client.cli_admin import connect
+from tidemill.client.cli_options import options
 from tidemill.client.request import Options
 from tidemill.client.sync import Client, Stream
-from tidemill.client.types import Completion, FinishReason, MaxCost, Message, Queued, TextChunk
+from tidemill.client.types import (
+    Choice,
+    ChoiceEnd,
+    Completion,
+    FinishReason,
+    Message,
+    Queued,
+    TextChunk,
+)
 from tidemill.errors import ConfigError, TidemillError
 
 MODEL = "TIDEMILL_MODEL"
@@ -26,10 +34,10 @@ _EXIT_STATUS = {FinishReason.SERVER_FAULT: 1, FinishReason.CANCELLED: 130}
 
 def generate(args: argparse.Namespace) -> int:
     """Continue a prompt."""
-    prompt = _text(args.prompt)
+    prompt, asked = _text(args.prompt), options(args)
     with connect(args) as client:
         model = _model(client, args)
-        stream = client.generate(prompt, model=model, stream=True, **_options(args))
+        stream = client.generate(prompt, model=model, stream=True, **asked)
         return _exit_status(_show(stream, as_json=args.json))
 
 
@@ -38,24 +46,19 @@ def chat(args: argparse.Namespace) -> int:
     messages = [Message("system", args.system)] if args.system else []
     if args.message is None and args.json:
         raise ConfigError("--json answers one message: give it, or - for stdin")
+    if args.message is None and (args.n or 1) > 1:
+        raise ConfigError("--n answers one message: give it, or - for stdin")
+    asked = options(args)
     with connect(args) as client:
         model = _model(client, args)
         if args.message is None:
-            return _converse(client, model, messages, _options(args))
+            return _converse(client, model, messages, asked)
         messages.append(Message("user", _text(args.message)))
-        stream = client.chat(messages, model=model, stream=True, **_options(args))
+        stream = client.chat(messages, model=model, stream=True, **asked)
         return _exit_status(_show(stream, as_json=args.json))
 
 
-def max_cost(text: str) -> MaxCost:
-    """Parse "0.01USD" or "0.01 USD"; nothing finer than 10^-9."""
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([A-Z]{3})", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an amount such as 0.01USD")
-    return MaxCost(match[2], int(Decimal(match[1]).scaleb(9)))
-
-
-def _converse(client: Client, model: str, messages: list[Message], options: Options) -> int:
+def _converse(client: Client, model: str, messages: list[Message], asked: Options) -> int:
     """Read a line, answer it with all that was said before, and so on; Ctrl-D ends it.
 
     Ctrl-C ends the answer under way and its bill is shown. A refusal is shown, its line forgotten.
@@ -64,31 +67,42 @@ def _converse(client: Client, model: str, messages: list[Message], options: Opti
         if not line.strip():
             continue
         try:
-            asked = [*messages, Message("user", line)]
-            completion = _show(client.chat(asked, model=model, stream=True, **options))
+            said = [*messages, Message("user", line)]
+            completion = _show(client.chat(said, model=model, stream=True, **asked))
         except TidemillError as error:
             print(f"error: {error.reason}: {error}", file=sys.stderr)
         else:
-            messages += [asked[-1], Message("assistant", completion.text)]
+            messages += [said[-1], Message("assistant", completion.text)]
     return 0
 
 
 def _show(stream: Stream, *, as_json: bool = False) -> Completion:
+    """Print the answer as it comes; several choices each in whole when it has ended."""
+    several = len(stream.choices) > 1
     with stream, _cancelled_by_interrupt(stream):
         for event in stream:
             match event:
                 case Queued(position=position) if position and not as_json:
                     print(f"queued, {position} ahead", file=sys.stderr)
-                case TextChunk() if not as_json:
+                case ChoiceEnd() if not as_json:
+                    _show_choice(stream.choices[event.choice])
+                case TextChunk() if not as_json and not several:
                     _write(sys.stderr, event.reasoning)
                     _write(sys.stdout, event.text)
         completion = stream.completion()
     if as_json:
         print(json.dumps(completion.to_dict()))
     else:
-        print()
+        if not several:
+            print()
         print(_summary(completion), file=sys.stderr)
     return completion
+
+
+def _show_choice(choice: Choice) -> None:
+    print(f"[choice {choice.index}: {choice.finish_reason}]", file=sys.stderr)
+    _write(sys.stderr, choice.reasoning)
+    _write(sys.stdout, choice.text + "\n")
 
 
 def _write(to: TextIO, text: str) -> None:
@@ -150,20 +164,6 @@ def _summary(completion: Completion) -> str:
         f"first token {timing.first_token_s * 1000:.0f} ms{pace}; request {completion.request_id}"
     )
     return "\n".join(lines)
-
-
-def _options(args: argparse.Namespace) -> Options:
-    return {
-        "max_tokens": args.max_tokens,
-        "temperature": args.temperature,
-        "top_p": args.top_p,
-        "top_k": args.top_k,
-        "seed": args.seed,
-        "stop": args.stop or (),
-        "max_cost": args.max_cost,
-        "timeout": args.timeout,
-        "request_id": args.request_id,
-    }
 
 
 def _model(client: Client, args: argparse.Namespace) -> str:

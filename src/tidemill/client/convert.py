@@ -1,20 +1,25 @@
 """From the router's messages to the SDK's types: the one place that reads them."""
 
+from collections.abc import Iterable
+
 from tidemill.api.billing.v1 import receipt_pb2
-from tidemill.api.common.v1 import lifecycle_pb2, usage_pb2
+from tidemill.api.common.v1 import lifecycle_pb2, logprobs_pb2, usage_pb2
 from tidemill.api.router.v1 import admin_service_pb2, router_service_pb2
 from tidemill.billing import Prices, Reuse, Unbilled
 from tidemill.client.types import (
     Accepted,
+    ChoiceEnd,
     Completed,
     Event,
     FinishReason,
     Key,
     Model,
+    PromptScored,
     Queued,
     Receipt,
     TextChunk,
     Timing,
+    TokenLogprobs,
     Usage,
 )
 
@@ -55,19 +60,37 @@ def event(message: router_service_pb2.GenerateResponse) -> Event | None:
             )
         case "queued":
             return Queued(position=message.queued.position)
+        case "prompt_scored":
+            return PromptScored(
+                first_index=message.prompt_scored.first_index,
+                logprobs=logprobs(message.prompt_scored.token_ids, message.prompt_scored.logprobs),
+            )
         case "chunk":
-            return TextChunk(
-                sequence=message.chunk.sequence,
-                first_index=message.chunk.first_index,
-                token_ids=tuple(message.chunk.token_ids),
-                text=message.chunk.text,
-                reasoning=message.chunk.reasoning_text,
-                usage=usage(message.chunk.usage),
+            return _chunk(message.chunk)
+        case "choice_end":
+            return ChoiceEnd(
+                choice=message.choice_end.choice,
+                finish_reason=_finish_reason(message.choice_end.finish_reason),
+                completion_tokens=message.choice_end.completion_tokens,
             )
         case "completed":
             return _completed(message.completed)
         case _:
             return None
+
+
+def logprobs(
+    token_ids: Iterable[int], messages: Iterable[logprobs_pb2.TokenLogprobs]
+) -> tuple[TokenLogprobs, ...]:
+    """Each token with how likely it was; empty where nothing is told of them."""
+    return tuple(
+        TokenLogprobs(
+            token_id,
+            message.logprob,
+            tuple(zip(message.top_token_ids, message.top_logprobs, strict=False)),
+        )
+        for token_id, message in zip(token_ids, messages, strict=False)
+    )
 
 
 def usage(message: usage_pb2.Usage) -> Usage:
@@ -187,10 +210,27 @@ def key(message: admin_service_pb2.KeyInfo) -> Key:
     )
 
 
+def _chunk(message: router_service_pb2.TextChunk) -> TextChunk:
+    return TextChunk(
+        sequence=message.sequence,
+        choice=message.choice,
+        first_index=message.first_index,
+        token_ids=tuple(message.token_ids),
+        logprobs=logprobs(message.token_ids, message.logprobs),
+        text=message.text,
+        reasoning=message.reasoning_text,
+        usage=usage(message.usage),
+    )
+
+
+def _finish_reason(number: int) -> FinishReason:
+    return _FINISH_REASONS.get(number, FinishReason.UNKNOWN)
+
+
 def _completed(message: router_service_pb2.Completed) -> Completed:
     timing = message.timing
     return Completed(
-        finish_reason=_FINISH_REASONS.get(message.finish_reason, FinishReason.UNKNOWN),
+        finish_reason=_finish_reason(message.finish_reason),
         usage=usage(message.usage),
         receipt=receipt(message.receipt) if message.HasField("receipt") else None,
         seed=message.seed,

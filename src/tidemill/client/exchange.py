@@ -2,13 +2,54 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from tidemill.api.router.v1.router_service_pb2 import GenerateResponse
 from tidemill.client import convert
 from tidemill.client.request import Prepared
 from tidemill.client.retry import Attempts
-from tidemill.client.types import Accepted, Completed, Completion, Event, TextChunk, Usage
+from tidemill.client.types import (
+    Accepted,
+    Choice,
+    ChoiceEnd,
+    Completed,
+    Completion,
+    Event,
+    FinishReason,
+    PromptScored,
+    TextChunk,
+    TokenLogprobs,
+    Usage,
+)
 from tidemill.errors import Internal, TidemillError
+
+
+@dataclass(slots=True)
+class _Growing:
+    """What has come of one choice."""
+
+    index: int
+    text: list[str] = field(default_factory=list)
+    reasoning: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    def take(self, chunk: TextChunk) -> None:
+        self.text.append(chunk.text)
+        self.reasoning.append(chunk.reasoning)
+        self.token_ids.extend(chunk.token_ids)
+        self.logprobs.extend(chunk.logprobs)
+
+    def choice(self) -> Choice:
+        return Choice(
+            index=self.index,
+            text="".join(self.text),
+            reasoning="".join(self.reasoning),
+            token_ids=tuple(self.token_ids),
+            finish_reason=self.finish_reason,
+            logprobs=tuple(self.logprobs),
+        )
 
 
 class Exchange:
@@ -28,9 +69,8 @@ class Exchange:
         self._clock = clock
         self._sent_at = clock()
         self._next_sequence = 0
-        self._text: list[str] = []
-        self._reasoning: list[str] = []
-        self._token_ids: list[int] = []
+        self._choices = [_Growing(index) for index in range(self.message.sampling.n or 1)]
+        self._prompt_logprobs: list[TokenLogprobs] = []
 
     @property
     def request_id(self) -> str:
@@ -39,18 +79,23 @@ class Exchange:
 
     @property
     def text(self) -> str:
-        """Answer text so far."""
-        return "".join(self._text)
+        """Answer text so far, of the first choice."""
+        return "".join(self._choices[0].text)
 
     @property
     def reasoning(self) -> str:
-        """Reasoning text so far."""
-        return "".join(self._reasoning)
+        """Reasoning text so far, of the first choice."""
+        return "".join(self._choices[0].reasoning)
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """Completion tokens so far."""
-        return tuple(self._token_ids)
+        """Completion tokens so far, of the first choice."""
+        return tuple(self._choices[0].token_ids)
+
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        """All choices as far as they have come."""
+        return tuple(growing.choice() for growing in self._choices)
 
     def receive(self, message: GenerateResponse) -> Event | None:
         """Take in one message; None if its kind is newer than this client.
@@ -62,9 +107,12 @@ class Exchange:
             self.accepted = event
         elif isinstance(event, TextChunk):
             self._take_chunk(event)
+        elif isinstance(event, PromptScored):
+            self._prompt_logprobs.extend(event.logprobs)
+        elif isinstance(event, ChoiceEnd):
+            self._growing(event.choice).finish_reason = event.finish_reason
         elif isinstance(event, Completed):
-            self.completed = event
-            self.usage = event.usage
+            self._complete(event)
         return event
 
     def end(self) -> None:
@@ -85,9 +133,8 @@ class Exchange:
         assert self.completed is not None
         return Completion(
             request_id=self.request_id,
-            text=self.text,
-            reasoning=self.reasoning,
-            token_ids=self.token_ids,
+            choices=self.choices,
+            prompt_logprobs=tuple(self._prompt_logprobs),
             finish_reason=self.completed.finish_reason,
             usage=self.completed.usage,
             receipt=self.completed.receipt,
@@ -97,18 +144,29 @@ class Exchange:
         )
 
     def _take_chunk(self, chunk: TextChunk) -> None:
-        if chunk.sequence != self._next_sequence or chunk.first_index != len(self._token_ids):
-            raise self.identified(
-                Internal(
-                    f"chunk {chunk.sequence} at token {chunk.first_index} came where chunk "
-                    f"{self._next_sequence} at token {len(self._token_ids)} was due",
-                    reason="SEQUENCE_GAP",
-                )
+        growing = self._growing(chunk.choice)
+        due = len(growing.token_ids)
+        if chunk.sequence != self._next_sequence or chunk.first_index != due:
+            raise self._gap(
+                f"chunk {chunk.sequence} at token {chunk.first_index} came where chunk "
+                f"{self._next_sequence} at token {due} was due"
             )
         self._next_sequence += 1
         if self.ttft_s is None and chunk.token_ids:
             self.ttft_s = self._clock() - self._sent_at
-        self._text.append(chunk.text)
-        self._reasoning.append(chunk.reasoning)
-        self._token_ids.extend(chunk.token_ids)
+        growing.take(chunk)
         self.usage = chunk.usage
+
+    def _growing(self, choice: int) -> _Growing:
+        if choice >= len(self._choices):
+            raise self._gap(f"choice {choice} came where {len(self._choices)} were asked for")
+        return self._choices[choice]
+
+    def _complete(self, completed: Completed) -> None:
+        self.completed = completed
+        self.usage = completed.usage
+        for growing in self._choices:
+            growing.finish_reason = growing.finish_reason or completed.finish_reason
+
+    def _gap(self, problem: str) -> TidemillError:
+        return self.identified(Internal(problem, reason="SEQUENCE_GAP"))

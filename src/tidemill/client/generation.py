@@ -16,7 +16,7 @@ from tidemill.client.request import (
     prepare_chat,
     prepare_prompt,
 )
-from tidemill.client.types import Accepted, Completed, Usage
+from tidemill.client.types import Accepted, Choice, Completed, Usage
 
 CompletionT = TypeVar("CompletionT")
 StreamT = TypeVar("StreamT")
@@ -125,18 +125,23 @@ class Progress:
 
     @property
     def text(self) -> str:
-        """Answer text so far."""
+        """Answer text so far, of the first choice."""
         return self._exchange.text
 
     @property
     def reasoning(self) -> str:
-        """Reasoning text so far."""
+        """Reasoning text so far, of the first choice."""
         return self._exchange.reasoning
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """Completion tokens so far."""
+        """Completion tokens so far, of the first choice."""
         return self._exchange.token_ids
+
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        """All choices as far as they have come."""
+        return self._exchange.choices
 
     @property
     def usage(self) -> Usage:

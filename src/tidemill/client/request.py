@@ -1,8 +1,9 @@
 """From the arguments of `generate` and `chat` to one GenerateRequest."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, TypedDict, Unpack
+from typing import Any, Final, Literal, TypedDict, Unpack
 from uuid import uuid4
 
 from tidemill.api.common.v1.sampling_pb2 import Sampling
@@ -21,16 +22,41 @@ _ROLES: Final = {
     "assistant": pb.CHAT_ROLE_ASSISTANT,
 }
 
+_NUMBERS: Final = (
+    "max_tokens",
+    "min_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logprobs",
+    "prompt_logprobs",
+    "n",
+)
+
 
 class Options(TypedDict, total=False):
     """Options of one request; what is left out takes the router's default.
 
-    max_tokens: most completion tokens. temperature: 0 is greedy. top_p: nucleus mass in (0, 1].
-    top_k: 0 is off. seed: of the noise; drawn by the router and reported when left out.
-    stop: texts that end the completion and are not part of it. stop_token_ids: beside the
-    model's own. max_cost: refuse a request that could cost more. request_id: idempotency key, a
-    UUID by default. timeout: seconds for the whole answer, 1800 by default; the router ends a
-    late one with its bill. first_token_timeout: seconds to the first token.
+    max_tokens: most completion tokens. min_tokens: neither a stop token nor a stop string ends
+    the completion before. temperature: 0 is greedy. top_p: nucleus mass in (0, 1]. top_k: 0 is
+    off. min_p: least share of the likeliest token's probability. seed: of the noise; drawn by the
+    router and reported when left out. stop: texts that end the completion and are not part of it.
+    stop_token_ids: beside the model's own. ignore_eos: go on after the model's own.
+
+    repetition_penalty: on tokens of prompt and completion, 1 is off. presence_penalty and
+    frequency_penalty: on those of the completion, 0 is off. logit_bias: added by token id.
+    logprobs, prompt_logprobs: tell how likely each token of completion or prompt was, with so
+    many alternatives. n: completions of the one prompt, which is billed once. response_format:
+    "json" for any JSON object, or a JSON schema.
+
+    max_cost: refuse a request that could cost more. request_id: idempotency key, a UUID by
+    default. timeout: seconds for the whole answer, 1800 by default; the router ends a late one
+    with its bill. first_token_timeout: seconds to the first token.
     """
 
     max_tokens: int | None
@@ -40,6 +66,17 @@ class Options(TypedDict, total=False):
     seed: int | None
     stop: str | Sequence[str]
     stop_token_ids: Sequence[int]
+    min_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    min_tokens: int | None
+    ignore_eos: bool
+    logprobs: int | None
+    prompt_logprobs: int | None
+    n: int | None
+    response_format: Literal["json"] | Mapping[str, Any] | None
     max_cost: MaxCost | None
     request_id: str | None
     timeout: float | None
@@ -124,6 +161,7 @@ def _prepare(message: pb.GenerateRequest, **options: Unpack[Options]) -> Prepare
         if first_token_s is not None:
             message.first_token_timeout_ms = round(first_token_s * 1000)
     _sampling(message.sampling, options)
+    _response_format(message, options.get("response_format"))
     if message.ByteSize() > PUBLIC_MESSAGE_BYTES:
         raise InvalidRequest(
             f"the request takes {message.ByteSize()} bytes, more than {PUBLIC_MESSAGE_BYTES}",
@@ -135,7 +173,7 @@ def _prepare(message: pb.GenerateRequest, **options: Unpack[Options]) -> Prepare
 
 
 def _sampling(sampling: Sampling, options: Options) -> None:
-    for name in ("max_tokens", "temperature", "top_p", "top_k", "seed"):
+    for name in _NUMBERS:
         value = options.get(name)
         if value is not None:
             with _Field(f"sampling.{name}"):
@@ -143,6 +181,25 @@ def _sampling(sampling: Sampling, options: Options) -> None:
     with _Field("sampling.stop_token_ids"):
         if stop_token_ids := options.get("stop_token_ids"):
             sampling.stop_token_ids.extend(stop_token_ids)
+    with _Field("sampling.logit_bias"):
+        if logit_bias := options.get("logit_bias"):
+            sampling.logit_bias.update(logit_bias)
+    if options.get("ignore_eos"):
+        sampling.ignore_eos = True
+
+
+def _response_format(
+    message: pb.GenerateRequest, wanted: Literal["json"] | Mapping[str, Any] | None
+) -> None:
+    if wanted is None:
+        return
+    if wanted == "json":
+        message.response_format.json_object.SetInParent()
+        return
+    if not isinstance(wanted, Mapping):
+        raise TypeError(f'response_format must be "json" or a JSON schema, is {wanted!r:.40}')
+    with _Field("response_format.json_schema.schema"):
+        message.response_format.json_schema.schema = json.dumps(wanted, allow_nan=False)
 
 
 class _Field:

@@ -207,12 +207,38 @@ class Queued:
     position: int
 
 
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """How likely a token was in its place, and the likeliest ones there, likeliest first.
+
+    Natural logarithms of the model's own probabilities, before temperature, penalties, bias and
+    format. `top` holds (token id, logarithm) pairs, as many as were asked for.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as `tidemill --json` prints them."""
+        top = [{"token_id": token_id, "logprob": logprob} for token_id, logprob in self.top]
+        return {"token_id": self.token_id, "logprob": self.logprob, "top": top}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptScored:
+    """How likely the prompt's tokens were, from index `first_index` on; before any chunk."""
+
+    first_index: int
+    logprobs: tuple[TokenLogprobs, ...]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextChunk:
-    """Some tokens and the whole characters that they complete.
+    """Some tokens of one choice and the whole characters that they complete.
 
-    `first_index` is the place of token_ids[0] in the completion; `usage` is the bill's counts so
-    far.
+    `first_index` is the place of token_ids[0] in the choice; `usage` is the bill's counts so far,
+    all choices together. `logprobs` are the tokens', or empty if they were not asked for.
     """
 
     sequence: int
@@ -221,11 +247,22 @@ class TextChunk:
     text: str
     reasoning: str
     usage: Usage
+    choice: int = 0
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChoiceEnd:
+    """One of several choices has ended, with so many billed tokens."""
+
+    choice: int
+    finish_reason: FinishReason
+    completion_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Completed:
-    """The end and the bill. The last event."""
+    """The end and the bill; of several choices, why the last one ended. The last event."""
 
     finish_reason: FinishReason
     usage: Usage
@@ -234,38 +271,85 @@ class Completed:
     timing: Timing
 
 
-Event = Accepted | Queued | TextChunk | Completed
+Event = Accepted | Queued | PromptScored | TextChunk | ChoiceEnd | Completed
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """One of a request's completions; `finish_reason` is None while it goes on."""
+
+    index: int
+    text: str
+    reasoning: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; `reasoning` and `logprobs` are added where there are any."""
+        return {
+            "text": self.text,
+            **({"reasoning": self.reasoning} if self.reasoning else {}),
+            "token_ids": list(self.token_ids),
+            **({"logprobs": [each.to_dict() for each in self.logprobs]} if self.logprobs else {}),
+            "finish_reason": self.finish_reason.value if self.finish_reason else None,
+        }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Completion:
     """A whole answer with its bill.
 
-    `replayed`: the request had come to its end before, under the same id. The bill is that one;
-    the text is not kept by the router, so there is none.
+    `choices` are in order; `text` and its kin are those of the first, mostly the only one.
+    `finish_reason` tells why the last choice ended, `prompt_logprobs` how likely the prompt's
+    tokens from the second on were, if that was asked for. `replayed`: the request had come to its
+    end before, under the same id. The bill is that one; the text is not kept by the router, so
+    there is none.
     """
 
     request_id: str
-    text: str
-    reasoning: str
-    token_ids: tuple[int, ...]
+    choices: tuple[Choice, ...]
     finish_reason: FinishReason
     usage: Usage
     receipt: Receipt | None
     seed: int
     timing: Timing
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     replayed: bool = False
+
+    @property
+    def text(self) -> str:
+        """Answer text."""
+        return self.choices[0].text
+
+    @property
+    def reasoning(self) -> str:
+        """Reasoning text."""
+        return self.choices[0].reasoning
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The completion's tokens."""
+        return self.choices[0].token_ids
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprobs, ...]:
+        """The tokens' log-probabilities, if they were asked for."""
+        return self.choices[0].logprobs
 
     def to_dict(self) -> dict[str, Any]:
         """`text`, `token_ids`, `finish_reason`, `usage`, `receipt`, as `--json` prints them.
 
-        `reasoning` is added where the model reasoned.
+        `reasoning`, `logprobs` and `prompt_logprobs` are added where there are any, and of
+        several choices all as `choices`; what stands beside those is the first one's.
         """
+        scored = [each.to_dict() for each in self.prompt_logprobs]
+        several = [choice.to_dict() for choice in self.choices] if len(self.choices) > 1 else []
         return {
-            "text": self.text,
-            **({"reasoning": self.reasoning} if self.reasoning else {}),
-            "token_ids": list(self.token_ids),
+            **self.choices[0].to_dict(),
             "finish_reason": self.finish_reason.value,
+            **({"choices": several} if several else {}),
+            **({"prompt_logprobs": scored} if scored else {}),
             "usage": self.usage.to_dict(),
             "receipt": None if self.receipt is None else self.receipt.to_dict(),
         }

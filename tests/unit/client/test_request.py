@@ -1,3 +1,4 @@
+import json
 from typing import Any
 
 import pytest
@@ -29,6 +30,14 @@ def test_zero_is_not_unset() -> None:
         ({"top_k": 2**32}, "sampling.top_k"),
         ({"seed": -1}, "sampling.seed"),
         ({"stop_token_ids": [-5]}, "sampling.stop_token_ids"),
+        ({"n": -1}, "sampling.n"),
+        ({"logprobs": -1}, "sampling.logprobs"),
+        ({"min_tokens": 2**32}, "sampling.min_tokens"),
+        ({"logit_bias": {-1: 1.0}}, "sampling.logit_bias"),
+        (
+            {"response_format": {"const": float("nan")}},
+            "response_format.json_schema.schema",
+        ),
         ({"stop": ["ok", "\ud800"]}, "stop"),
         ({"max_cost": MaxCost("USD", -1)}, "max_cost"),
         ({"timeout": -1.0}, "total_timeout_ms"),
@@ -57,6 +66,19 @@ def test_a_request_over_four_mebibytes_is_refused_before_it_is_sent() -> None:
         prepare_prompt("demo", "x" * (4 << 20), None, {})
     assert raised.value.reason == "MESSAGE_TOO_LARGE"
     assert raised.value.request_id
+
+
+def test_a_format_is_any_json_object_or_a_schema() -> None:
+    plain = prepare_prompt("demo", "p", None, {"response_format": "json"}).message
+    assert plain.response_format.WhichOneof("kind") == "json_object"
+    schema = {"type": "object", "properties": {"größe": {"type": "integer"}}}
+    bound = prepare_prompt("demo", "p", None, {"response_format": schema}).message
+    assert json.loads(bound.response_format.json_schema.schema) == schema
+    free = prepare_prompt("demo", "p", None, {"response_format": None}).message
+    assert not free.HasField("response_format")
+    wrong: Any = {"response_format": "xml"}
+    with pytest.raises(TypeError, match="is 'xml'"):
+        prepare_prompt("demo", "p", None, wrong)
 
 
 def test_an_unknown_role_is_named() -> None:
