@@ -10,6 +10,7 @@ from typing import Any
 from tests.fp8_checkpoint import make_fp8_checkpoint
 from tests.tiny_model import YARN, make_tiny_checkpoint, make_tiny_v2_checkpoint
 
+TWO_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 # YaRN's form in V2 files: mscale and mscale_all_dim alike, and neither is 1.
 YARN_V2 = {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707}
@@ -148,7 +149,7 @@ SWITCHES: dict[str, list[dict[str, Any]]] = {
     ],
     "bias": [{"attention_bias": value} for value in (False, True)],
     "tied": [{"tie_word_embeddings": value} for value in (False, True)],
-    "heads": [{}, {"qk_nope_head_dim": 24, "v_head_dim": 8, "num_attention_heads": 2}],
+    "heads": [{}, {"qk_nope_head_dim": 24, "v_head_dim": 8, **TWO_HEADS}],
     "eps": [{"rms_norm_eps": eps} for eps in (1e-6, 1e-3)],
     "weights": [
         {"weights": kind}
