@@ -30,5 +30,5 @@ def test_preset_has_the_published_size(name: str) -> None:
 
 
 def test_unknown_preset_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="'gpt-2', expected one of .*'deepseek-v3'"):
+    with pytest.raises(ConfigError, match=r"'gpt-2', expected one of .*'deepseek-v3'"):
         load_preset("gpt-2")
