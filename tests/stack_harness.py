@@ -181,7 +181,8 @@ class Stack:
         for name in ("prefill", "decode"):
             worker = document[name]
             worker["engine"] |= {"num_threads": 1, "dtype": "float32"}
-            worker["cache"]["client"] = PATIENT_CACHE
+            worker["cache"]["client"] = worker["peers"] = PATIENT_CACHE
+            worker["fetch"] = {"margin": 1e6}  # computing the tiny model is quicker
             worker["registry"] |= {"heartbeat_s": 0.2}
         document["router"]["fleet"]["discover_interval_s"] = 0.2
         if "both" in self._ports:

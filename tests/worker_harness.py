@@ -62,6 +62,7 @@ async def worker_at(
     worker_id: str | None = None,
     num_blocks: int = 96,
     step_tokens: int = 64,
+    host_cache_blocks: int = 0,
     make_transport: Any = None,
     **settings: Any,
 ) -> AsyncIterator[RunningWorker]:
@@ -75,7 +76,12 @@ async def worker_at(
         worker_id=worker_id or role.value,
         model="tiny",
         model_dir=model_dir,
-        engine=EngineConfig(num_blocks=num_blocks, step_tokens=step_tokens, num_threads=1),
+        engine=EngineConfig(
+            num_blocks=num_blocks,
+            step_tokens=step_tokens,
+            host_cache_blocks=host_cache_blocks,
+            num_threads=1,
+        ),
         server=ServerConfig(tls=tls(CERTIFICATES[role]), drain_s=0.2),
         **settings,
     )
@@ -277,3 +283,4 @@ def slow_down(running: RunningWorker, seconds: float) -> None:
 def check_whole(worker: Worker) -> None:
     worker.engine.pool.check_integrity()
     assert worker.engine.pool.num_referenced == 0
+    assert worker.engine.num_swapped == 0

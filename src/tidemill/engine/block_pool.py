@@ -157,6 +157,16 @@ class BlockPool:
         with self._lock:
             return [found.tier for found in self._walk(hashes, root)]
 
+    def gap(self, hashes: Sequence[bytes]) -> int:
+        """How many blocks of the chain are missing before the first that is held, or the end."""
+        with self._lock:
+            held = (
+                index
+                for index, block_hash in enumerate(hashes)
+                if block_hash in self._block_of or block_hash in self._host
+            )
+            return next(held, len(hashes))
+
     def reserve(self, hashes: Sequence[bytes], num_blocks: int) -> Reservation:
         """Claim the held start of `hashes` and take fresh blocks up to `num_blocks` in all.
 

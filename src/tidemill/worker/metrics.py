@@ -41,9 +41,7 @@ class WorkerMetrics:
             "Blocks held elsewhere, and computed as the quicker way.",
             "tier",
         )
-        self.peer_served_blocks = counter(
-            "peer_served_blocks", "Blocks sent to other workers, by the tier they lay in.", "tier"
-        )
+        self.peer_served_blocks = counter("peer_served_blocks", "Blocks sent to other workers.")
         self.cache_errors = counter(
             "cache_errors",
             "Calls that the cache or a peer did not serve: store, fetch, peer.",

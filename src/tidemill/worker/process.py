@@ -15,6 +15,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from tidemill import config as settings
+from tidemill.api.cache.v1.cache_service_pb2_grpc import add_CacheServiceServicer_to_server
 from tidemill.api.decode.v1.decode_service_pb2_grpc import add_DecodeServiceServicer_to_server
 from tidemill.api.prefill.v1.prefill_service_pb2_grpc import add_PrefillServiceServicer_to_server
 from tidemill.api.worker.v1.worker_service_pb2_grpc import add_WorkerServiceServicer_to_server
@@ -38,6 +39,7 @@ from tidemill.worker.decode_service import DecodeService
 from tidemill.worker.engine_thread import EngineThread
 from tidemill.worker.kv_peers import KvPeers
 from tidemill.worker.metrics import WorkerMetrics
+from tidemill.worker.peer_service import PeerService
 from tidemill.worker.prefill_service import PrefillService
 from tidemill.worker.prompt import PromptReuse
 from tidemill.worker.registration import Registration
@@ -49,6 +51,7 @@ _PACKAGE = "tidemill.api"
 WORKER_SERVICE = f"{_PACKAGE}.worker.v1.WorkerService"
 PREFILL_SERVICE = f"{_PACKAGE}.prefill.v1.PrefillService"
 DECODE_SERVICE = f"{_PACKAGE}.decode.v1.DecodeService"
+PEER_SERVICE = f"{_PACKAGE}.cache.v1.CacheService"
 
 ALLOWED = {
     **{
@@ -60,6 +63,10 @@ ALLOWED = {
         for method in ("Prefill", "PullKv", "RenewHandover", "ReleaseHandover", "StopPrefill")
     },
     **{f"/{DECODE_SERVICE}/{method}": {"router"} for method in ("Decode", "AckFinal", "GetFinal")},
+    **{
+        f"/{PEER_SERVICE}/{method}": {"prefill", "decode"}
+        for method in ("LookupBlocks", "FetchBlocks")
+    },
 }
 
 SWEEP_S = 1.0
@@ -134,33 +141,15 @@ async def running_worker(
             )
             background.start("block storer", storer.run)
         thread = stack.enter_context(EngineThread(engine))
-        policy = FetchOrRecompute(config.fetch, clock=time.monotonic)
-        holders = KvPeers(
-            lambda address, role: internal_channel(address, role=role, tls=tls), config.peers
-        )
-        stack.push_async_callback(holders.close)
-        fetcher = BlockFetcher(
-            policy,
-            block_bytes=engine.layout.block_bytes,
-            cache=cache,
-            peers=holders,
-            metrics=metrics,
+        reuse = PromptReuse(
+            engine,
+            model=config.model,
+            worker_id=config.worker_id,
+            fetcher=_fetcher(config, tls, stack, engine=engine, cache=cache, metrics=metrics),
+            storer=storer,
         )
         worker = Worker(
-            config,
-            role,
-            thread,
-            PromptReuse(
-                engine,
-                model=config.model,
-                worker_id=config.worker_id,
-                fetcher=fetcher,
-                storer=storer,
-            ),
-            storer=storer,
-            policy=policy,
-            metrics=metrics,
-            background=background,
+            config, role, thread, reuse, storer=storer, metrics=metrics, background=background
         )
         peers = PrefillPeers(
             lambda address: internal_channel(address, role="prefill", tls=tls),
@@ -221,6 +210,8 @@ def _serve(
     )
     add_WorkerServiceServicer_to_server(WorkerService(worker), server.server)
     server.add_service_name(WORKER_SERVICE)
+    add_CacheServiceServicer_to_server(PeerService(worker), server.server)
+    server.add_service_name(PEER_SERVICE)
     if worker.role.prefills:
         add_PrefillServiceServicer_to_server(PrefillService(worker), server.server)
         server.add_service_name(PREFILL_SERVICE)
@@ -244,10 +235,35 @@ def _cache_client(config: WorkerConfig, tls: TlsFiles, stack: AsyncExitStack) ->
     return client
 
 
+def _fetcher(
+    config: WorkerConfig,
+    tls: TlsFiles,
+    stack: AsyncExitStack,
+    *,
+    engine: Engine,
+    cache: CacheClient | None,
+    metrics: WorkerMetrics,
+) -> BlockFetcher:
+    def connect(address: str, role: str) -> grpc.aio.Channel:
+        return internal_channel(address, role=role, tls=tls)
+
+    peers = KvPeers(connect, config.peers)
+    stack.push_async_callback(peers.close)
+    return BlockFetcher(
+        FetchOrRecompute(config.fetch, clock=time.monotonic),
+        block_bytes=engine.layout.block_bytes,
+        cache=cache,
+        peers=peers,
+        metrics=metrics,
+    )
+
+
 def _watch(worker: Worker, attempts: AttemptTable) -> None:
     pool, metrics = worker.engine.pool, worker.metrics
     metrics.watch("blocks", "KV blocks of the device tier.", lambda: pool.num_blocks)
     metrics.watch("blocks_free", "Of those, free or evictable.", lambda: pool.num_free)
+    metrics.watch("host_blocks", "KV blocks of the host tier.", lambda: pool.num_host_blocks)
+    metrics.watch("host_blocks_held", "Of those, findable.", lambda: pool.num_host_held)
     metrics.watch("running", "Sequences in the engine.", lambda: worker.thread.num_sequences)
     metrics.watch(
         "queued_uncached_tokens", "Prompt tokens to be computed.", lambda: worker.backlog.num_tokens

@@ -15,7 +15,6 @@ from tidemill.engine import PoolCorrupted, PoolTier
 from tidemill.errors import FailedPrecondition, InvalidRequest
 from tidemill.kv.cache_client import CacheTier
 from tidemill.kv.handover import HandoverTable
-from tidemill.policy import FetchOrRecompute
 from tidemill.worker.background import Background
 from tidemill.worker.block_storer import BlockStorer
 from tidemill.worker.config import Role, WorkerConfig
@@ -48,7 +47,6 @@ class Worker:
         reuse: PromptReuse,
         *,
         storer: BlockStorer | None,
-        policy: FetchOrRecompute,
         metrics: WorkerMetrics,
         background: Background,
         clock: Callable[[], float] = time.monotonic,
@@ -64,7 +62,7 @@ class Worker:
         self.metrics = metrics
         self.clock = clock
         self._background = background
-        self.backlog = Backlog(config.max_queued_tokens, policy)
+        self.backlog = Backlog(config.max_queued_tokens, reuse.policy)
         self.handovers = HandoverTable(
             epoch=self.epoch, lease_s=config.handover.lease_s, clock=clock
         )
@@ -84,12 +82,13 @@ class Worker:
             problem = f"has {len(task.token_ids)} tokens, at most {limit - 1} fit the context"
             raise InvalidRequest(f"the prompt {problem}", violations=[("task.token_ids", problem)])
 
-    def check_fits(self, num_positions: int) -> None:
+    def check_fits(self, num_prompt_tokens: int, max_tokens: int = 1, *, choices: int = 1) -> None:
         """Raise FailedPrecondition (KV_POOL_TOO_SMALL) for what the empty pool could not hold."""
-        pool = self.engine.pool
-        if num_positions > pool.num_blocks * BLOCK_TOKENS:
+        engine = self.engine
+        if not engine.could_hold(num_prompt_tokens, max_tokens, choices=choices):
             raise FailedPrecondition(
-                f"{num_positions} tokens exceed the pool of {pool.num_blocks} blocks",
+                f"{choices} times {max_tokens} tokens after {num_prompt_tokens} exceed the pool of "
+                f"{engine.pool.num_blocks} blocks",
                 reason="KV_POOL_TOO_SMALL",
             )
 
@@ -139,7 +138,7 @@ class Worker:
     def check_pool(self) -> None:
         """Check the idle pool: sound books, and no block held. Readiness shows the outcome."""
         try:
-            self.engine.pool.check_idle()
+            self.engine.check_idle()
         except PoolCorrupted as error:
             self._corrupted = str(error)
         else:
@@ -190,6 +189,7 @@ class Worker:
             queued_uncached_tokens=self.backlog.num_tokens,
             prefilling=len(self.backlog),
             running=load.running,
+            swapped=load.swapped,
             waiting=self.num_waiting + max(load.waiting - len(self.backlog), 0),
             tiers=tiers,
             open_handovers=len(self.handovers),

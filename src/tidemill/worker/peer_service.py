@@ -1,0 +1,90 @@
+"""CacheService over a worker's own pool: what other workers may reuse of it."""
+
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+
+from tidemill.api.cache.v1 import cache_service_pb2 as pb
+from tidemill.api.cache.v1.cache_service_pb2_grpc import CacheServiceServicer
+from tidemill.blocks import root_hash
+from tidemill.kv.cache_client import digest
+from tidemill.kv.pieces import split
+from tidemill.kv.segments import to_bytes
+from tidemill.kv.threads import in_thread, one_ahead
+from tidemill.rpc.interceptors import Context
+from tidemill.rpc.validation import validate
+from tidemill.worker.worker import Worker
+
+MOST_FETCHES = 4  # at once; whoever comes then gets no block, and computes
+
+
+class PeerService(CacheServiceServicer):
+    """Serves LookupBlocks and FetchBlocks from the device and host tiers.
+
+    A block is found only under its chain hash, and only if the chain hangs on the root that the
+    stated scope and this worker's model and layout give (C1). Nothing is stored here.
+    """
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._pool = worker.engine.pool
+        self._layout = worker.engine.layout
+
+    async def LookupBlocks(
+        self, request: pb.LookupBlocksRequest, context: Context
+    ) -> pb.LookupBlocksResponse:
+        """How much of the chain lies here."""
+        validate(request)
+        root = self._root(request.namespace)
+        num_held = 0
+        if root is not None and not self._worker.draining:
+            num_held = len(self._pool.locate(request.block_hashes, root=root))
+        return pb.LookupBlocksResponse(
+            tiers=[pb.CACHE_TIER_PEER] * num_held, total_bytes=num_held * self._layout.block_bytes
+        )
+
+    async def FetchBlocks(
+        self, request: pb.FetchBlocksRequest, context: Context
+    ) -> AsyncIterator[pb.FetchBlocksResponse]:
+        """Blocks in the order asked, up to the first that is no longer here."""
+        validate(request)
+        root = self._root(request.namespace)
+        worker = self._worker
+        if root is None or worker.draining or worker.num_serving >= MOST_FETCHES:
+            return
+        worker.num_serving += 1
+        try:
+            async with aclosing(self._stream(request.block_hashes, root)) as responses:
+                async for response in responses:
+                    yield response
+        finally:
+            worker.num_serving -= 1
+
+    async def _stream(
+        self, hashes: Sequence[bytes], root: bytes
+    ) -> AsyncGenerator[pb.FetchBlocksResponse, None]:
+        async with aclosing(one_ahead(self._payloads(hashes, root))) as payloads:
+            async for block_hash, payload, payload_sha256 in payloads:
+                for piece in split(block_hash, payload, payload_sha256):
+                    yield pb.FetchBlocksResponse(piece=piece, tier=pb.CACHE_TIER_PEER)
+                self._worker.metrics.peer_served_blocks.inc()
+
+    async def _payloads(
+        self, hashes: Sequence[bytes], root: bytes
+    ) -> AsyncGenerator[tuple[bytes, bytes, bytes], None]:
+        """(hash, payload, its SHA-256) of the blocks, up to the first that is not here."""
+        for block_hash in hashes:
+            payload = await in_thread(self._read, block_hash, root)
+            if payload is None:
+                return
+            yield block_hash, payload, await digest(payload)
+
+    def _read(self, block_hash: bytes, root: bytes) -> bytes | None:
+        values = self._pool.read_committed(block_hash, root)
+        return None if values is None else to_bytes(values)
+
+    def _root(self, namespace: pb.BlockNamespace) -> bytes | None:
+        """What the scope's chains hang on here; None for blocks of another layout or model."""
+        layout = self._layout
+        if namespace.layout_fingerprint != layout.fingerprint():
+            return None
+        return root_hash(layout.model_digest, layout.kv_format, namespace.cache_scope)
