@@ -152,6 +152,7 @@ class PromptReuse:
         self._model = model
         self._worker_id = worker_id
         self._fetcher = fetcher
+        self.policy = fetcher.policy
         self._storer = storer
 
     async def identify(self, task: WorkerTask) -> Prompt:
@@ -219,7 +220,8 @@ class PromptReuse:
 
     async def _fetch_next(self, blocks: PromptBlocks) -> bool:
         first = blocks.num_cached_tokens // BLOCK_TOKENS
-        wanted = self.reusable(blocks.prompt)[first:]
+        rest = self.reusable(blocks.prompt)[first:]
+        wanted = rest[: self._pool.gap(rest)]
         if not wanted:
             return False
 
