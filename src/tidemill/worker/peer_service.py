@@ -6,6 +6,7 @@ from contextlib import aclosing
 from tidemill.api.cache.v1 import cache_service_pb2 as pb
 from tidemill.api.cache.v1.cache_service_pb2_grpc import CacheServiceServicer
 from tidemill.blocks import root_hash
+from tidemill.errors import PermissionDenied
 from tidemill.kv.cache_client import digest
 from tidemill.kv.pieces import split
 from tidemill.kv.segments import to_bytes
@@ -58,6 +59,18 @@ class PeerService(CacheServiceServicer):
                     yield response
         finally:
             worker.num_serving -= 1
+
+    async def StoreBlocks(
+        self, request_iterator: AsyncIterator[pb.StoreBlocksRequest], context: Context
+    ) -> pb.StoreBlocksResponse:
+        """Nobody's to call."""
+        raise PermissionDenied("a worker stores no blocks for others")
+
+    async def GetCacheStats(
+        self, request: pb.GetCacheStatsRequest, context: Context
+    ) -> pb.GetCacheStatsResponse:
+        """Nobody's to call."""
+        raise PermissionDenied("a worker keeps no statistics of tenants")
 
     async def _stream(
         self, hashes: Sequence[bytes], root: bytes
