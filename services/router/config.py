@@ -74,7 +74,11 @@ class FleetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LimitsConfig:
-    """Bounds on one request, and patience in seconds."""
+    """Bounds on one request, and patience in seconds.
+
+    A request whose worker was lost before its first token is placed anew `max_lost_attempts`
+    times, and fails if after `lost_patience_s` there is no worker at all that could take it.
+    """
 
     max_prompt_bytes: int = 1 << 20
     first_token_timeout_s: float = 600.0
@@ -84,6 +88,7 @@ class LimitsConfig:
     coalesce_tokens: int = 8
     coalesce_s: float = 0.05
     max_lost_attempts: int = 2
+    lost_patience_s: float = 1.5
     retained_requests: int = 10_000
     retained_s: float = 3600.0
     tokenizer_threads: int = 2

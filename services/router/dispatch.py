@@ -83,6 +83,11 @@ class Dispatcher:
     def __len__(self) -> int:
         return len(self._queue) + len(self._returned)
 
+    @property
+    def staffed(self) -> bool:
+        """Whether there are workers of both roles, with or without room."""
+        return all(self._fleet.usable(self._model, role) for role in (PREFILL, DECODE))
+
     def enqueue(self, ticket: Ticket) -> int:
         """Take a place and return its position, 0 being next; QueueFull if there is none."""
         request = self._request(ticket)

@@ -38,6 +38,7 @@ from tidemill.errors import (
 
 _REFUSED_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0)
 _LOST_S = 3.0
+_STAFFED_POLL_S = 0.2
 
 logger = logging.getLogger(__name__)
 
@@ -139,8 +140,9 @@ class Generation:
 
     async def _generate(self) -> None:
         """Attempt until one succeeds; a lost worker is replaced only before the first token."""
-        lost = refused = 0
-        while (placed := await self._ticket.placed) is not None:
+        num_lost = num_refused = 0
+        lost: WorkerLost | None = None
+        while (placed := await self._place(lost)) is not None:
             self._placed_at = self._clock()
             try:
                 await self._serve(placed)
@@ -148,24 +150,40 @@ class Generation:
             except Overloaded as refusal:
                 target = placed.prefill or placed.decode
                 full = target if isinstance(refusal, PrefillFull) else placed.decode
-                wait_s = max(refusal.retry_after_s or 0, _REFUSED_S[min(refused, 5)])
-                refused += 1
+                wait_s = max(refusal.retry_after_s or 0, _REFUSED_S[min(num_refused, 5)])
+                num_refused += 1
             except TidemillError as loss:
                 if self._ending is not None:
                     return
                 too_late = self._tally.prefilled is not None
-                too_often = lost >= self._limits.max_lost_attempts
+                too_often = num_lost >= self._limits.max_lost_attempts
                 if not isinstance(loss, WorkerLost) or too_late or too_often:
                     raise
                 self._tally.write_off()
                 full = _blamed(loss, placed)
                 wait_s = _LOST_S
-                lost += 1
+                num_lost += 1
+                lost = loss
             finally:
                 self._dispatcher.release(self.admitted.key)
             if self._ending is not None:
                 return
             self._dispatcher.put_back(self._ticket, refused_by=full.id, for_s=min(wait_s, _LOST_S))
+
+    async def _place(self, lost: WorkerLost | None) -> Placed | None:
+        """Where to attempt next, None if the place was given up.
+
+        Once a worker was lost there must be others, or it is raised again; that all are busy is
+        no reason to give up.
+        """
+        placed = self._ticket.placed
+        patience_s = None if lost is None else self._limits.lost_patience_s
+        while not (await asyncio.wait([placed], timeout=patience_s))[0]:
+            if lost is not None and not self._dispatcher.staffed:
+                self._dispatcher.withdraw(self._ticket)
+                raise lost
+            patience_s = _STAFFED_POLL_S
+        return placed.result()
 
     async def _serve(self, placed: Placed) -> None:
         """One attempt, to its Final."""

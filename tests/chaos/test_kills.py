@@ -82,16 +82,21 @@ async def says(stack: Stack, name: str, status: str) -> None:
     await eventually(said)
 
 
-async def test_a_prefill_lost_before_the_first_token_waits_for_another_worker(
+async def test_a_prefill_lost_before_the_first_token_is_told_within_two_seconds(
     stack: Stack, client: AsyncClient
 ) -> None:
     old_epoch = (await stack.load("prefill")).epoch
-    stream = await begun(client, "begun twice: " + words(LONG_PROMPT_WORDS), max_tokens=4)
+    stream = await begun(client, "begun once: " + words(LONG_PROMPT_WORDS), max_tokens=4)
     await eventually(partial(hands_over, stack))
     assert not stream.token_ids
     killed_at = stack["prefill"].kill()
-    await eventually(partial(is_whole, stack, "decode"), TOLD_WITHIN_S)
-    assert time.monotonic() - killed_at < TOLD_WITHIN_S
+    error, told_at = await error_of(stream)
+    assert told_at - killed_at < TOLD_WITHIN_S
+    assert isinstance(error, WorkerLost)
+    assert error.reason == "WORKER_LOST"
+    assert error.request_id == stream.request_id
+    assert await is_whole(stack, "decode")
+    assert stream.request_id not in stack.settled()
 
     with pytest.raises(DeadlineExceeded):
         await client.generate("nobody can begin", model=MODEL, first_token_timeout=0.5)
@@ -99,11 +104,8 @@ async def test_a_prefill_lost_before_the_first_token_waits_for_another_worker(
 
     await stack.start()
     assert (await stack.load("prefill")).epoch != old_epoch
-    completion = await stream.completion()
-    check_whole(completion, 4)
+    completion = await answers(client, "begun once: " + words(LONG_PROMPT_WORDS))
     assert completion.usage.reuse.total == completion.usage.reuse.cache_ram  # stored before
-    assert completion.receipt is not None
-    assert completion.receipt.content["attempts"] == 2
 
 
 async def test_a_prefill_lost_during_the_hand_over_is_told_within_two_seconds(
@@ -141,21 +143,19 @@ async def test_a_decode_lost_mid_stream_is_told_within_two_seconds(
     await eventually(partial(hands_over, stack))
     old_epoch = (await stack.load("decode")).epoch
     killed_at = stack["decode"].kill()
-    ends = await asyncio.gather(*(error_of(stream) for stream in streams))
-    for stream, (error, told_at) in zip(streams, ends, strict=True):
+    ends = await asyncio.gather(*(error_of(stream) for stream in [*streams, pulling]))
+    for stream, (error, told_at) in zip([*streams, pulling], ends, strict=True):
         assert told_at - killed_at < TOLD_WITHIN_S
         assert isinstance(error, WorkerLost)
         assert error.reason == "WORKER_LOST"
         assert error.request_id == stream.request_id
-        assert stream.usage.prompt_tokens > 0
+        assert (stream.usage.prompt_tokens > 0) == (stream is not pulling)
     await eventually(partial(is_whole, stack, "prefill"), TOLD_WITHIN_S)
     assert time.monotonic() - killed_at < TOLD_WITHIN_S
-    assert not set(stack.settled()) & {stream.request_id for stream in streams}
+    assert not set(stack.settled()) & {stream.request_id for stream in [*streams, pulling]}
 
     await stack.start()
     assert (await stack.load("decode")).epoch != old_epoch
-    assert not pulling.token_ids
-    check_whole(await pulling.completion(), 4)
     again = await answers(client, "lost in decode 0: " + words(40))
     assert again.usage.reuse.device == again.usage.cache_hit_tokens > 0
 

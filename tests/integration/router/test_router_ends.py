@@ -234,6 +234,70 @@ async def test_a_worker_lost_before_the_first_token_is_replaced(
     assert [start.task.id.attempt for start in decode.starts] == [1, 2]
 
 
+async def test_with_no_other_worker_a_loss_before_the_first_token_is_told_within_two_seconds(
+    router: RouterHarness, decode: ScriptedWorker, prefill: ScriptedWorker
+) -> None:
+    async def play(talk: Talk) -> None:
+        await prefill.vanish()
+        raise WorkerLost("prefill worker is gone", metadata={"worker_id": "prefill-0"})
+
+    decode.scripts = [play]
+    began = time.monotonic()
+    heard = await router.generate(ask(), timeout=10)
+    assert 1.0 < time.monotonic() - began < 2.5
+    assert isinstance(heard.error, WorkerLost)
+    assert heard.error.request_id == "r1"
+    assert len(decode.starts) == 1
+    assert router.metric("tidemill_router_revenue_nano_total", model=MODEL, currency="USD") == 0
+
+
+async def test_a_worker_that_is_back_in_time_takes_the_request_again(
+    router: RouterHarness,
+    decode: ScriptedWorker,
+    prefill: ScriptedWorker,
+    tls_files: Callable[[str], TlsFiles],
+) -> None:
+    address = prefill.endpoint.partition("@")[2]
+
+    async def play(talk: Talk) -> None:
+        await prefill.vanish()
+        prefill.epoch = 2
+        await prefill.start(tls_files("prefill"), address=address)
+        raise WorkerLost("prefill worker is gone", metadata={"worker_id": "prefill-0"})
+
+    decode.scripts = [play, answer([50, 51])]
+    heard = await router.generate(ask(), timeout=10)
+    assert heard.completed.usage.completion_tokens == 2
+    assert heard.completed.receipt.attempts == 2
+
+
+async def test_that_all_workers_are_busy_is_no_reason_to_give_a_lost_request_up(
+    router: RouterHarness, decode: ScriptedWorker
+) -> None:
+    async def play(talk: Talk) -> None:
+        decode.free_blocks = 0
+        raise WorkerLost("prefill worker is gone", metadata={"worker_id": "prefill-9"})
+
+    decode.scripts = [play, answer([50, 51])]
+    call = router.call(ask())
+    await router.until(lambda: len(decode.starts) == 1)
+    await asyncio.sleep(2.5)
+    decode.free_blocks = 100
+    assert (await listen(call)).completed.usage.completion_tokens == 2
+
+
+async def test_a_request_whose_workers_keep_being_lost_fails_after_two_more_attempts(
+    router: RouterHarness, decode: ScriptedWorker
+) -> None:
+    async def play(talk: Talk) -> None:
+        raise WorkerLost("prefill worker is gone", metadata={"worker_id": "decode-9"})
+
+    decode.scripts = [play]
+    heard = await router.generate(ask(), timeout=20)
+    assert isinstance(heard.error, WorkerLost)
+    assert len(decode.starts) == 3
+
+
 async def test_a_running_id_is_not_run_twice(router: RouterHarness, decode: ScriptedWorker) -> None:
     decode.scripts = [endless()]
     call = router.call(ask())
