@@ -41,7 +41,7 @@ from tidemill.engine import BlockPool, KvLayout
 from tidemill.kv.handover import Handover, HandoverState, HandoverTable
 from tidemill.kv.segments import Landing
 from tidemill.kv.threads import in_thread, one_ahead
-from tidemill.kv.transport import GrpcKvSource, GrpcKvTransport
+from tidemill.kv.transport import KvSource, GrpcKvTransport
 from tidemill.rpc.channel import internal_channel
 from tidemill.rpc.options import INTERNAL_SERVER
 from tidemill.rpc.tls import server_credentials
@@ -71,7 +71,7 @@ class Source:
         self._pool.latents.normal_()
         self._num_tokens = num_tokens
         self._table = HandoverTable(epoch=1, lease_s=600.0, clock=time.monotonic)
-        self._source = GrpcKvSource(self._pool, LAYOUT, self._table)
+        self._source = KvSource(self._pool, LAYOUT, self._table)
 
     async def pull_kv(
         self, request: pb.PullKvRequest, _context: Any

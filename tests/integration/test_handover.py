@@ -47,18 +47,16 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class TouchedTransport:
     """The gRPC transport with a hand in it: `touch(pull, messages)` may change what passes."""
 
-    name = "grpc"
-
     def __init__(self, inner: KvTransport, touch: "Touch") -> None:
         self._inner = inner
         self._touch = touch
         self.pulls = 0
 
     async def pull(
-        self, handover: pb.HandoverRef, *, timeout_s: float
+        self, handover: pb.HandoverRef, *, timeout_s: float, shm: pb.ShmTarget | None = None
     ) -> AsyncGenerator[Sequence[KvSegment], None]:
         self.pulls += 1
-        async for segments in self._inner.pull(handover, timeout_s=timeout_s):
+        async for segments in self._inner.pull(handover, timeout_s=timeout_s, shm=shm):
             await self._touch(self.pulls, segments)
             yield segments
 

@@ -1,12 +1,24 @@
 """Latents as bytes: bitwise out and in, and nothing bad lands."""
 
+import numpy as np
 import pytest
 import torch
 
 from tidemill.api.common.v1.kv_pb2 import KvSegment
 from tidemill.engine import BlockPool, KvLayout
 from tidemill.errors import TransferError
-from tidemill.kv.segments import Landing, LatentRange, bytes_per_token, from_bytes, pack, to_bytes
+from tidemill.kv.segments import (
+    Landing,
+    LatentMemory,
+    LatentRange,
+    SharedLayout,
+    bytes_per_token,
+    from_bytes,
+    pack,
+    pack_shared,
+    to_bytes,
+)
+from tidemill.kv.shm import Bytes
 
 LAYERS, DIM, TOKENS = 3, 48, 150
 
@@ -29,7 +41,7 @@ def land(pool: BlockPool, *, first_token: int = 0) -> Landing:
 
 def all_segments(pool: BlockPool, *, first_token: int = 0) -> list[KvSegment]:
     ranges = [LatentRange(layer, first_token, TOKENS) for layer in range(LAYERS)]
-    return list(pack(pool, [7, 0, 3], ranges).segments)
+    return list(pack(LatentMemory(pool), [7, 0, 3], ranges).segments)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -37,14 +49,64 @@ def test_moved_latents_are_bitwise_those_that_were_computed(dtype: str) -> None:
     source = make_pool(getattr(torch, dtype), seed=1)
     sink = make_pool(getattr(torch, dtype))
     landing = Landing(sink, layout(dtype), [5, 1, 2], first_token=10, num_tokens=TOKENS)
+    memory = LatentMemory(source)
     for layer in range(LAYERS):
-        landing.write(pack(source, [7, 0, 3], [LatentRange(layer, 10, 64)]).segments)
-        landing.write(pack(source, [7, 0, 3], [LatentRange(layer, 64, TOKENS)]).segments)
+        landing.write(pack(memory, [7, 0, 3], [LatentRange(layer, 10, 64)]).segments)
+        landing.write(pack(memory, [7, 0, 3], [LatentRange(layer, 64, TOKENS)]).segments)
     landing.check_complete()
     for layer in range(LAYERS):
         sent = source.read(layer, [7, 0, 3], 10, TOKENS)
         assert torch.equal(sink.read(layer, [5, 1, 2], 10, TOKENS), sent)
     assert landing.num_bytes == LAYERS * (TOKENS - 10) * bytes_per_token(layout(dtype))
+
+
+def shared_segments(source: BlockPool, window: Bytes) -> list[KvSegment]:
+    places = SharedLayout(layout("float32"), first_token=10, num_tokens=TOKENS)
+    ranges = [LatentRange(layer, 10, TOKENS) for layer in range(LAYERS)]
+    memory = LatentMemory(source)
+    message = pack_shared(memory, [7, 0, 3], ranges, window=window, places=places)
+    assert not any(segment.data for segment in message.segments)
+    return list(message.segments)
+
+
+@pytest.mark.parametrize("source_table", [[7, 0, 3], [3, 4, 5]])
+def test_latents_moved_through_shared_memory_are_bitwise_the_same(source_table: list[int]) -> None:
+    source, sink = make_pool(torch.float32, seed=1), make_pool(torch.float32)
+    landing = land(sink, first_token=10)
+    window = np.full(landing.shared.num_bytes, 0xFF, dtype=np.uint8)
+    ranges = [
+        LatentRange(layer, *part) for layer in range(LAYERS) for part in ((10, 64), (64, TOKENS))
+    ]
+    message = pack_shared(
+        LatentMemory(source), source_table, ranges, window=window, places=landing.shared
+    )
+    landing.write(message.segments, window)
+    landing.check_complete()
+    for layer in range(LAYERS):
+        sent = source.read(layer, source_table, 10, TOKENS)
+        assert torch.equal(sink.read(layer, [5, 1, 2], 10, TOKENS), sent)
+    assert landing.num_bytes == len(window)
+
+
+def test_bad_shared_segments_are_refused() -> None:
+    source = make_pool(torch.float32, seed=1)
+    landing = land(make_pool(torch.float32), first_token=10)
+    window = np.zeros(landing.shared.num_bytes, dtype=np.uint8)
+    first, *_ = shared_segments(source, window)
+    elsewhere = KvSegment()
+    elsewhere.CopyFrom(first)
+    elsewhere.shm_offset += 4
+    nowhere = KvSegment()
+    nowhere.CopyFrom(first)
+    nowhere.ClearField("shm_offset")
+    for bad in (elsewhere, nowhere):
+        with pytest.raises(TransferError, match="not where it belongs"):
+            landing.write([bad], window)
+    window[100] ^= 1
+    with pytest.raises(TransferError, match="checksum"):
+        landing.write([first], window)
+    window[100] ^= 1
+    landing.write([first], window)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

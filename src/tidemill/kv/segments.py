@@ -1,16 +1,21 @@
 """Latents as bytes on the wire, with the checksum that the puller verifies."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
 
 from tidemill.api.common.v1.kv_pb2 import KvSegment
 from tidemill.api.prefill.v1 import prefill_service_pb2 as pb
+from tidemill.blocks import BLOCK_TOKENS
 from tidemill.engine import BlockPool, KvLayout
 from tidemill.errors import TransferError
+from tidemill.kv.shm import Bytes
+
+RUN_BYTES = 256 << 10  # copied and then hashed while it is in the core's own cache
 
 
 @dataclass(frozen=True)
@@ -37,19 +42,141 @@ def from_bytes(data: bytes, dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=dtype)
 
 
+class LatentMemory:
+    """A pool's latents as bytes, in runs of neighbouring positions: copied once, hashed while warm.
+
+    A run is at most RUN_BYTES, unless one block is longer. Latents on a device take a detour
+    through host memory. Every method is for a thread.
+    """
+
+    def __init__(self, pool: BlockPool) -> None:
+        self._pool = pool
+        self._latent_dim = pool.latents.shape[-1]
+        self.token_bytes = self._latent_dim * pool.latents.element_size()
+        self._layers: Bytes | None = None
+        if pool.latents.device.type == "cpu":
+            self._layers = pool.latents.view(torch.uint8).numpy().reshape(len(pool.latents), -1)
+
+    def read(self, layer: int, block_table: Sequence[int], start: int, end: int) -> bytes:
+        """Elements of positions [start, end)."""
+        return b"".join(run.data for run in self._runs(layer, block_table, start, end))
+
+    def copy_out(
+        self, layer: int, block_table: Sequence[int], start: int, end: int, *, into: Bytes
+    ) -> int:
+        """Copy positions [start, end) into memory of that length; returns their xxh3-64."""
+        checksum = xxhash.xxh3_64()
+        done = 0
+        for run in self._runs(layer, block_table, start, end):
+            target = into[done : done + len(run)]
+            target[:] = run
+            checksum.update(target.data)
+            done += len(run)
+        return checksum.intdigest()
+
+    def copy_in(self, layer: int, block_table: Sequence[int], start: int, values: Bytes) -> int:
+        """Store elements from position `start` on; returns the xxh3-64 of what is there then."""
+        checksum = xxhash.xxh3_64()
+        for stored in self._store(layer, block_table, start, values):
+            checksum.update(stored.data)
+        return checksum.intdigest()
+
+    def write(self, layer: int, block_table: Sequence[int], start: int, values: Bytes) -> None:
+        """Store elements from position `start` on."""
+        for _ in self._store(layer, block_table, start, values):
+            pass
+
+    def _store(
+        self, layer: int, block_table: Sequence[int], start: int, values: Bytes
+    ) -> Iterator[Bytes]:
+        """Store elements; yields each run as it is now."""
+        if self._layers is None:
+            stored = values.copy()
+            elements = torch.from_numpy(stored).view(self._pool.latents.dtype)
+            rows = elements.view(-1, self._latent_dim).to(self._pool.latents.device)
+            self._pool.write(layer, block_table, start, rows)
+            yield stored
+            return
+        end = start + len(values) // self.token_bytes
+        done = 0
+        for run in self._runs(layer, block_table, start, end):
+            run[:] = values[done : done + len(run)]
+            yield run
+            done += len(run)
+
+    def _runs(
+        self, layer: int, block_table: Sequence[int], start: int, end: int
+    ) -> Iterator[Bytes]:
+        if self._layers is None:
+            values = self._pool.read(layer, block_table, start, end).cpu()
+            yield values.view(-1).view(torch.uint8).numpy()
+            return
+        memory, token_bytes = self._layers[layer], self.token_bytes
+        most_blocks = max(RUN_BYTES // (BLOCK_TOKENS * token_bytes), 1)
+        while start < end:
+            index, offset = divmod(start, BLOCK_TOKENS)
+            last = (end - 1) // BLOCK_TOKENS
+            stop = index + 1
+            while stop <= last and stop - index < most_blocks:
+                if block_table[stop] != block_table[stop - 1] + 1:
+                    break
+                stop += 1
+            num_tokens = min(stop * BLOCK_TOKENS, end) - start
+            first = block_table[index] * BLOCK_TOKENS + offset
+            yield memory[first * token_bytes : (first + num_tokens) * token_bytes]
+            start += num_tokens
+
+
 def pack(
-    pool: BlockPool, block_table: Sequence[int], ranges: Sequence[LatentRange]
+    memory: LatentMemory, block_table: Sequence[int], ranges: Sequence[LatentRange]
 ) -> pb.PullKvResponse:
     """Copy `ranges` out of the pool into a message, each sealed with its xxh3-64. For a thread."""
     message = pb.PullKvResponse()
     for part in ranges:
-        data = to_bytes(pool.read(part.layer, block_table, part.start, part.end))
+        data = memory.read(part.layer, block_table, part.start, part.end)
         message.segments.add(
             layer=part.layer,
             first_token=part.start,
             num_tokens=part.num_tokens,
             data=data,
             xxh3=xxhash.xxh3_64_intdigest(data),
+        )
+    return message
+
+
+class SharedLayout:
+    """Where in shared memory the latents of tokens [first_token, num_tokens) lie: layer-major."""
+
+    def __init__(self, layout: KvLayout, *, first_token: int, num_tokens: int) -> None:
+        self._token_bytes = bytes_per_token(layout)
+        self._first_token = first_token
+        self._num_tokens = num_tokens - first_token
+        self.num_bytes = layout.num_layers * self._num_tokens * self._token_bytes
+
+    def offset(self, layer: int, token: int) -> int:
+        """Byte offset of one token's latents."""
+        return (layer * self._num_tokens + token - self._first_token) * self._token_bytes
+
+
+def pack_shared(
+    memory: LatentMemory,
+    block_table: Sequence[int],
+    ranges: Sequence[LatentRange],
+    *,
+    window: Bytes,
+    places: SharedLayout,
+) -> pb.PullKvResponse:
+    """Copy `ranges` out of the pool into shared memory; the message says where. For a thread."""
+    message = pb.PullKvResponse()
+    for part in ranges:
+        offset = places.offset(part.layer, part.start)
+        into = window[offset : offset + part.num_tokens * memory.token_bytes]
+        message.segments.add(
+            layer=part.layer,
+            first_token=part.start,
+            num_tokens=part.num_tokens,
+            shm_offset=offset,
+            xxh3=memory.copy_out(part.layer, block_table, part.start, part.end, into=into),
         )
     return message
 
@@ -62,7 +189,8 @@ def bytes_per_token(layout: KvLayout) -> int:
 class Landing:
     """Where pulled latents land: blocks of the puller's pool for tokens [first_token, num_tokens).
 
-    Every layer must arrive whole and in order, whatever the order of the layers.
+    Every layer must arrive whole and in order, whatever the order of the layers. Segments come
+    with their data, or lie in shared memory.
     """
 
     def __init__(
@@ -75,22 +203,28 @@ class Landing:
         num_tokens: int,
     ) -> None:
         self.num_bytes = 0
-        self._pool = pool
+        self.shared = SharedLayout(layout, first_token=first_token, num_tokens=num_tokens)
+        self._memory = LatentMemory(pool)
         self._block_table = block_table
         self._num_tokens = num_tokens
-        self._token_bytes = bytes_per_token(layout)
-        self._latent_dim = layout.latent_dim
         self._next = [first_token] * layout.num_layers
 
-    def write(self, segments: Sequence[KvSegment]) -> None:
-        """Verify and store; TransferError and nothing stored for a bad segment. For a thread."""
+    def write(self, segments: Sequence[KvSegment], window: Bytes | None = None) -> None:
+        """Verify and store; TransferError for a bad segment. For a thread.
+
+        `window` is the shared memory of this pull; None: segments bring their data.
+        """
         for segment in segments:
-            data = segment.data  # each look at the field copies it
-            self._verify(segment, data)
-            values = from_bytes(data, self._pool.latents.dtype).view(-1, self._latent_dim)
-            self._pool.write(segment.layer, self._block_table, segment.first_token, values)
+            where = f"layer {segment.layer}, tokens from {segment.first_token}"
+            self._check_place(segment, where)
+            if window is None:
+                sound = self._land(segment, where)
+            else:
+                sound = self._land_shared(segment, window, where)
+            if not sound:
+                raise TransferError(f"{where}: the checksum differs")
             self._next[segment.layer] += segment.num_tokens
-            self.num_bytes += len(data)
+            self.num_bytes += segment.num_tokens * self._memory.token_bytes
 
     def check_complete(self) -> None:
         """Raise TransferError unless every layer has landed up to the last token."""
@@ -100,14 +234,30 @@ class Landing:
             end = f"token {self._next[layer]} of {self._num_tokens} in layer {layer}"
             raise TransferError(f"the hand-over ended at {end}")
 
-    def _verify(self, segment: KvSegment, data: bytes) -> None:
-        where = f"layer {segment.layer}, tokens from {segment.first_token}"
+    def _check_place(self, segment: KvSegment, where: str) -> None:
         if segment.layer >= len(self._next):
             raise TransferError(f"{where}: there are {len(self._next)} layers")
         end = segment.first_token + segment.num_tokens
         if segment.first_token != self._next[segment.layer] or end > self._num_tokens:
             raise TransferError(f"{where}: expected token {self._next[segment.layer]}")
-        if len(data) != segment.num_tokens * self._token_bytes:
+
+    def _land(self, segment: KvSegment, where: str) -> bool:
+        data = segment.data  # each look at the field copies it
+        if len(data) != segment.num_tokens * self._memory.token_bytes:
             raise TransferError(f"{where}: {len(data)} bytes for {segment.num_tokens} tokens")
         if xxhash.xxh3_64_intdigest(data) != segment.xxh3:
-            raise TransferError(f"{where}: the checksum differs")
+            return False
+        values = np.frombuffer(data, dtype=np.uint8)
+        self._memory.write(segment.layer, self._block_table, segment.first_token, values)
+        return True
+
+    def _land_shared(self, segment: KvSegment, window: Bytes, where: str) -> bool:
+        """Hashes what landed, since shared memory may change after a look at it."""
+        offset = self.shared.offset(segment.layer, segment.first_token)
+        if not segment.HasField("shm_offset") or segment.shm_offset != offset:
+            raise TransferError(f"{where}: not where it belongs in shared memory")
+        values = window[offset : offset + segment.num_tokens * self._memory.token_bytes]
+        checksum = self._memory.copy_in(
+            segment.layer, self._block_table, segment.first_token, values
+        )
+        return checksum == segment.xxh3

@@ -1,19 +1,26 @@
-"""How latents travel between workers: a protocol, and gRPC, the transport that always works."""
+"""How latents travel between workers: in gRPC messages, which always works, or beside them.
+
+On one host the messages may only say where in shared memory the latents lie (tidemill.kv.shm).
+"""
 
 from collections.abc import AsyncGenerator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from tidemill.api.common.v1.kv_pb2 import KvSegment
 from tidemill.api.prefill.v1 import prefill_service_pb2 as pb
 from tidemill.engine import BlockPool, KvLayout
+from tidemill.errors import FailedPrecondition
 from tidemill.kv.handover import Handover, HandoverState, HandoverTable
-from tidemill.kv.segments import LatentRange, bytes_per_token, pack
+from tidemill.kv.segments import LatentMemory, LatentRange, SharedLayout, pack, pack_shared
+from tidemill.kv.shm import ShmWindows
 from tidemill.kv.threads import in_thread
 
 if TYPE_CHECKING:  # a name that only the stubs have
     from tidemill.api.prefill.v1.prefill_service_pb2_grpc import PrefillServiceAsyncStub
 
 MAX_SEGMENTS = 4096  # a message's bound in the proto
+SHARED_MESSAGE_BYTES = 8 << 20  # written into shared memory between two messages
 
 
 class KvTransport(Protocol):
@@ -23,29 +30,27 @@ class KvTransport(Protocol):
     for the caller to verify.
     """
 
-    name: str
-
     def pull(
-        self, handover: pb.HandoverRef, *, timeout_s: float
+        self, handover: pb.HandoverRef, *, timeout_s: float, shm: pb.ShmTarget | None = None
     ) -> AsyncGenerator[Sequence[KvSegment], None]:
-        """Segments of an offered hand-over."""
+        """Segments of an offered hand-over. With `shm` their data comes in that shared file."""
         ...
 
 
 class GrpcKvTransport:
     """Pulls through PrefillService.PullKv. Raises grpc.RpcError."""
 
-    name = "grpc"
-
     def __init__(self, stub: "PrefillServiceAsyncStub", *, max_message_bytes: int) -> None:
         self._stub = stub
         self._max_message_bytes = max_message_bytes
 
     async def pull(
-        self, handover: pb.HandoverRef, *, timeout_s: float
+        self, handover: pb.HandoverRef, *, timeout_s: float, shm: pb.ShmTarget | None = None
     ) -> AsyncGenerator[Sequence[KvSegment], None]:
-        """Segments of an offered hand-over."""
-        request = pb.PullKvRequest(handover=handover, max_message_bytes=self._max_message_bytes)
+        """Segments of an offered hand-over. With `shm` their data comes in that shared file."""
+        request = pb.PullKvRequest(
+            handover=handover, max_message_bytes=self._max_message_bytes, shm=shm
+        )
         call = self._stub.PullKv(request, timeout=timeout_s)
         try:
             async for message in call:
@@ -54,22 +59,43 @@ class GrpcKvTransport:
             call.cancel()
 
 
-class GrpcKvSource:
-    """The source's half: an offered hand-over as a stream of messages of bounded size."""
+class KvSource:
+    """The source's half: an offered hand-over as a stream of messages of bounded size.
 
-    def __init__(self, pool: BlockPool, layout: KvLayout, handovers: HandoverTable) -> None:
-        self._pool = pool
-        self._token_bytes = bytes_per_token(layout)
+    `windows` opens the shared memory that pullers name; None where none is configured.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        layout: KvLayout,
+        handovers: HandoverTable,
+        *,
+        windows: ShmWindows | None = None,
+    ) -> None:
+        self._memory = LatentMemory(pool)
+        self._layout = layout
         self._handovers = handovers
+        self._windows = windows
 
     async def stream(
-        self, handover: Handover, *, max_message_bytes: int
+        self,
+        handover: Handover,
+        *,
+        max_message_bytes: int,
+        shm: pb.ShmTarget | None = None,
     ) -> AsyncGenerator[pb.PullKvResponse, None]:
         """All of the hand-over from its start on, as it becomes ready.
 
-        Raises FailedPrecondition (HANDOVER_CLOSED) if the hand-over ends first.
+        With `shm` the latents are written there and the messages only say where. Raises
+        FailedPrecondition (HANDOVER_CLOSED) if the hand-over ends first, (SHM_UNAVAILABLE) if the
+        shared file cannot be used.
         """
-        max_tokens = max(max_message_bytes // self._token_bytes, 1)
+        pack_some = partial(pack, self._memory, handover.block_table)
+        if shm is not None:
+            pack_some = await self._shared(handover, shm)
+            max_message_bytes = SHARED_MESSAGE_BYTES
+        max_tokens = max(max_message_bytes // self._memory.token_bytes, 1)
         handover.pulls += 1
         try:
             handover.state = HandoverState.PULLING
@@ -77,7 +103,7 @@ class GrpcKvSource:
             while ranges := await handover.ranges_from(index):
                 index += len(ranges)
                 for batch in _batches(ranges, max_tokens):
-                    message = await in_thread(pack, self._pool, handover.block_table, batch)
+                    message = await in_thread(pack_some, batch)
                     handover.check_open()
                     yield message
             handover.state = HandoverState.SENT
@@ -85,6 +111,18 @@ class GrpcKvSource:
             handover.pulls -= 1
             if not handover.state.closed:
                 self._handovers.renew(handover)
+
+    async def _shared(self, handover: Handover, shm: pb.ShmTarget) -> "partial[pb.PullKvResponse]":
+        """`pack_shared` for this hand-over and the file that the puller named."""
+        if self._windows is None:
+            raise FailedPrecondition("no shared memory is configured", reason="SHM_UNAVAILABLE")
+        places = SharedLayout(
+            self._layout, first_token=handover.first_token, num_tokens=handover.num_tokens
+        )
+        window = await in_thread(self._windows.look, shm.name, shm.num_bytes, need=places.num_bytes)
+        return partial(
+            pack_shared, self._memory, handover.block_table, window=window, places=places
+        )
 
 
 def _batches(ranges: Sequence[LatentRange], max_tokens: int) -> list[list[LatentRange]]:

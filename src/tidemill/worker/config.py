@@ -32,12 +32,15 @@ class Role(Enum):
 class HandoverConfig:
     """Leases and messages of hand-overs.
 
-    `offer_timeout_s` is how long decode waits for a prefill worker's first answer.
+    `offer_timeout_s` is how long decode waits for a prefill worker's first answer. `shm_dir` is a
+    folder in shared memory, of this user's own: workers of one host with the same folder move
+    latents through it. Unset: always by gRPC.
     """
 
     lease_s: float = 30.0
     max_message_bytes: int = 2 << 20
     offer_timeout_s: float = 5.0
+    shm_dir: Path | None = None
 
     def __post_init__(self) -> None:
         if not 65_536 <= self.max_message_bytes <= 4 << 20:

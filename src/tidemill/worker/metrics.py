@@ -29,6 +29,10 @@ class WorkerMetrics:
         self.handover_bytes = counter(
             "handover_bytes", "Latents moved between workers, by direction.", "direction"
         )
+        self.pulls = counter("pulls", "Hand-overs pulled whole, by transport.", "transport")
+        self.shm_fallbacks = counter(
+            "shm_fallbacks", "Pulls by gRPC where shared memory is configured, by cause.", "cause"
+        )
         self.pull_retries = counter("pull_retries", "Pulls repeated from the start.")
         self.fetch_failed_blocks = counter(
             "fetch_failed_blocks",

@@ -9,7 +9,7 @@ from tidemill.errors import InvalidRequest
 from tidemill.kv.handover import Handover
 from tidemill.kv.segments import bytes_per_token
 from tidemill.kv.threads import one_ahead
-from tidemill.kv.transport import GrpcKvSource, GrpcKvTransport
+from tidemill.kv.transport import KvSource
 from tidemill.rpc.interceptors import Context
 from tidemill.rpc.validation import validate
 from tidemill.worker.prefiller import Prefiller, PrefillTask
@@ -22,7 +22,12 @@ class PrefillService(PrefillServiceServicer):
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self._prefiller = Prefiller(worker)
-        self._source = GrpcKvSource(worker.engine.pool, worker.engine.layout, worker.handovers)
+        self._source = KvSource(
+            worker.engine.pool,
+            worker.engine.layout,
+            worker.handovers,
+            windows=None if worker.shared is None else worker.shared.windows,
+        )
         self._token_bytes = bytes_per_token(worker.engine.layout)
 
     async def Prefill(
@@ -30,7 +35,7 @@ class PrefillService(PrefillServiceServicer):
     ) -> AsyncIterator[pb.PrefillResponse]:
         """The offer at once, PrefillDone when all is computed; a caller that leaves stops it."""
         validate(request)
-        _check_transport(request)
+        self._check_transport(request)
         wanted = PrefillTask(request.task, request.held_tokens)
         job = await self._prefiller.admit(wanted, request.layout_fingerprint)
         delivered = False
@@ -51,7 +56,11 @@ class PrefillService(PrefillServiceServicer):
         if request.HasField("max_message_bytes"):
             max_message_bytes = request.max_message_bytes
         handover = self._find(request.handover)
-        messages = self._source.stream(handover, max_message_bytes=max_message_bytes)
+        messages = self._source.stream(
+            handover,
+            max_message_bytes=max_message_bytes,
+            shm=request.shm if request.HasField("shm") else None,
+        )
         async with aclosing(one_ahead(messages)) as packed:
             async for message in packed:
                 sent = sum(segment.num_tokens for segment in message.segments)
@@ -97,10 +106,11 @@ class PrefillService(PrefillServiceServicer):
             lease_ms=self._lease_ms(),
             first_token=handover.first_token,
             num_tokens=handover.num_tokens,
+            shm_id=b"" if self._worker.shared is None else self._worker.shared.folder.id,
         )
 
-
-def _check_transport(request: pb.PrefillRequest) -> None:
-    if request.HasField("kv_transport") and request.kv_transport != GrpcKvTransport.name:
-        problem = f"{request.kv_transport!r} is not spoken here"
-        raise InvalidRequest(f"kv_transport {problem}", violations=[("kv_transport", problem)])
+    def _check_transport(self, request: pb.PrefillRequest) -> None:
+        asked = request.kv_transport
+        if request.HasField("kv_transport") and asked not in self._worker.kv_transports:
+            problem = f"{asked!r} is not spoken here"
+            raise InvalidRequest(f"kv_transport {problem}", violations=[("kv_transport", problem)])

@@ -22,6 +22,7 @@ from tidemill.api.worker.v1.worker_service_pb2_grpc import add_WorkerServiceServ
 from tidemill.engine import Engine
 from tidemill.errors import CheckpointError, ConfigError
 from tidemill.kv.cache_client import CacheClient
+from tidemill.kv.shm import SharedMemory
 from tidemill.policy import FetchOrRecompute
 from tidemill.rpc import process
 from tidemill.rpc.address import is_loopback
@@ -70,6 +71,7 @@ ALLOWED = {
 }
 
 SWEEP_S = 1.0
+SHM_SWEEP_S = 5.0
 FINALS_S = 1.0  # kept back from a drain for sending Finals
 
 logger = logging.getLogger(__name__)
@@ -148,13 +150,22 @@ async def running_worker(
             fetcher=_fetcher(config, tls, stack, engine=engine, cache=cache, metrics=metrics),
             storer=storer,
         )
+        shared = _shared_memory(config, stack, background)
         worker = Worker(
-            config, role, thread, reuse, storer=storer, metrics=metrics, background=background
+            config,
+            role,
+            thread,
+            reuse,
+            storer=storer,
+            metrics=metrics,
+            background=background,
+            shared=shared,
         )
         peers = PrefillPeers(
             lambda address: internal_channel(address, role="prefill", tls=tls),
             config.handover,
             metrics=metrics,
+            arenas=None if shared is None else shared.arenas,
             make_transport=make_transport,
         )
         stack.push_async_callback(peers.close)
@@ -256,6 +267,23 @@ def _fetcher(
         peers=peers,
         metrics=metrics,
     )
+
+
+def _shared_memory(
+    config: WorkerConfig, stack: AsyncExitStack, background: Background
+) -> SharedMemory | None:
+    if config.handover.shm_dir is None:
+        return None
+    shared = SharedMemory(config.handover.shm_dir)
+    stack.callback(shared.close)
+
+    async def sweep() -> None:
+        while True:
+            await asyncio.sleep(SHM_SWEEP_S)
+            await asyncio.to_thread(shared.sweep)
+
+    background.start("shared memory sweeper", sweep)
+    return shared
 
 
 def _watch(worker: Worker, attempts: AttemptTable) -> None:

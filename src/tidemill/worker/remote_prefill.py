@@ -23,6 +23,7 @@ from tidemill.errors import (
     WorkerLost,
 )
 from tidemill.kv.segments import Landing
+from tidemill.kv.shm import ShmArena, ShmArenas
 from tidemill.kv.threads import in_thread, one_ahead
 from tidemill.kv.transport import GrpcKvTransport, KvTransport
 from tidemill.rpc.status import from_rpc_error
@@ -44,7 +45,10 @@ logger = logging.getLogger(__name__)
 
 
 class PrefillPeers:
-    """Channels to prefill workers by address, opened by `connect` when first needed."""
+    """Channels to prefill workers by address, opened by `connect` when first needed.
+
+    `arenas` is the shared memory to pull through, None where none is configured.
+    """
 
     def __init__(
         self,
@@ -52,9 +56,11 @@ class PrefillPeers:
         config: HandoverConfig,
         *,
         metrics: WorkerMetrics,
+        arenas: ShmArenas | None = None,
         make_transport: MakeTransport | None = None,
     ) -> None:
         self._connect = connect
+        self._arenas = arenas
         self._make_transport = make_transport or self._grpc_transport
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._later: set[asyncio.Task[None]] = set()
@@ -74,6 +80,38 @@ class PrefillPeers:
         channel = self._channels.pop(target.address, None)
         if channel is not None:
             self.later(channel.close(grace=LINGER_S))
+
+    async def lend(self, offer: pb.HandoverOffer, num_bytes: int) -> ShmArena | None:
+        """Shared memory for a hand-over of that size; None, and counted, if gRPC must do."""
+        arenas = self._arenas
+        if arenas is None or num_bytes == 0:
+            return None
+        if offer.shm_id != arenas.folder.id:
+            self.not_shared("other_folder")
+            return None
+        lending = asyncio.ensure_future(asyncio.to_thread(arenas.lend, num_bytes))
+        try:
+            return await asyncio.shield(lending)
+        except OSError as error:
+            logger.warning("no shared memory for a hand-over", extra={"why": str(error)})
+            self.not_shared("no_room")
+            return None
+        except asyncio.CancelledError:
+            lending.add_done_callback(self._lent_for_nothing)
+            raise
+
+    def give_back(self, arena: ShmArena, *, reusable: bool) -> None:
+        """`reusable` if the source has said that it is done."""
+        assert self._arenas is not None
+        self._arenas.give_back(arena, reusable=reusable)
+
+    def not_shared(self, cause: str) -> None:
+        """Count a pull that cannot use the shared memory that is configured."""
+        self.metrics.shm_fallbacks.labels(cause).inc()
+
+    def _lent_for_nothing(self, lending: "asyncio.Task[ShmArena]") -> None:
+        if not lending.cancelled() and lending.exception() is None:
+            self.give_back(lending.result(), reusable=True)
 
     def later(self, work: Coroutine[Any, Any, None]) -> None:
         """Do what nobody has to wait for."""
@@ -188,29 +226,52 @@ class PrefillPeer:
     ) -> None:
         """Pull all; once more from the start if a segment is bad or the stream breaks.
 
-        If the prefill itself has failed, returns: that call says why.
+        Through shared memory where both sides have the same, else in messages. If the prefill
+        itself has failed, returns: that call says why.
         """
         ref = pb.HandoverRef(handover_id=offer.handover_id, epoch=offer.epoch)
-        for attempt in range(1, PULL_ATTEMPTS + 1):
+        metrics = self._peers.metrics
+        attempt = 1
+        shared = True
+        while True:
             target = landing()
+            arena = await self._peers.lend(offer, target.shared.num_bytes) if shared else None
             try:
-                await self._pull_once(ref, target, deadline)
+                await self._pull_once(ref, target, deadline, arena)
             except (TransferError, grpc.RpcError) as error:
                 if await _has_failed(call):
                     return
+                if arena is not None and _is_refusal_of_shm(error):
+                    self._peers.not_shared("refused")
+                    shared = False
+                    continue
                 if attempt == PULL_ATTEMPTS or time.monotonic() >= deadline:
                     raise
+                attempt += 1
                 logger.warning("pull repeated", extra={"why": str(error)})
-                self._peers.metrics.pull_retries.inc()
+                metrics.pull_retries.inc()
             else:
-                self._peers.metrics.handover_bytes.labels("received").inc(target.num_bytes)
+                metrics.pulls.labels("grpc" if arena is None else "shm").inc()
+                metrics.handover_bytes.labels("received").inc(target.num_bytes)
                 return
 
-    async def _pull_once(self, ref: pb.HandoverRef, target: Landing, deadline: float) -> None:
-        messages = self._transport.pull(ref, timeout_s=max(deadline - time.monotonic(), 0.001))
-        async with aclosing(one_ahead(messages)) as arrived:
-            async for segments in arrived:
-                await in_thread(target.write, segments)
+    async def _pull_once(
+        self, ref: pb.HandoverRef, target: Landing, deadline: float, arena: ShmArena | None
+    ) -> None:
+        shm, window = None, None
+        if arena is not None:
+            shm, window = pb.ShmTarget(name=arena.name, num_bytes=arena.num_bytes), arena.memory
+        timeout_s = max(deadline - time.monotonic(), 0.001)
+        ended = False
+        try:
+            messages = self._transport.pull(ref, timeout_s=timeout_s, shm=shm)
+            async with aclosing(one_ahead(messages)) as arrived:
+                async for segments in arrived:
+                    await in_thread(target.write, segments, window)
+            ended = True
+        finally:
+            if arena is not None:
+                self._peers.give_back(arena, reusable=ended)
         target.check_complete()
 
     async def _release(self, offer: pb.HandoverOffer) -> None:
@@ -228,6 +289,10 @@ class PrefillPeer:
 
 
 PrefillCall = grpc.aio.UnaryStreamCall[pb.PrefillRequest, pb.PrefillResponse]
+
+
+def _is_refusal_of_shm(error: Exception) -> bool:
+    return isinstance(error, grpc.RpcError) and from_rpc_error(error).reason == "SHM_UNAVAILABLE"
 
 
 async def _has_failed(call: PrefillCall) -> bool:

@@ -15,6 +15,7 @@ from tidemill.engine import PoolCorrupted, PoolTier
 from tidemill.errors import FailedPrecondition, InvalidRequest
 from tidemill.kv.cache_client import CacheTier
 from tidemill.kv.handover import HandoverTable
+from tidemill.kv.shm import SharedMemory
 from tidemill.worker.background import Background
 from tidemill.worker.block_storer import BlockStorer
 from tidemill.worker.config import Role, WorkerConfig
@@ -49,6 +50,7 @@ class Worker:
         storer: BlockStorer | None,
         metrics: WorkerMetrics,
         background: Background,
+        shared: SharedMemory | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
@@ -60,6 +62,7 @@ class Worker:
         self.reuse = reuse
         self.storer = storer
         self.metrics = metrics
+        self.shared = shared
         self.clock = clock
         self._background = background
         self.backlog = Backlog(config.max_queued_tokens, reuse.policy)
@@ -146,6 +149,11 @@ class Worker:
         if self._corrupted:
             logger.error("block pool", extra={"why": self._corrupted})
 
+    @property
+    def kv_transports(self) -> list[str]:
+        """Names of the ways in which latents can leave this worker."""
+        return ["grpc"] if self.shared is None else ["grpc", "shm"]
+
     def describe(self) -> pb.DescribeWorkerResponse:
         """The worker's unchanging facts."""
         layout = self.engine.layout
@@ -165,7 +173,7 @@ class Worker:
             max_context_tokens=min(
                 self.engine.max_context, self.engine.pool.num_blocks * BLOCK_TOKENS
             ),
-            kv_transports=["grpc"],
+            kv_transports=self.kv_transports,
             version=version("tidemill"),
             vocab_size=self.engine.model_config.vocab_size,
         )
