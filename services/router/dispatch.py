@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import random
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from services.router.fleet import DECODE, PREFILL, Fleet, Worker
@@ -23,14 +23,19 @@ from tidemill.policy import (
 _POLL_S = 1.0
 _RETRY_POLL_S = 0.05
 _POSITIONS_EVERY_S = 0.2
+_MOST_PEERS = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """The workers of one attempt; `prefill` None: the decode worker prefills in place."""
+    """The workers of one attempt; `prefill` None: the decode worker prefills in place.
+
+    `peers` are believed to hold more of the prompt's chain than the one that prefills, best first.
+    """
 
     decode: Worker
     prefill: Worker | None
+    peers: Sequence[Worker] = ()
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -82,6 +87,11 @@ class Dispatcher:
 
     def __len__(self) -> int:
         return len(self._queue) + len(self._returned)
+
+    @property
+    def queued_tokens(self) -> int:
+        """Uncached prompt tokens of those that wait for their first attempt."""
+        return self._queue.queued_tokens
 
     @property
     def staffed(self) -> bool:
@@ -166,18 +176,20 @@ class Dispatcher:
         self._prefilling.add(
             ticket.key, prefill.id, at=now, tokens=request.uncached_tokens(prefill.id)
         )
-        blocks = request.new_blocks(placed.decode.id, extra_tokens=ticket.max_tokens)
+        blocks = request.new_blocks(
+            placed.decode.id, extra_tokens=self._balancer.decode_reserve_tokens
+        )
         self._decoding.add(ticket.key, placed.decode.id, at=now, blocks=blocks)
-        self._affinity.record(prefill.id, ticket.block_hashes)
+        peers = self._peers(request.overlap_blocks, prefill)
+        for each in (prefill, placed.decode):
+            self._affinity.record(each.id, ticket.block_hashes)
         if not ticket.placed.done():
-            ticket.placed.set_result(placed)
+            ticket.placed.set_result(replace(placed, peers=peers))
         return True
 
     def _choose(self, ticket: Ticket) -> Placed | None:
         now = self._clock()
         request = self._request(ticket)
-        # A decode worker takes the blocks of the longest completion at once.
-        balancer = replace(self._balancer, decode_reserve_tokens=ticket.max_tokens)
 
         def pick(role: str, among: Sequence[Worker]) -> Worker | None:
             loads = [worker.load for worker in among if worker.load is not None]
@@ -187,7 +199,7 @@ class Dispatcher:
                 else (pick_decode, self._decoding)
             )
             chosen: WorkerLoad | None = choose(
-                loads, request, busy, self._rng, now=now, config=balancer
+                loads, request, busy, self._rng, now=now, config=self._balancer
             )
             return self._fleet.get(chosen.worker_id) if chosen else None
 
@@ -200,6 +212,21 @@ class Dispatcher:
         if decode is None:
             return None
         return Placed(decode, None if decode is prefill else prefill)
+
+    def _peers(self, held: Mapping[str, int], chosen: Worker) -> list[Worker]:
+        """Who seems to hold more of the chain than the chosen worker, most first."""
+        usable = {
+            worker.id: worker
+            for role in (PREFILL, DECODE)
+            for worker in self._fleet.usable(self._model, role)
+        }
+        longer = [
+            worker_id
+            for worker_id, num_blocks in held.items()
+            if worker_id in usable and num_blocks > held.get(chosen.id, 0)
+        ]
+        best = sorted(longer, key=lambda worker_id: (-held[worker_id], worker_id))
+        return [usable[worker_id] for worker_id in best[:_MOST_PEERS]]
 
     def _request(self, ticket: Ticket) -> Placement:
         now = self._clock()

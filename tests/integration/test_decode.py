@@ -312,8 +312,14 @@ async def test_a_full_decode_worker_refuses_and_keeps_what_it_has(
 ) -> None:
     async with split_roles(model_dir, tls_files, num_blocks=8) as (prefill, decode, router):
         slow_down(decode, 0.01)
-        attempt = await router.begin(make_start(prompt_of(50), prefill=prefill, max_tokens=400))
-        await attempt.until("prefill_done")
+        attempts = [  # together as long as the pool and the swap space
+            await router.begin(
+                make_start(prompt_of(50, seed=seed), f"r{seed}", prefill=prefill, max_tokens=460)
+            )
+            for seed in (1, 3)
+        ]
+        for attempt in attempts:
+            await attempt.until("prefill_done")
         refused = await router.ask(
             make_start(prompt_of(50, seed=2), "r2", prefill=prefill, max_tokens=100)
         )
@@ -321,12 +327,47 @@ async def test_a_full_decode_worker_refuses_and_keeps_what_it_has(
         assert refused.error.retry_after_s is not None
         assert refused.events == []
         assert metric(decode, "refusals_total", reason="DECODE_FULL") == 1
-        await attempt.stop()
-        await attempt.finish()
+        for attempt in attempts:
+            await attempt.stop()
+            await attempt.finish()
         retried = await router.ask(
             make_start(prompt_of(50, seed=2), "r2", prefill=prefill, max_tokens=100)
         )
         assert retried.error is None
+
+
+async def test_attempts_that_outgrow_the_pool_take_turns_and_change_no_token(
+    model_dir: Path, tls_files: Tls
+) -> None:
+    starts = [make_start(prompt_of(50, seed=seed), f"r{seed}", max_tokens=300) for seed in (1, 2)]
+    async with both_roles(model_dir, tls_files) as (_, router):
+        alone = [(await router.ask(start)).tokens for start in starts]
+    async with both_roles(model_dir, tls_files, num_blocks=8) as (worker, router):
+        slow_down(worker, 0.002)
+        attempts = [await router.begin(start) for start in starts]
+        await eventually(lambda: worker.worker.load().swapped == 1, 60.0)
+        refused = await router.ask(make_start(prompt_of(3), "r3", max_tokens=1))
+        assert isinstance(refused.error, DecodeFull)
+        answers = [await attempt.finish() for attempt in attempts]
+        assert [answer.tokens for answer in answers] == alone
+        assert [answer.final.generated_tokens for answer in answers] == [300, 300]
+        assert worker.worker.load().swapped == 0
+        await settled(worker)
+
+
+async def test_a_stopped_attempt_frees_what_it_has_swapped_out(
+    model_dir: Path, tls_files: Tls
+) -> None:
+    async with both_roles(model_dir, tls_files, num_blocks=8) as (worker, router):
+        slow_down(worker, 0.002)
+        starts = [make_start(prompt_of(50, seed=n), f"r{n}", max_tokens=300) for n in (1, 2)]
+        attempts = [await router.begin(start) for start in starts]
+        await eventually(lambda: worker.worker.load().swapped == 1, 60.0)
+        await attempts[1].stop()
+        assert (await attempts[1].finish()).reason == "CANCELLED"
+        assert len((await attempts[0].finish()).tokens) == 300
+        await settled(worker)
+        assert worker.worker.readiness() is None
 
 
 async def test_a_refusal_by_the_prefill_worker_may_be_tried_again_as_the_same_attempt(

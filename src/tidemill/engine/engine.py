@@ -121,6 +121,12 @@ class Engine:
         with self._lock:
             return bool(self._stops or self._arrived) or self._scheduler.has_work
 
+    @property
+    def num_swapped(self) -> int:
+        """Sequences that are swapped out."""
+        with self._lock:
+            return len(self._tables.swapped)
+
     def could_hold(self, num_prompt_tokens: int, max_tokens: int, *, choices: int = 1) -> bool:
         """Whether the empty engine has room for a prompt and so many completions of it."""
         each, together = self._most_blocks(num_prompt_tokens, max_tokens, choices)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from tidemill.api.common.v1.lifecycle_pb2 import FinishReason, PrefillDone
+from tidemill.api.common.v1.lifecycle_pb2 import AttemptId, FinishReason, PrefillDone
 from tidemill.api.common.v1.usage_pb2 import PREFILL_SITE_DECODE_WORKER, PromptUsage
 from tidemill.api.decode.v1.decode_service_pb2 import Final, Start
 from tidemill.api.prefill.v1.prefill_service_pb2 import PrefillRequest
@@ -42,6 +42,11 @@ class _Ending:
     reason: Reason
     busy_seconds: float = 0.0
     error: TidemillError | None = None
+
+
+def sequence_id(attempt: AttemptId) -> str:
+    """The engine's name for an attempt's sequence."""
+    return "decode " + "/".join(map(str, attempt_key(attempt)))
 
 
 class Attempt:
@@ -126,6 +131,7 @@ class Attempt:
         finally:
             self._cancel_budget_timer()
             self._worker.backlog.discard(self._blocks, busy_seconds=0.0)
+            self._worker.engine.dismiss(sequence_id(self.start.task.id))
             self._blocks.release()
         self._close(ending)
 
@@ -142,6 +148,7 @@ class Attempt:
             raise
         if (stopped := self._stopped()) is not None:
             return stopped
+        self._blocks.submitted(seq)
         self._running = self._worker.thread.submit(seq, self._on_output)
         if self._funded is not None:  # what came while the prompt was prefilled
             self._running.fund(self._funded)
@@ -176,7 +183,7 @@ class Attempt:
             )
         finally:
             self._worker.num_waiting -= 1
-        self._blocks.computed(to=self._blocks.prompt.num_tokens)
+        self._blocks.commit(to=self._blocks.prompt.num_tokens)
         return self._sequence(first_token_id=done.first_token_id)
 
     def _sequence(
@@ -189,14 +196,16 @@ class Attempt:
         task = self.start.task
         max_tokens = task.sampling.max_tokens - self.start.relayed_tokens
         return Sequence(
-            "decode " + "/".join(map(str, attempt_key(task.id))),
+            sequence_id(task.id),
             self._blocks.prompt.token_ids,
             block_table=self._blocks.block_table,
             sampling=sampling_params(task, max_tokens=max_tokens),
             num_cached_tokens=num_cached_tokens,
             first_token_id=first_token_id,
+            num_relayed_tokens=self.start.relayed_tokens,
             num_funded_tokens=self._funded,
             on_layer=on_layer,
+            root=self._blocks.prompt.root,
         )
 
     def _landing(self) -> Landing:
@@ -242,16 +251,10 @@ class Attempt:
         elif isinstance(output, PausedOutput):
             self._paused()
         elif isinstance(output, FinishedOutput):
-            self._keep_generated()
+            self._worker.reuse.offer(self._blocks)
             self._ending.set_result(_Ending(_reason(output.reason), output.busy_seconds))
         else:
             self._ending.set_exception(output)
-
-    def _keep_generated(self) -> None:
-        assert self._running is not None
-        seq = self._running.seq
-        if seq.num_computed_tokens > seq.num_prompt_tokens:
-            self._worker.reuse.generated(self._blocks, seq.token_ids[: seq.num_computed_tokens])
 
     def _prefilled_in_place(self, first_token_id: int) -> None:
         assert self._running is not None

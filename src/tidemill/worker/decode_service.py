@@ -12,7 +12,7 @@ from tidemill.errors import DeadlineExceeded, DecodeFull, InvalidRequest, PoolEx
 from tidemill.rpc.deadline import remaining_s
 from tidemill.rpc.interceptors import Context
 from tidemill.rpc.validation import validate
-from tidemill.worker.attempt import Attempt
+from tidemill.worker.attempt import Attempt, sequence_id
 from tidemill.worker.attempt_table import AttemptTable
 from tidemill.worker.prompt import Prompt, PromptBlocks
 from tidemill.worker.remote_prefill import PrefillPeers
@@ -100,8 +100,7 @@ class DecodeService(DecodeServiceServicer):
         if self._attempts.num_running >= worker.config.max_attempts:
             raise self._full(f"{self._attempts.num_running} attempts are running")
         new_tokens = start.task.sampling.max_tokens - start.relayed_tokens
-        positions = min(prompt.num_tokens + new_tokens, worker.engine.max_context)
-        worker.check_fits(positions)
+        worker.check_fits(prompt.num_tokens, new_tokens)
         hashes = prompt.hashes
         if self._in_place(start):
             hashes = worker.reuse.reusable(prompt)
@@ -112,9 +111,15 @@ class DecodeService(DecodeServiceServicer):
                     f"{worker.backlog.num_tokens} tokens are queued",
                     retry_after_s=worker.backlog.retry_after_s(),
                 )
+        seq_id = sequence_id(start.task.id)
+        if not worker.engine.admit(seq_id, prompt.num_tokens, new_tokens):
+            raise self._full("the blocks are promised to others")
+        ahead = min(new_tokens - 1, BLOCK_TOKENS)
+        positions = min(prompt.num_tokens + ahead, worker.engine.max_context)
         try:
             return worker.reuse.take(prompt, hashes, num_positions=positions)
         except PoolExhausted as error:
+            worker.engine.dismiss(seq_id)
             raise self._full(str(error)) from error
 
     def _full(self, why: str) -> DecodeFull:

@@ -84,6 +84,8 @@ class Prefiller:
         if not worker.backlog.has_room(prompt.num_tokens - num_held_tokens):
             raise self._full(f"{worker.backlog.num_tokens} tokens are queued")
         worker.check_fits(prompt.num_tokens)
+        if worker.engine.num_swapped:
+            raise self._full("sequences are swapped out for want of blocks")
         try:
             return worker.reuse.take(prompt, hashes, num_positions=prompt.num_tokens)
         except PoolExhausted as error:
@@ -160,12 +162,15 @@ class PrefillJob:
         self._ready(0, blocks.num_ready_tokens)
         await self._worker.reuse.fetch(blocks)
         self._ready(blocks.num_ready_tokens, blocks.num_cached_tokens)
-        self._running = self._worker.thread.submit(self._sequence(), self._on_output)
+        seq = self._sequence()
+        blocks.submitted(seq)
+        self._running = self._worker.thread.submit(seq, self._on_output)
         if self.handover.state.closed:
             self._running.stop("cancelled")
         output = await self._output
         if not isinstance(output, PrefilledOutput):
             raise Cancelled("the prefill was stopped")
+        self._worker.reuse.offer(blocks)
         return self._done(output.first_token_id, self._running.seq.busy_seconds)
 
     def _on_output(self, output: Output | Internal) -> None:
@@ -182,8 +187,10 @@ class PrefillJob:
             block_table=self._blocks.block_table,
             sampling=sampling_params(task, max_tokens=1),
             num_cached_tokens=self._blocks.num_cached_tokens,
+            num_relayed_tokens=task.relayed_tokens,
             prefill_only=True,
             on_layer=self._on_layer,
+            root=self._blocks.prompt.root,
         )
 
     def _done(self, first_token_id: int, busy_seconds: float) -> PrefillDone:

@@ -12,6 +12,7 @@ from tidemill.api.common.v1.lifecycle_pb2 import KvPeer, WorkerTask
 from tidemill.api.common.v1.usage_pb2 import PrefillSite, PromptUsage
 from tidemill.blocks import BLOCK_TOKENS, chain_hashes, max_hit_tokens, root_hash
 from tidemill.engine import BlockPool, Engine, PoolTier, Reservation
+from tidemill.engine import Sequence as SequenceInEngine
 from tidemill.errors import InvalidRequest
 from tidemill.kv.cache_client import CacheNamespace, CacheTier
 from tidemill.kv.segments import from_bytes
@@ -58,9 +59,9 @@ class PromptBlocks:
         self.num_reused: Counter[PoolTier | CacheTier] = Counter()
         self.num_computed_tokens = 0
         self.fetch_seconds = 0.0
-        self._hashes = list(prompt.hashes)
         self._pool = pool
         self._num_committed = 0
+        self._offered: list[tuple[SequenceInEngine, int]] = []
         self._released = False
         self._found(reservation.tiers)
 
@@ -77,7 +78,7 @@ class PromptBlocks:
     def landed(self, block_index: int, tier: CacheTier) -> None:
         """A block was fetched whole: `block_index` counts from the prompt's start."""
         self.num_reused[tier] += BLOCK_TOKENS
-        self.computed(to=(block_index + 1) * BLOCK_TOKENS)
+        self.commit(to=(block_index + 1) * BLOCK_TOKENS)
 
     def adopt(self, reservation: Reservation) -> None:
         """The pool holds what follows the cached start: its blocks take the fresh ones' places."""
@@ -88,28 +89,42 @@ class PromptBlocks:
         self.owed = reservation
         self._found(reservation.tiers)
 
-    def computed(self, *, to: int) -> list[bytes]:
-        """Latents up to position `to` are final: commits full blocks, returns their hashes."""
+    def commit(self, *, to: int) -> None:
+        """Latents up to position `to` came from elsewhere and are final: full blocks get names."""
         self.num_computed_tokens = to
-        hashes = self._hashes[self._num_committed : to // BLOCK_TOKENS]
-        for block_hash in hashes:
+        for block_hash in self.prompt.hashes[self._num_committed : to // BLOCK_TOKENS]:
             block = self.block_table[self._num_committed]
             self._pool.commit(block, block_hash, self.prompt.root)
             self._num_committed += 1
+
+    def computed(self, *, to: int) -> None:
+        """The engine has computed up to position `to`."""
+        self.num_computed_tokens = to
+
+    def submitted(self, seq: SequenceInEngine) -> None:
+        """The table is the engine's from now until the last output of `seq` and its forks."""
+        num_shared = seq.num_prompt_tokens // BLOCK_TOKENS
+        self._offered = [(seq, seq.num_committed), *((fork, num_shared) for fork in seq.forks)]
+
+    def newly_committed(self) -> list[bytes]:
+        """Hashes of blocks that the engine has computed and committed since the last call."""
+        hashes: list[bytes] = []
+        for index, (seq, num_offered) in enumerate(self._offered):
+            num_committed = max(seq.num_committed, num_offered)
+            hashes += seq.block_hashes[num_offered:num_committed]
+            self._offered[index] = (seq, num_committed)
         return hashes
 
-    def generated(self, token_ids: Sequence[int]) -> None:
-        """Name the blocks that generation has filled: `token_ids` begins with the prompt."""
-        start = len(self._hashes) * BLOCK_TOKENS
-        last = self._hashes[-1] if self._hashes else self.prompt.root
-        self._hashes += chain_hashes(last, token_ids[start:])
-
     def release(self) -> None:
-        """Give every block back; safe to repeat."""
-        if not self._released:
-            self._released = True
-            self._pool.cancel(self.owed)
+        """Give every block back; safe to repeat. After `submitted`: once all sequences ended."""
+        if self._released:
+            return
+        self._released = True
+        self._pool.cancel(self.owed)
+        if not self._offered:
             self._pool.release(self.block_table)
+        for seq, _ in self._offered:
+            self._pool.release(seq.block_table)
 
     def usage(self, site: "PrefillSite.ValueType", worker_id: str) -> PromptUsage:
         """The prompt's split by U1, once it is computed."""
@@ -242,15 +257,15 @@ class PromptReuse:
         return True
 
     def computed(self, blocks: PromptBlocks, *, to: int) -> None:
-        """Positions up to `to` are computed: make full blocks findable, here and in the cache."""
-        hashes = blocks.computed(to=to)
+        """Positions up to `to` are computed, and may be offered once the step is over."""
+        blocks.computed(to=to)
+        self.offer(blocks)
+
+    def offer(self, blocks: PromptBlocks) -> None:
+        """Offer the cache what the engine has committed, prompt and generated."""
+        hashes = blocks.newly_committed()
         if hashes and self._storer is not None:
             self._storer.offer(blocks.prompt.namespace, hashes)
-
-    def generated(self, blocks: PromptBlocks, token_ids: Sequence[int]) -> None:
-        """Latents of all `token_ids`, prompt and generated, are final: reuse them likewise."""
-        blocks.generated(token_ids)
-        self.computed(blocks, to=len(token_ids))
 
     def _write(self, block_id: int, payload: bytes) -> None:
         shape = (self._layout.num_layers, BLOCK_TOKENS, self._layout.latent_dim)

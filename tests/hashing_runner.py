@@ -1,0 +1,108 @@
+"""A model whose next token is a hash of all latents before it, so that a wrong latent shows."""
+
+from types import SimpleNamespace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from tidemill.blocks import BLOCK_TOKENS
+from tidemill.engine import BlockPool, Engine, EngineConfig, KvLayout, Sequence
+from tidemill.engine.sampling import draw
+from tidemill.engine.scheduler import Step
+from tidemill.models.config import ModelConfig
+
+VOCAB = 24
+MAX_CONTEXT = 640
+_PRIME = 16_777_213  # products of two residues fit an fp64
+_WEIGHTS = torch.arange(1, MAX_CONTEXT + 1, dtype=torch.float64) * 7919 % 65_521
+
+
+def latents_of(token_ids: list[int], salt: int, start: int = 0) -> Tensor:
+    """What lies in the pool for positions from `start` on: [n, 1]."""
+    tokens = torch.tensor(token_ids[start:], dtype=torch.float64)
+    positions = torch.arange(start, len(token_ids), dtype=torch.float64)
+    return ((tokens + 1) * 7717 + positions * 104_729 + salt).remainder(65_521).unsqueeze(1)
+
+
+def salt_of(seq: Sequence) -> int:
+    """Latents of different roots differ, so that one tenant's never pass for another's."""
+    return 0 if seq.root is None else seq.root[0]
+
+
+class HashingRunner:
+    """One layer of latents with one value each."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.pool = BlockPool(
+            num_layers=1, num_blocks=num_blocks, latent_dim=1, dtype=torch.float64
+        )
+        self.steps: list[Step] = []
+
+    def forward(self, step: Step) -> Tensor:
+        """Writes every row's latent, then hashes what each row can see: [T, 1]."""
+        self.steps.append(step)
+        spans = [(seq, len(seq.token_ids) - 1, len(seq.token_ids)) for seq in step.decodes]
+        spans += [(chunk.seq, chunk.start, chunk.end) for chunk in step.chunks]
+        for seq, start, end in spans:
+            values = latents_of(seq.token_ids[:end], salt_of(seq), start)
+            self.pool.write(0, seq.block_table, start, values)
+        rows = []
+        for seq, start, end in spans:
+            hidden = torch.zeros(end - start, 1, dtype=torch.float64)
+            seen = self.pool.read(0, seq.block_table, 0, end).flatten()
+            hidden[-1] = _hash(seen)
+            rows.append(hidden)
+        return torch.cat(rows)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, 1] -> [N, VOCAB]."""
+        return _logits(hidden)
+
+
+def undisturbed(seq: Sequence, num_tokens: int) -> list[int]:
+    """What the sequence generates when nothing ever gets in its way."""
+    alone = Sequence(
+        "alone", seq.token_ids[: seq.num_prompt_tokens], sampling=seq.sampling, root=seq.root
+    )
+    while alone.num_generated < num_tokens:
+        seen = latents_of(alone.token_ids, salt_of(alone)).flatten()
+        (drawn,) = draw(_logits(_hash(seen).view(1, 1)), [alone])
+        alone.token_ids.append(drawn.token_id)
+    return alone.token_ids[alone.num_prompt_tokens :]
+
+
+def hashing_engine(
+    *, num_blocks: int, swap_blocks: int = 8, max_batch: int = 4, step_tokens: int = 48
+) -> tuple[Engine, HashingRunner]:
+    """A whole engine around it."""
+    runner = HashingRunner(num_blocks)
+    config = EngineConfig(
+        num_blocks=num_blocks,
+        swap_blocks=swap_blocks,
+        max_batch=max_batch,
+        step_tokens=step_tokens,
+    )
+    shape = SimpleNamespace(vocab_size=VOCAB, max_position_embeddings=MAX_CONTEXT)
+    engine = Engine(
+        config=config,
+        model_config=cast(ModelConfig, shape),
+        eos_token_ids=frozenset(),
+        runner=runner,
+        layout=KvLayout("float32", 1, 1, b"hashing"),
+    )
+    return engine, runner
+
+
+def blocks_up_to(num_positions: int) -> int:
+    """Blocks that so many positions take."""
+    return -(-num_positions // BLOCK_TOKENS)
+
+
+def _hash(seen: Tensor) -> Tensor:
+    return (seen * _WEIGHTS[: len(seen)]).remainder(_PRIME).sum().remainder(_PRIME)
+
+
+def _logits(hidden: Tensor) -> Tensor:
+    factors = torch.arange(1, VOCAB + 1, dtype=torch.float64) * 15_485_863 % 65_521
+    return (hidden * factors).remainder(1009) / 200
