@@ -11,7 +11,8 @@ def check(stream: Progress, completed: Completed) -> None:
     """U1, U2 and M4 of one answer, and its bill against itself. UsageError, ReceiptError."""
     usage = completed.usage
     usage.check()
-    billed, received = usage.completion_tokens, len(stream.token_ids)
+    billed = usage.completion_tokens
+    received = sum(len(choice.token_ids) for choice in stream.choices)
     unread = completed.finish_reason in _MAY_END_UNREAD
     if billed != received and not (unread and billed > received):
         raise UsageError(

@@ -14,6 +14,7 @@ from services.router.response_format import SCHEMA_FIELD
 from tidemill.api.common.v1 import lifecycle_pb2
 from tidemill.api.decode.v1 import decode_service_pb2 as decode_pb2
 from tidemill.errors import (
+    FailedPrecondition,
     Internal,
     InvalidRequest,
     Overloaded,
@@ -26,6 +27,7 @@ from tidemill.rpc.status import from_rpc_error
 
 _ACK_TIMEOUT_S = 2.0
 _GRAMMAR_INVALID = "GRAMMAR_INVALID"
+_GRAMMAR_DEAD_END = "GRAMMAR_DEAD_END"
 _MAX_WHY = 500
 
 logger = logging.getLogger(__name__)
@@ -145,7 +147,8 @@ class Attempt:
     def _as_ours(self, error: grpc.aio.AioRpcError) -> TidemillError:
         """A worker's status as what it means to this request.
 
-        Its client did nothing wrong, but for a schema that only a worker can judge.
+        Its client did nothing wrong, but for a schema that only a worker can judge, or one that
+        with the rest of the sampling leaves no token to draw.
         """
         found = from_rpc_error(error)
         if isinstance(found, Overloaded | WorkerLost):
@@ -153,6 +156,8 @@ class Attempt:
         if isinstance(found, InvalidRequest) and found.reason == _GRAMMAR_INVALID:
             why = found.message[:_MAX_WHY]
             return InvalidRequest(why, reason=_GRAMMAR_INVALID, violations=[(SCHEMA_FIELD, why)])
+        if isinstance(found, FailedPrecondition) and found.reason == _GRAMMAR_DEAD_END:
+            return FailedPrecondition(found.message[:_MAX_WHY], reason=_GRAMMAR_DEAD_END)
         if isinstance(found, Unavailable) or found.code in (
             grpc.StatusCode.CANCELLED,
             grpc.StatusCode.DEADLINE_EXCEEDED,

@@ -74,9 +74,20 @@ class RouterMetrics:
             registry=registry,
         )
 
-    def watch(self, *, queued: Callable[[], int], running: Callable[[], int]) -> None:
+    def watch(
+        self,
+        *,
+        queued: Callable[[], int],
+        queued_tokens: Callable[[], int],
+        running: Callable[[], int],
+    ) -> None:
         """Show the queue's length and the number of running requests."""
         self._gauge("tidemill_router_queued_requests", "Requests waiting for workers.", queued)
+        self._gauge(
+            "tidemill_router_queued_prompt_tokens",
+            "Uncached prompt tokens of the requests that wait.",
+            queued_tokens,
+        )
         self._gauge("tidemill_router_running_requests", "Requests let in, not ended.", running)
 
     def refused(self, reason: str) -> None:

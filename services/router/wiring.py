@@ -86,6 +86,7 @@ class RouterProcess:
     def _router(self, admission: Admission, metrics: RouterMetrics) -> Router:
         metrics.watch(
             queued=lambda: sum(map(len, self.dispatchers.values())),
+            queued_tokens=lambda: sum(each.queued_tokens for each in self.dispatchers.values()),
             running=lambda: len(self.requests),
         )
         return Router(

@@ -7,6 +7,7 @@ from random import Random
 
 import pytest
 
+from loadtest.checks import check
 from services.stack.plan import MODEL
 from tests.stack_harness import BOOK_PATH, ONE_WORKER_MODEL, Stack, eventually, sum_of, words
 from tidemill.billing import Receipt, load_price_book, verify
@@ -111,7 +112,7 @@ async def test_every_token_of_64_streams_is_billed_or_accounted_for(stack: Stack
         if plan.end.startswith("hang up"):
             continue
         assert stream.completed is not None, plan
-        stream.completed.usage.check()
+        check(stream, stream.completed)
         assert stream.completed.receipt is not None
         stream.completed.receipt.verify(book)
         ends[f"{plan.end}: {stream.completed.finish_reason}"] += 1

@@ -219,6 +219,22 @@ async def test_a_schema_that_the_worker_cannot_compile_is_the_clients_mistake_an
     assert good.completed.usage.completion_tokens == 2, "the id was not free again"
 
 
+async def test_a_format_that_leaves_no_token_to_draw_is_told_and_not_billed(
+    router: RouterHarness, decode: ScriptedWorker
+) -> None:
+    async def play(talk: Talk) -> None:
+        await talk.prefill_done(50)
+        await talk.final("SERVER_FAULT")
+        raise FailedPrecondition("no token is allowed", reason="GRAMMAR_DEAD_END")
+
+    decode.scripts = [play]
+    heard = await router.generate(ask(response_format=schema("{}")))
+    assert isinstance(heard.error, FailedPrecondition)
+    assert heard.error.reason == "GRAMMAR_DEAD_END"
+    fault = router.metric("tidemill_router_unbilled_tokens_total", model=MODEL, why="server_fault")
+    assert fault == 1
+
+
 async def test_a_vocabulary_that_differs_is_the_servers_fault(
     router: RouterHarness, decode: ScriptedWorker
 ) -> None:

@@ -301,6 +301,8 @@ async def test_position_is_told_while_a_request_waits(
     positions = [(await call.read()).accepted.position for call in calls]
     assert sorted(positions) == [0, 1, 2]
     assert len(router.process.dispatchers[MODEL]) == 3
+    assert router.metric("tidemill_router_queued_requests") == 3
+    assert router.metric("tidemill_router_queued_prompt_tokens") == 300
     first = calls[positions.index(0)]
     last = calls[positions.index(2)]
     first.cancel()
