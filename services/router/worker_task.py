@@ -4,6 +4,7 @@ import hashlib
 
 from services.router.admission import Admitted
 from services.router.dispatch import Placed
+from services.router.fleet import DECODE, PREFILL
 from services.router.sampling import Sampling
 from tidemill.api.common.v1 import lifecycle_pb2
 from tidemill.api.decode.v1 import decode_service_pb2 as decode_pb2
@@ -40,6 +41,9 @@ def start_message(admitted: Admitted, placed: Placed, *, attempt: int) -> decode
         grammar=_grammar_message(admitted),
         model_digest=admitted.identity.digest,
     )
+    for peer in placed.peers:
+        role = PREFILL if PREFILL in peer.description.roles else DECODE
+        task.peers.add(worker_id=peer.id, address=peer.description.address, role=role)
     start = decode_pb2.Start(task=task)
     if placed.prefill is not None:
         start.prefill.worker_id = placed.prefill.id
