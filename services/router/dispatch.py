@@ -94,11 +94,6 @@ class Dispatcher:
         return self._queue.queued_tokens
 
     @property
-    def queued_tokens(self) -> int:
-        """Uncached prompt tokens of those that wait for their first attempt."""
-        return self._queue.queued_tokens
-
-    @property
     def staffed(self) -> bool:
         """Whether there are workers of both roles, with or without room."""
         return all(self._fleet.usable(self._model, role) for role in (PREFILL, DECODE))
