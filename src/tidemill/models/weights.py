@@ -21,8 +21,8 @@ def load_model(
 ) -> DeepseekModel:
     """Build the model in `dtype`; CheckpointError names the tensor at fault and both shapes.
 
-    Beside what is kept, memory holds one tensor at a time. Multi-token-prediction layers are left
-    on disk. `on_progress` gets bytes read and bytes to read, after each tensor.
+    Beside what is kept, memory holds a few tensors at a time. Multi-token-prediction layers are
+    left on disk. `on_progress` gets bytes read and bytes to read, after each tensor.
     """
     source = WeightSource(checkpoint, config, dtype, on_progress)
     embedding = source.table("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
@@ -34,7 +34,7 @@ def load_model(
         head=_head(source, config, embedding),
         rotations=rope_table(config, max_context),
     )
-    source.check_empty()
+    source.finish()
     return model
 
 
