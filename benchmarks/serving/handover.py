@@ -1,11 +1,20 @@
-"""Latents from a prefill worker's pool into a decode worker's, against a bare gRPC stream.
+"""Latents from a prefill worker's pool into a decode worker's, by each transport.
 
     python -m benchmarks.serving.handover [--rounds 7] [--tokens 2048]
 
-Two processes on loopback with mutual TLS. Ours: pool -> segments with xxh3 -> PullKv -> verified
--> pool, whole messages of 2 MiB, all layers ready from the start. Bare: the same number of bytes
-in messages of the same size, sent and counted and nothing else. Rounds alternate (ABAB); figures
-are medians, in GB/s of latents. The shape is a full V3's: 61 layers of 576 bfloat16 a token.
+Two processes on one host with mutual TLS, all layers ready from the start, rounds that take turns
+(ABAB); figures are medians in GB/s of latents. The shape is a full V3's: 61 layers of 576 bfloat16
+a token.
+
+    grpc     pool -> segments with xxh3 -> PullKv in messages of 2 MiB -> verified -> pool
+    shm      pool -> shared memory with xxh3 -> pool, verified; PullKv says only where
+    bare     as many bytes in messages of the same size, sent and counted and nothing else
+    memcpy   one process copies as many bytes once: the floor of anything that copies
+
+What to expect. shm: each side copies once and hashes what it copied while that is in its cache, the
+two sides overlap; so at most 1 / (1/memcpy + 1/xxh3) where both have a core and memory keeps up
+with two copies at once. grpc: a byte is copied into the message, into gRPC's buffer, encrypted, and
+the same again on the other side, where `bare` has half of that and no hash: at most `bare`.
 """
 
 import argparse
@@ -23,6 +32,7 @@ from typing import Any
 
 import grpc
 import torch
+import xxhash
 
 from benchmarks.serving.cache_rpc import (
     ROOT,
@@ -40,14 +50,16 @@ from tidemill.certs import make_dev_certs
 from tidemill.engine import BlockPool, KvLayout
 from tidemill.kv.handover import Handover, HandoverState, HandoverTable
 from tidemill.kv.segments import Landing
+from tidemill.kv.shm import SharedMemory
 from tidemill.kv.threads import in_thread, one_ahead
-from tidemill.kv.transport import KvSource, GrpcKvTransport
+from tidemill.kv.transport import GrpcKvTransport, KvSource
 from tidemill.rpc.channel import internal_channel
 from tidemill.rpc.options import INTERNAL_SERVER
 from tidemill.rpc.tls import server_credentials
 
 RESULT = Path(__file__).with_name("results") / "handover.json"
 MESSAGE_BYTES = 2 << 20
+REF = pb.HandoverRef(handover_id=b"h" * 16, epoch=1)
 LAYERS, LATENT_DIM = 61, 576
 LAYOUT = KvLayout(
     dtype="bfloat16", num_layers=LAYERS, latent_dim=LATENT_DIM, model_digest=b"b" * 32
@@ -66,12 +78,13 @@ def make_pool(num_tokens: int) -> BlockPool:
 class Source:
     """A prefill worker all of whose latents are computed."""
 
-    def __init__(self, num_tokens: int) -> None:
+    def __init__(self, num_tokens: int, shm_dir: Path) -> None:
         self._pool = make_pool(num_tokens)
         self._pool.latents.normal_()
         self._num_tokens = num_tokens
         self._table = HandoverTable(epoch=1, lease_s=600.0, clock=time.monotonic)
-        self._source = KvSource(self._pool, LAYOUT, self._table)
+        windows = SharedMemory(shm_dir).windows
+        self._source = KvSource(self._pool, LAYOUT, self._table, windows=windows)
 
     async def pull_kv(
         self, request: pb.PullKvRequest, _context: Any
@@ -86,7 +99,11 @@ class Source:
         self._table.offer(handover)
         for layer in range(LAYERS):
             handover.ready(layer, 0, self._num_tokens)
-        messages = self._source.stream(handover, max_message_bytes=request.max_message_bytes)
+        messages = self._source.stream(
+            handover,
+            max_message_bytes=request.max_message_bytes,
+            shm=request.shm if request.HasField("shm") else None,
+        )
         async for message in one_ahead(messages):
             yield message
         self._table.close(handover, HandoverState.RELEASED)
@@ -100,11 +117,11 @@ async def send_bare(request: bytes, _context: Any) -> AsyncIterator[bytes]:
         left -= len(message)
 
 
-async def serve(certs: Path, port: int, num_tokens: int) -> None:
+async def serve(certs: Path, shm_dir: Path, port: int, num_tokens: int) -> None:
     torch.set_num_threads(1)
     server = grpc.aio.server(options=INTERNAL_SERVER)
     pull = grpc.unary_stream_rpc_method_handler(
-        Source(num_tokens).pull_kv,
+        Source(num_tokens, shm_dir).pull_kv,
         request_deserializer=pb.PullKvRequest.FromString,
         response_serializer=pb.PullKvResponse.SerializeToString,
     )
@@ -123,21 +140,34 @@ async def serve(certs: Path, port: int, num_tokens: int) -> None:
 class Puller:
     """The decode worker's side."""
 
-    def __init__(self, channel: grpc.aio.Channel, num_tokens: int) -> None:
+    def __init__(self, channel: grpc.aio.Channel, num_tokens: int, shm_dir: Path) -> None:
         stub: Any = PrefillServiceStub(channel)
         self._transport = GrpcKvTransport(stub, max_message_bytes=MESSAGE_BYTES)
         self._bare: Any = channel.unary_stream("/bare/Send")
         self._pool = make_pool(num_tokens)
         self._num_tokens = num_tokens
+        self.shared = SharedMemory(shm_dir)
         self.num_bytes = LAYOUT.block_bytes // 64 * num_tokens
+        self._from = torch.ones(self.num_bytes, dtype=torch.uint8)
+        self._to = torch.zeros(self.num_bytes, dtype=torch.uint8)
 
-    async def ours(self) -> float:
-        blocks = range(self._pool.num_blocks)
-        landing = Landing(self._pool, LAYOUT, blocks, first_token=0, num_tokens=self._num_tokens)
-        ref = pb.HandoverRef(handover_id=b"h" * 16, epoch=1)
+    async def grpc(self) -> float:
+        landing = self._landing()
         begun = time.perf_counter()
-        async for segments in one_ahead(self._transport.pull(ref, timeout_s=600.0)):
+        async for segments in one_ahead(self._transport.pull(REF, timeout_s=600.0)):
             await in_thread(landing.write, segments)
+        landing.check_complete()
+        return time.perf_counter() - begun
+
+    async def shm(self) -> float:
+        landing = self._landing()
+        arenas = self.shared.arenas
+        begun = time.perf_counter()
+        arena = await in_thread(arenas.lend, landing.shared.num_bytes)
+        target = pb.ShmTarget(name=arena.name, num_bytes=arena.num_bytes)
+        async for segments in one_ahead(self._transport.pull(REF, timeout_s=600.0, shm=target)):
+            await in_thread(landing.write, segments, arena.memory)
+        arenas.give_back(arena, reusable=True)
         landing.check_complete()
         return time.perf_counter() - begun
 
@@ -150,17 +180,63 @@ class Puller:
         assert total == self.num_bytes
         return seconds
 
+    async def memcpy(self) -> float:
+        begun = time.perf_counter()
+        self._to.copy_(self._from)
+        return time.perf_counter() - begun
 
-async def measure(certs: Path, port: int, num_tokens: int, rounds: int) -> dict[str, Any]:
+    def xxh3_gb_s(self) -> float:
+        """Hashing what is in the core's cache, one thread."""
+        warm = bytes(256 << 10)
+        begun = time.perf_counter()
+        for _ in range(1000):
+            xxhash.xxh3_64_intdigest(warm)
+        return 1000 * len(warm) / (time.perf_counter() - begun) / 1e9
+
+    def _landing(self) -> Landing:
+        blocks = range(self._pool.num_blocks)
+        return Landing(self._pool, LAYOUT, blocks, first_token=0, num_tokens=self._num_tokens)
+
+
+async def measure(
+    certs: Path, shm_dir: Path, port: int, num_tokens: int, rounds: int
+) -> dict[str, Any]:
     torch.set_num_threads(1)
     await until_up(certs, (port,), role="prefill")
     tls = tls_files(certs, "decode")
     channel = internal_channel(f"127.0.0.1:{port}", role="prefill", tls=tls)
-    puller = Puller(channel, num_tokens)
-    timed: dict[str, Timed] = {"ours": puller.ours, "bare": puller.bare}
+    puller = Puller(channel, num_tokens, shm_dir)
+    timed: dict[str, Timed] = {
+        "grpc": puller.grpc,
+        "bare": puller.bare,
+        "shm": puller.shm,
+        "memcpy": puller.memcpy,
+    }
     rates = await median_rates(timed, puller.num_bytes, rounds)
     await channel.close()
-    return {"num_bytes": puller.num_bytes, "gb_s": rates}
+    puller.shared.close()
+    return {"num_bytes": puller.num_bytes, "xxh3_gb_s": puller.xxh3_gb_s(), "gb_s": rates}
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Start the source and pull from it."""
+    memory = Path("/dev/shm")  # noqa: S108 - a folder of our own is made there
+    with (
+        tempfile.TemporaryDirectory() as certs,
+        tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as shm_dir,
+    ):
+        make_dev_certs(Path(certs))
+        port = free_port()
+        command = [sys.executable, "-m", "benchmarks.serving.handover", "--port", str(port)]
+        command += ["--certs", certs, "--shm", shm_dir, "--tokens", str(arguments.tokens)]
+        source = subprocess.Popen(command, cwd=ROOT)
+        try:
+            return asyncio.run(
+                measure(Path(certs), Path(shm_dir), port, arguments.tokens, arguments.rounds)
+            )
+        finally:
+            source.terminate()
+            source.wait(20)
 
 
 def main() -> None:
@@ -168,24 +244,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--certs", type=Path, help=argparse.SUPPRESS)
+    for name, kind in (("--port", int), ("--certs", Path), ("--shm", Path)):
+        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.port is not None:
-        asyncio.run(serve(arguments.certs, arguments.port, arguments.tokens))
+        asyncio.run(serve(arguments.certs, arguments.shm, arguments.port, arguments.tokens))
         return
-    with tempfile.TemporaryDirectory() as name:
-        make_dev_certs(Path(name))
-        port = free_port()
-        command = [sys.executable, "-m", "benchmarks.serving.handover", "--port", str(port)]
-        command += ["--certs", name, "--tokens", str(arguments.tokens)]
-        source = subprocess.Popen(command, cwd=ROOT)
-        try:
-            measured = asyncio.run(measure(Path(name), port, arguments.tokens, arguments.rounds))
-        finally:
-            source.terminate()
-            source.wait(20)
-    ours, bare = (measured["gb_s"][each]["median"] for each in ("ours", "bare"))
+    measured = run(arguments)
+    rates = {name: figures["median"] for name, figures in measured["gb_s"].items()}
+    shm_ceiling = 1 / (1 / rates["memcpy"] + 1 / measured["xxh3_gb_s"])
     report = {
         "command": f"python -m benchmarks.serving.handover --rounds {arguments.rounds} "
         f"--tokens {arguments.tokens}",
@@ -194,11 +261,17 @@ def main() -> None:
         "grpc": grpc.__version__,
         "python": platform.python_version(),
         **measured,
-        "ratio": ours / bare,
+        "grpc_to_bare": rates["grpc"] / rates["bare"],
+        "shm_ceiling_gb_s": shm_ceiling,
+        "shm_to_ceiling": rates["shm"] / shm_ceiling,
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(f"hand-over {ours:.3f} GB/s, bare stream {bare:.3f} GB/s, ratio {ours / bare:.2f}")
+    print(", ".join(f"{name} {rate:.3f}" for name, rate in rates.items()), "GB/s")
+    print(
+        f"grpc {report['grpc_to_bare']:.2f} of a bare stream; "
+        f"shm {report['shm_to_ceiling']:.2f} of its ceiling of {shm_ceiling:.2f} GB/s"
+    )
 
 
 if __name__ == "__main__":
