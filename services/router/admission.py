@@ -14,7 +14,7 @@ from services.router.quote import worst_case_nano
 from services.router.response_format import ResponseFormat
 from services.router.sampling import Sampling, Wanted, resolve
 from tidemill.billing import PriceBook
-from tidemill.blocks import chain_hashes, root_hash
+from tidemill.blocks import BLOCK_TOKENS, chain_hashes, root_hash
 from tidemill.errors import FailedPrecondition, InvalidRequest, Unavailable
 from tidemill.text import ChatMessage
 
@@ -65,6 +65,14 @@ class Admitted:
     def deadline_ms(self) -> int:
         """Instant after which no window may decide the bill."""
         return self.admitted_at_ms + round(self.total_timeout_s * 1000)
+
+    def chain(self, completion: Sequence[int]) -> list[bytes]:
+        """Hashes of the full blocks of the prompt and these tokens after it."""
+        hashes = list(self.block_hashes)
+        identity = self.identity
+        root = root_hash(identity.digest, identity.kv_format, self.tenant.salt)
+        rest = self.token_ids[len(hashes) * BLOCK_TOKENS :]
+        return hashes + chain_hashes(hashes[-1] if hashes else root, [*rest, *completion])
 
     @property
     def key(self) -> str:

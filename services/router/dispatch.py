@@ -132,6 +132,10 @@ class Dispatcher:
         self._prefilling.remove(key)
         self._wake.set()
 
+    def filled(self, worker_id: str, hashes: Sequence[bytes]) -> None:
+        """The worker holds this chain, from block 0 on: a prompt and what was generated."""
+        self._affinity.record(worker_id, hashes)
+
     def release(self, key: str) -> None:
         """The request's attempt is over."""
         self._prefilling.remove(key)

@@ -146,6 +146,7 @@ class Generation:
             self._placed_at = self._clock()
             try:
                 await self._serve(placed)
+                self._note_filled(placed.decode)
                 return
             except Overloaded as refusal:
                 target = placed.prefill or placed.decode
@@ -203,6 +204,11 @@ class Generation:
         finally:
             self._attempt = self._patience = None
             await attempt.close()
+
+    def _note_filled(self, decode: Worker) -> None:
+        """Let the next turn look for the answer there, where all but its last token lies."""
+        for choice in self._relay.choices:
+            self._dispatcher.filled(decode.id, self.admitted.chain(choice.token_ids[:-1]))
 
     def _take(self, attempt: Attempt, report: Report) -> None:
         choices = self._relay.choices

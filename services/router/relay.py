@@ -13,11 +13,12 @@ _SCORED_TOKENS = 256  # in one message; each may have 20 alternatives
 
 
 class Choice:
-    """One completion: its text, its counts, and why it ended (None: it has not)."""
+    """One completion: its tokens, text and counts, and why it ended (None: it has not)."""
 
     def __init__(self, index: int, admitted: Admitted, *, inside: bool) -> None:
         sampling = admitted.sampling
         self.index = index
+        self.token_ids: list[int] = []
         self.counts = Counts(sampling.max_tokens)
         self.finish: Finish | None = None
         self.text = TextStream(
@@ -65,6 +66,7 @@ class Relay:
 
         Tokens of a choice that has ended are counted and go no further.
         """
+        choice.token_ids += token_ids
         for start in range(0, len(token_ids), self._max_tokens):
             some = token_ids[start : start + self._max_tokens]
             choice.counts.received += len(some)

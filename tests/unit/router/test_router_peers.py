@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 from services.router.admission import Admitted, Ask
@@ -20,6 +21,7 @@ from services.router.fleet import (
 from services.router.keys import Tenant
 from services.router.sampling import Sampling
 from services.router.worker_task import start_message
+from tidemill.blocks import chain_hashes, root_hash
 from tidemill.policy import BalancerConfig, QueueLimits, WorkerLoad
 
 FULL = 100_000
@@ -163,6 +165,24 @@ async def test_the_worker_chosen_and_workers_that_left_are_no_peers() -> None:
         it.leave("d1")
         it.add("d2", DECODE)
         assert ids(await it.place(4)) == []
+
+
+async def test_who_generated_an_answer_is_a_peer_of_the_next_turn() -> None:
+    async with yard() as it:
+        it.add("p1", PREFILL)
+        it.add("d1", DECODE)
+        placed = await it.place(2)
+        it.dispatcher.filled(placed.decode.id, CHAIN[:5])
+        assert ids(await it.place(6)) == ["d1"]
+
+
+def test_a_completion_goes_on_with_the_chain_of_its_prompt() -> None:
+    root = root_hash(b"d" * 32, "f", b"s" * 32)
+    for num_tokens in (3, 64, 100, 128):
+        prompt = list(range(num_tokens))
+        admitted = replace(ADMITTED, token_ids=prompt, block_hashes=chain_hashes(root, prompt))
+        answer = list(range(500, 600))
+        assert admitted.chain(answer) == chain_hashes(root, [*prompt, *answer])
 
 
 async def test_the_task_names_peers_with_address_and_role() -> None:
