@@ -225,9 +225,10 @@ def test_eos_ids_come_from_generation_config_first(
 
 
 def test_dtype_override_and_context_limit_are_checked(model_dir: Path) -> None:
-    engine = load(model_dir, dtype="bfloat16", max_context=100)
-    assert engine.pool.latents.dtype == torch.bfloat16
-    assert engine.max_context == 100
+    assert load(model_dir, max_context=100).max_context == 100
+    for dtype in (torch.bfloat16, torch.float16):
+        engine = load(model_dir, dtype=str(dtype).removeprefix("torch."))
+        assert engine.pool.latents.dtype == dtype
     with pytest.raises(ConfigError, match="dtype is 'float8'"):
         load(model_dir, dtype="float8")
     with pytest.raises(ConfigError, match="max_context is 2000"):

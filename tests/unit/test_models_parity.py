@@ -202,9 +202,12 @@ def test_every_pair_of_switches_agrees_with_transformers(tmp_path: Path, index: 
     check_greedy(case)
 
 
-def test_x1c_bf16_decode_errs_no_more_than_half_again_bf16_prefill(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_x1c_half_precision_decode_errs_no_more_than_half_again_its_prefill(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
     path = make_tiny_checkpoint(tmp_path, rope_parameters=YARN, dtype="bfloat16")
-    probe = Probe(path, torch.bfloat16)
+    probe = Probe(path, dtype)
     whole, absorbed = [], []
     for seed in range(5):
         tokens = torch.randint(0, 512, (300,), generator=torch.manual_seed(seed))

@@ -11,7 +11,7 @@ class EngineConfig:
     max_batch: int = 32  # sequences in one decode step
     step_tokens: int = 512  # rows of one step: running sequences, the rest prompts
     max_context: int | None = None
-    dtype: str = "auto"  # "auto" (the checkpoint's), "float32" or "bfloat16"
+    dtype: str = "auto"  # "auto" (the checkpoint's), "float32", "bfloat16" or "float16"
     num_threads: int = 0
     swap_blocks: int | None = None  # host memory for running sequences; None: as many as num_blocks
     host_cache_blocks: int = 0  # blocks in host memory for what the pool evicts; 0: none

@@ -34,9 +34,10 @@ from tidemill.engine.validate import validate
 from tidemill.errors import AlreadyExists, ConfigError, PoolCorrupted, PoolExhausted
 from tidemill.models.checkpoint import Checkpoint
 from tidemill.models.config import ModelConfig, load_eos_token_ids
+from tidemill.models.source import Progress
 from tidemill.models.weights import load_model
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Engine:
@@ -86,14 +87,20 @@ class Engine:
         self._stops: dict[str, tuple[str, int | None]] = {}
 
     @classmethod
-    def load(cls, model_dir: Path, config: EngineConfig) -> "Engine":
-        """Load a Hugging Face folder; CheckpointError or ConfigError says what is wrong with it."""
+    def load(
+        cls, model_dir: Path, config: EngineConfig, on_progress: Progress | None = None
+    ) -> "Engine":
+        """Load a Hugging Face folder; CheckpointError or ConfigError says what is wrong with it.
+
+        `on_progress` is called with (bytes read, bytes to read) after each tensor.
+        """
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         model_config = ModelConfig.load(model_dir)
         dtype = _dtype(config.dtype, model_config.dtype)
         checkpoint = Checkpoint(model_dir)
-        model = load_model(checkpoint, model_config, dtype, _max_context(config, model_config))
+        max_context = _max_context(config, model_config)
+        model = load_model(checkpoint, model_config, dtype, max_context, on_progress)
         pool = BlockPool(
             num_layers=model_config.num_hidden_layers,
             num_blocks=config.num_blocks,

@@ -10,7 +10,7 @@ from tidemill.blocks import BLOCK_TOKENS
 class KvLayout:
     """Shape and meaning of a block: [num_layers, block_tokens, latent_dim] of `dtype`."""
 
-    dtype: str  # "bfloat16" or "float32"
+    dtype: str  # "bfloat16", "float16" or "float32"
     num_layers: int
     latent_dim: int
     model_digest: bytes

@@ -39,6 +39,7 @@ from tidemill.worker.config import RegistryConfig, Role, WorkerConfig
 from tidemill.worker.decode_service import DecodeService
 from tidemill.worker.engine_thread import EngineThread
 from tidemill.worker.kv_peers import KvPeers
+from tidemill.worker.load_progress import LoadProgress
 from tidemill.worker.metrics import WorkerMetrics
 from tidemill.worker.peer_service import PeerService
 from tidemill.worker.prefill_service import PrefillService
@@ -132,7 +133,8 @@ async def running_worker(
         raise ConfigError("a worker needs server.tls: cert, key and ca")
     metrics = metrics or WorkerMetrics()
     if engine is None:
-        engine = await asyncio.to_thread(Engine.load, config.model_dir, config.engine)
+        progress = LoadProgress(config.model_dir)
+        engine = await asyncio.to_thread(Engine.load, config.model_dir, config.engine, progress)
     async with AsyncExitStack() as stack:
         cache = _cache_client(config, tls, stack)
         background = await stack.enter_async_context(Background())
