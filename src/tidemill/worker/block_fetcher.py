@@ -4,7 +4,7 @@ import asyncio
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
-from itertools import groupby
+from itertools import cycle, groupby
 
 from tidemill.api.common.v1.lifecycle_pb2 import KvPeer
 from tidemill.errors import CacheUnavailable, InvalidRequest
@@ -21,10 +21,10 @@ Land = Callable[[int, bytes, CacheTier], Awaitable[None]]
 
 
 class BlockFetcher:
-    """Asks the cache, then peers, for what follows in a chain. All of it within one budget.
+    """Asks the cache, then peers, for what follows in a chain, and whoever may go on from there.
 
-    Whatever does not come, comes damaged or would come too late is left to be computed, and
-    counted by tier and cause; none of it is an error.
+    All of it is within one budget. Whatever does not come, comes damaged or would come too late is
+    left to be computed, and counted by tier and cause; none of it is an error.
     """
 
     def __init__(
@@ -52,17 +52,29 @@ class BlockFetcher:
     ) -> int:
         """Land the start of `hashes`, as far as it is held and worth it; returns how many."""
         chain = _Chain(namespace, hashes, land, self.policy.budget(len(hashes)))
-        if self._cache is not None:
-            await self._ask(CACHE, self._cache, chain)
-        if self._peers is not None:
-            for peer in peers[:MOST_PEERS_ASKED]:
-                if chain.wanted and not chain.overdue:
-                    await self._ask(f"peer {peer.worker_id}", await self._peers.at(peer), chain)
+        holders = await self._holders(peers)
+        num_asked = 0  # since the last block landed; who sent it gave what it has
+        for asked, client in cycle(holders):
+            if not chain.wanted or chain.overdue or num_asked == len(holders):
+                break
+            before = chain.num_landed
+            await self._ask(asked, client, chain)
+            num_asked = 1 if chain.num_landed > before else num_asked + 1
         return chain.num_landed
+
+    async def _holders(self, peers: Sequence[KvPeer]) -> list[tuple[str, CacheClient]]:
+        """Whom to ask, and by which name the policy knows them."""
+        holders = [] if self._cache is None else [(CACHE, self._cache)]
+        if self._peers is not None:
+            holders += [
+                (f"peer {peer.worker_id}", await self._peers.at(peer))
+                for peer in peers[:MOST_PEERS_ASKED]
+            ]
+        return holders
 
     async def _ask(self, asked: str, client: CacheClient, chain: "_Chain") -> None:
         wanted = chain.wanted
-        if not wanted or not self.policy.worth_asking(asked, len(wanted)):
+        if not self.policy.worth_asking(asked, len(wanted)):
             return
         part = _Part(self.policy, asked, len(wanted))
         try:
