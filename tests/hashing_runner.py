@@ -1,5 +1,6 @@
 """A model whose next token is a hash of all latents before it, so that a wrong latent shows."""
 
+import functools
 from types import SimpleNamespace
 from typing import cast
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tidemill.blocks import BLOCK_TOKENS
-from tidemill.engine import BlockPool, Engine, EngineConfig, KvLayout, Sequence
+from tidemill.engine import BlockPool, Engine, EngineConfig, KvLayout, SamplingParams, Sequence
 from tidemill.engine.sampling import draw
 from tidemill.engine.scheduler import Step
 from tidemill.models.config import ModelConfig
@@ -46,14 +47,18 @@ class HashingRunner:
         spans += [(chunk.seq, chunk.start, chunk.end) for chunk in step.chunks]
         for seq, start, end in spans:
             values = latents_of(seq.token_ids[:end], salt_of(seq), start)
-            self.pool.write(0, seq.block_table, start, values)
-        rows = []
+            if end - start == 1:
+                block, offset = divmod(start, BLOCK_TOKENS)
+                self.pool.latents[0, seq.block_table[block], offset] = values[0]
+            else:
+                self.pool.write(0, seq.block_table, start, values)
+        hidden = torch.zeros(step.num_tokens, 1, dtype=torch.float64)
+        row = 0
         for seq, start, end in spans:
-            hidden = torch.zeros(end - start, 1, dtype=torch.float64)
-            seen = self.pool.read(0, seq.block_table, 0, end).flatten()
-            hidden[-1] = _hash(seen)
-            rows.append(hidden)
-        return torch.cat(rows)
+            row += end - start
+            seen = self.pool.latents[0, seq.block_table].flatten()[:end]
+            hidden[row - 1] = _hash(seen)
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, 1] -> [N, VOCAB]."""
@@ -62,14 +67,13 @@ class HashingRunner:
 
 def undisturbed(seq: Sequence, num_tokens: int) -> list[int]:
     """What the sequence generates when nothing ever gets in its way."""
-    alone = Sequence(
-        "alone", seq.token_ids[: seq.num_prompt_tokens], sampling=seq.sampling, root=seq.root
-    )
+    prompt = tuple(seq.token_ids[: seq.num_prompt_tokens])
+    alone = _alone(prompt, seq.sampling, seq.root)
     while alone.num_generated < num_tokens:
         seen = latents_of(alone.token_ids, salt_of(alone)).flatten()
         (drawn,) = draw(_logits(_hash(seen).view(1, 1)), [alone])
         alone.token_ids.append(drawn.token_id)
-    return alone.token_ids[alone.num_prompt_tokens :]
+    return alone.token_ids[alone.num_prompt_tokens :][:num_tokens]
 
 
 def hashing_engine(
@@ -97,6 +101,12 @@ def hashing_engine(
 def blocks_up_to(num_positions: int) -> int:
     """Blocks that so many positions take."""
     return -(-num_positions // BLOCK_TOKENS)
+
+
+@functools.cache
+def _alone(prompt: tuple[int, ...], sampling: SamplingParams, root: bytes | None) -> Sequence:
+    """Grows as it is asked for more; the same prompt is asked for often."""
+    return Sequence("alone", prompt, sampling=sampling, root=root)
 
 
 def _hash(seen: Tensor) -> Tensor:

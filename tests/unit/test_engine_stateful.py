@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -41,11 +41,6 @@ from tidemill.engine import (
 )
 from tidemill.errors import PoolExhausted
 
-# Few prompts with long common starts, so that prefixes are hit; lengths around block borders.
-LENGTHS = st.sampled_from([1, 2, 63, 64, 65, 100, 127, 128, 130])
-NEW_TOKENS = st.sampled_from([1, 2, 10, 64, 70, 140])
-ROOTS = st.sampled_from([b"a" * 32, b"b" * 32])
-
 
 @dataclass
 class Submitted:
@@ -57,18 +52,43 @@ class Submitted:
     stopped: bool = False
 
 
-def prompt_of(length: int, variant: int) -> list[int]:
-    """Two variants part after 64 tokens."""
-    tokens = [(7 * position) % VOCAB for position in range(length)]
-    return tokens[:64] + [(token + variant) % VOCAB for token in tokens[64:]]
+@dataclass(frozen=True)
+class Wish:
+    """A prompt as a client would ask for it. Two variants part after 64 tokens."""
+
+    length: int
+    variant: int
+    root: bytes
+    max_tokens: int
+    choices: int
+    funded: int | None
+    handed_over: bool
+
+    @property
+    def prompt(self) -> list[int]:
+        tokens = [(7 * position) % VOCAB for position in range(self.length)]
+        return tokens[:64] + [(token + self.variant) % VOCAB for token in tokens[64:]]
+
+
+# Few prompts with long common starts, so that prefixes are hit; lengths around block borders.
+WISHES = st.builds(
+    Wish,
+    length=st.sampled_from([1, 63, 64, 65, 100, 127, 128, 130]),
+    variant=st.integers(0, 1),
+    root=st.sampled_from([b"a" * 32, b"b" * 32]),
+    max_tokens=st.sampled_from([200, 150, 130, 70, 2, 1]),
+    choices=st.sampled_from([1, 1, 2, 3]),
+    funded=st.sampled_from([None, None, None, 1, 5]),
+    handed_over=st.booleans(),
+)
 
 
 class EngineMachine(RuleBasedStateMachine):
     """A worker of sorts: it admits, claims, submits, funds, stops, releases, and keeps count."""
 
     @initialize(
-        num_blocks=st.integers(5, 10),
-        swap_blocks=st.integers(0, 8),
+        num_blocks=st.integers(6, 8),
+        swap_blocks=st.sampled_from([8, 6, 4, 1, 0]),
         max_batch=st.integers(1, 4),
         step_tokens=st.sampled_from([2, 3, 17, 64, 150]),
     )
@@ -83,27 +103,15 @@ class EngineMachine(RuleBasedStateMachine):
         self.outsiders: list[list[int]] = []
         self.names: dict[bytes, tuple[bytes, list[int]]] = {}
 
-    @rule(
-        length=LENGTHS,
-        variant=st.integers(0, 1),
-        root=ROOTS,
-        max_tokens=NEW_TOKENS,
-        choices=st.integers(1, 4),
-        funded=st.sampled_from([None, 1, 5]),
-        handed_over=st.booleans(),
-    )
-    def submit(
-        self,
-        length: int,
-        variant: int,
-        root: bytes,
-        max_tokens: int,
-        choices: int,
-        funded: int | None,
-        handed_over: bool,
-    ) -> None:
+    @rule(wishes=st.lists(WISHES, min_size=2, max_size=4))
+    def submit_several(self, wishes: list[Wish]) -> None:
+        for wish in wishes:
+            self.submit(wish)
+
+    def submit(self, wish: Wish) -> None:
         seq_id = f"s{len(self.submitted)}"
-        prompt = prompt_of(length, variant)
+        prompt, root, handed_over = wish.prompt, wish.root, wish.handed_over
+        length, max_tokens, choices = len(prompt), wish.max_tokens, wish.choices
         if not self.engine.admit(seq_id, length, max_tokens, choices=choices):
             return
         most = blocks_up_to(min(length + max_tokens - 1, length + BLOCK_TOKENS))
@@ -134,7 +142,7 @@ class EngineMachine(RuleBasedStateMachine):
                 prompt,
                 sampling=sampling,
                 root=root,
-                num_funded_tokens=funded,
+                num_funded_tokens=wish.funded,
                 first_token_id=undisturbed(alone, 1)[0] if handed_over else None,
                 block_table=() if number else table,
                 num_cached_tokens=0 if number or handed_over else start,
@@ -148,21 +156,21 @@ class EngineMachine(RuleBasedStateMachine):
             tokens = seq.token_ids[length:]
             self.submitted[seq.seq_id] = Submitted(seq, list(tokens))
 
-    @rule(num_steps=st.integers(1, 60))
+    @rule(num_steps=st.sampled_from([90, 30, 5, 1]))
     def step(self, num_steps: int) -> None:
         for _ in range(num_steps):
             if self.engine.has_work:
                 self.one_step()
 
-    @precondition(lambda self: self.submitted)
+    @precondition(lambda self: self.alive)
     @rule(data=st.data(), total=st.integers(1, 200))
     def fund(self, data: st.DataObject, total: int) -> None:
-        self.engine.fund(data.draw(st.sampled_from(sorted(self.submitted))), total)
+        self.engine.fund(data.draw(st.sampled_from(self.alive)), total)
 
-    @precondition(lambda self: self.submitted)
+    @precondition(lambda self: self.alive)
     @rule(data=st.data())
     def stop(self, data: st.DataObject) -> None:
-        seq_id = data.draw(st.sampled_from(sorted(self.submitted)))
+        seq_id = data.draw(st.sampled_from(self.alive))
         self.engine.stop(seq_id, "cancelled")
         self.submitted[seq_id].stopped = True
 
@@ -211,6 +219,11 @@ class EngineMachine(RuleBasedStateMachine):
                 assert chain_hashes(root, tokens)[-1] == block_hash
                 expected = latents_of(tokens, root[0], len(tokens) - BLOCK_TOKENS)
                 assert torch.equal(self.engine.pool.latents[0, block], expected)
+
+    @property
+    def alive(self) -> list[str]:
+        """Names of sequences that have not ended."""
+        return sorted(name for name, each in self.submitted.items() if each.end is None)
 
     def one_step(self) -> None:
         num_steps = len(self.runner.steps)
@@ -276,6 +289,7 @@ def explore(examples: int, steps: int) -> None:
             max_examples=examples,
             stateful_step_count=steps,
             deadline=None,
+            phases=[Phase.generate],  # a long history takes minutes to shrink
             derandomize=True,
             suppress_health_check=list(HealthCheck),
         ),
@@ -283,7 +297,7 @@ def explore(examples: int, steps: int) -> None:
 
 
 def test_no_block_is_lost_no_sequence_starves_and_no_token_changes() -> None:
-    explore(30, 15)
+    explore(60, 20)
 
 
 @pytest.mark.slow

@@ -47,8 +47,8 @@ class Scheduler:
 
     Every running sequence decodes in every step, as far as `max_batch` and its block allow, the
     oldest first; prompts share what is left of the budget, and at least one token of it. When
-    blocks run out the youngest sequence is swapped out; it comes back, the oldest first, when
-    there is room again. Not thread-safe: the engine's lock guards it.
+    blocks run out, paused sequences are swapped out, then the youngest; they come back, the oldest
+    first, when there is room again. Not thread-safe: the engine's lock guards it.
     """
 
     def __init__(self, tables: BlockTables, *, max_batch: int, step_tokens: int) -> None:
@@ -97,6 +97,9 @@ class Scheduler:
 
     def next_step(self) -> Step:
         """Plan one step; empty when nothing can run now."""
+        return self._plan() or self._plan()  # who had to leave has made room for another
+
+    def _plan(self) -> Step:
         self._swap_in()
         most = self.step_tokens - 1 if self.prefilling else self.step_tokens
         decodes = self._writable(min(self.max_batch, most))
@@ -109,7 +112,7 @@ class Scheduler:
             if self._tables.is_swapped(seq):
                 break  # what is left is younger and swapped out as well
             while not self._tables.extend(seq):
-                victim = max(self._swappable(), key=_age)
+                victim = self._victim()
                 self._leave(victim)
                 self._tables.swap_out(victim)
                 if victim is seq:
@@ -118,10 +121,12 @@ class Scheduler:
                 ready.append(seq)
         return ready
 
-    def _swappable(self) -> list[Sequence]:
-        """Whom to swap out: not those whose blocks are handed over while they are computed."""
+    def _victim(self) -> Sequence:
+        """Whom to swap out: never those whose blocks are handed over while they are computed."""
+        if self.paused:
+            return max(self.paused.values(), key=_age)
         prefilling = [seq for seq in self.prefilling if not seq.prefill_only]
-        return [*self.running, *self.paused.values(), *prefilling]
+        return max([*self.running, *prefilling], key=_age)
 
     def _swap_in(self) -> None:
         for seq in self._resumable():

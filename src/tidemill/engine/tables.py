@@ -2,7 +2,6 @@
 
 from bisect import insort
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tidemill.blocks import BLOCK_TOKENS, chain_hashes
@@ -24,9 +23,9 @@ class _Swapped:
 class BlockTables:
     """Who holds which block between submission and the last output.
 
-    Room for one sequence is made at the cost of younger ones: a swapped sequence's blocks stay on
-    the device until an older one needs them, and move to the swap space one by one, the youngest
-    sequence's first. A block shared by several swapped sequences moves once, for all of them, and
+    Room for one sequence is made at the cost of those without funds and of younger ones: a swapped
+    sequence's blocks stay on the device until somebody before it needs them, and move to the swap
+    space one by one. A block shared by several swapped sequences moves once, for all of them, and
     comes back so. The engine's lock guards it; the pool may be used from elsewhere meanwhile.
     """
 
@@ -79,7 +78,7 @@ class BlockTables:
         seq.num_committed = num_full
 
     def swap_out(self, seq: Sequence) -> None:
-        """Take the table away; nothing is copied until an older sequence needs the room."""
+        """Take the table away; nothing is copied until the room is needed."""
         num_computed = -(-seq.num_computed_tokens // BLOCK_TOKENS)
         held, unused = seq.block_table[:num_computed], seq.block_table[num_computed:]
         self.pool.release(unused)
@@ -137,7 +136,7 @@ class BlockTables:
         return True
 
     def _obtain(self, seq: Sequence, *, zeroed: bool = True, exchange: bool = False) -> int | None:
-        """A block for `seq`, if need be from a younger sequence that is swapped out."""
+        """A block for `seq`, if need be from a swapped sequence that comes after it."""
         while True:
             try:
                 return self.pool.allocate(1, zeroed=zeroed)[0]
@@ -146,22 +145,22 @@ class BlockTables:
                     return None
 
     def _spill(self, seq: Sequence, *, exchange: bool) -> bool:
-        """Free one block on the device that only swapped sequences younger than `seq` hold."""
-        for younger in self._younger(seq):
-            for index, page in reversed(list(enumerate(younger.pages))):
+        """Free one block on the device that only sequences hold which come after `seq`."""
+        for swapped in self._after(seq):
+            for index, page in reversed(list(enumerate(swapped.pages))):
                 if not isinstance(page, int):
                     continue
                 num_holders = self.pool.num_holders(page)
-                holding = [(younger, index)] if num_holders == 1 else self._holding(page, seq)
+                holding = [(swapped, index)] if num_holders == 1 else self._holding(page, seq)
                 if len(holding) == num_holders:
                     return self._move_out(page, holding, exchange=exchange)
         return False
 
     def _holding(self, block: int, seq: Sequence | None = None) -> list[tuple[_Swapped, int]]:
-        """Swapped sequences younger than `seq` that hold a device block, and where."""
+        """Swapped sequences after `seq` (None: all) that hold a device block, and where."""
         return [
             (swapped, index)
-            for swapped in self._younger(seq)
+            for swapped in self._after(seq)
             for index, page in enumerate(swapped.pages)
             if page == block
         ]
@@ -197,20 +196,23 @@ class BlockTables:
             self.swap.free(page)
         return True
 
-    def _younger(self, seq: Sequence | None) -> Iterator[_Swapped]:
-        """Swapped sequences younger than `seq` (None: all), the youngest first."""
-        for each in reversed(self._ages):
-            if seq is not None and each.number <= seq.number:
-                return
-            yield self._swapped[each.seq_id]
+    def _after(self, seq: Sequence | None) -> list[_Swapped]:
+        """Swapped sequences that make way for `seq` (None: all), the first to do so first.
+
+        Those that could not run for want of funds, whatever their age, then those younger.
+        """
+        after = [
+            each
+            for each in reversed(self._ages)
+            if seq is None or not each.is_funded or each.number > seq.number
+        ]
+        after.sort(key=lambda each: each.is_funded)
+        return [self._swapped[each.seq_id] for each in after if each is not seq]
 
     def _num_movable(self, seq: Sequence) -> int:
-        """Device blocks that only swapped sequences younger than `seq` hold."""
+        """Device blocks that only swapped sequences after `seq` hold."""
         held = Counter(
-            page
-            for swapped in self._younger(seq)
-            for page in swapped.pages
-            if isinstance(page, int)
+            page for swapped in self._after(seq) for page in swapped.pages if isinstance(page, int)
         )
         return sum(self.pool.num_holders(block) == count for block, count in held.items())
 

@@ -18,6 +18,8 @@ from tidemill.engine import (
 )
 from tidemill.errors import Internal
 
+STARVED_S = 0.005
+
 logger = logging.getLogger(__name__)
 
 
@@ -90,14 +92,17 @@ class EngineThread:
         return len(self._running)
 
     def submit(self, seq: Sequence, on_output: OnOutput) -> Running:
-        """Hand a sequence to the engine. Raises as Engine.submit does, Internal after a failure."""
+        """Hand a sequence and its forks to the engine, whose outputs all go to `on_output`.
+
+        Raises as Engine.submit does, Internal after a failure.
+        """
         if self.failure is not None:
             raise self.failure
-        running = Running(seq, on_output, self)
         self.engine.submit(seq)
-        self._running[seq.seq_id] = running
+        for each in [seq] if seq.prefill_only else [seq, *seq.forks]:
+            self._running[each.seq_id] = Running(each, on_output, self)
         self._wake.set()
-        return running
+        return self._running[seq.seq_id]
 
     def fund(self, seq_id: str, total: int) -> None:
         """As Engine.fund."""
@@ -118,6 +123,9 @@ class EngineThread:
             try:
                 while self.engine.has_work and not self._closing:
                     self._step()
+                    if self.engine.starved:  # others hold the blocks; nobody tells when they leave
+                        self._wake.wait(STARVED_S)
+                        self._wake.clear()
             except Exception as error:  # whatever a step raises ends the engine, told to all
                 self._step_started = None
                 self._post(self._fail, error)
