@@ -86,9 +86,7 @@ class Source:
         windows = SharedMemory(shm_dir).windows
         self._source = KvSource(self._pool, LAYOUT, self._table, windows=windows)
 
-    async def pull_kv(
-        self, request: pb.PullKvRequest, _context: Any
-    ) -> AsyncIterator[pb.PullKvResponse]:
+    async def pull_kv(self, request: pb.PullKvRequest, _context: Any) -> AsyncIterator[bytes]:
         handover = Handover(
             block_table=range(self._pool.num_blocks),
             num_layers=LAYERS,
@@ -104,8 +102,8 @@ class Source:
             max_message_bytes=request.max_message_bytes,
             shm=request.shm if request.HasField("shm") else None,
         )
-        async for message in one_ahead(messages):
-            yield message
+        async for packed in one_ahead(messages):
+            yield packed.message
         self._table.close(handover, HandoverState.RELEASED)
 
 
@@ -120,10 +118,9 @@ async def send_bare(request: bytes, _context: Any) -> AsyncIterator[bytes]:
 async def serve(certs: Path, shm_dir: Path, port: int, num_tokens: int) -> None:
     torch.set_num_threads(1)
     server = grpc.aio.server(options=INTERNAL_SERVER)
-    pull = grpc.unary_stream_rpc_method_handler(
+    pull: Any = grpc.unary_stream_rpc_method_handler(
         Source(num_tokens, shm_dir).pull_kv,
         request_deserializer=pb.PullKvRequest.FromString,
-        response_serializer=pb.PullKvResponse.SerializeToString,
     )
     services: dict[str, dict[str, Any]] = {
         "tidemill.api.prefill.v1.PrefillService": {"PullKv": pull},

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from tidemill.api.common.v1.kv_pb2 import KvSegment
+from tidemill.api.prefill.v1.prefill_service_pb2 import PullKvResponse
 from tidemill.engine import BlockPool, KvLayout
 from tidemill.errors import TransferError
 from tidemill.kv.segments import (
@@ -39,9 +40,13 @@ def land(pool: BlockPool, *, first_token: int = 0) -> Landing:
     return Landing(pool, layout("float32"), [5, 1, 2], first_token=first_token, num_tokens=TOKENS)
 
 
+def segments_of(message: bytes) -> list[KvSegment]:
+    return list(PullKvResponse.FromString(message).segments)
+
+
 def all_segments(pool: BlockPool, *, first_token: int = 0) -> list[KvSegment]:
     ranges = [LatentRange(layer, first_token, TOKENS) for layer in range(LAYERS)]
-    return list(pack(LatentMemory(pool), [7, 0, 3], ranges).segments)
+    return segments_of(pack(LatentMemory(pool), [7, 0, 3], ranges))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -51,8 +56,9 @@ def test_moved_latents_are_bitwise_those_that_were_computed(dtype: str) -> None:
     landing = Landing(sink, layout(dtype), [5, 1, 2], first_token=10, num_tokens=TOKENS)
     memory = LatentMemory(source)
     for layer in range(LAYERS):
-        landing.write(pack(memory, [7, 0, 3], [LatentRange(layer, 10, 64)]).segments)
-        landing.write(pack(memory, [7, 0, 3], [LatentRange(layer, 64, TOKENS)]).segments)
+        for part in ((10, 64), (64, TOKENS)):
+            message = pack(memory, [7, 0, 3], [LatentRange(layer, *part)])
+            landing.write(segments_of(message))
     landing.check_complete()
     for layer in range(LAYERS):
         sent = source.read(layer, [7, 0, 3], 10, TOKENS)
@@ -64,9 +70,9 @@ def shared_segments(source: BlockPool, window: Bytes) -> list[KvSegment]:
     places = SharedLayout(layout("float32"), first_token=10, num_tokens=TOKENS)
     ranges = [LatentRange(layer, 10, TOKENS) for layer in range(LAYERS)]
     memory = LatentMemory(source)
-    message = pack_shared(memory, [7, 0, 3], ranges, window=window, places=places)
-    assert not any(segment.data for segment in message.segments)
-    return list(message.segments)
+    segments = segments_of(pack_shared(memory, [7, 0, 3], ranges, window=window, places=places))
+    assert not any(segment.data for segment in segments)
+    return segments
 
 
 @pytest.mark.parametrize("source_table", [[7, 0, 3], [3, 4, 5]])
@@ -80,7 +86,7 @@ def test_latents_moved_through_shared_memory_are_bitwise_the_same(source_table: 
     message = pack_shared(
         LatentMemory(source), source_table, ranges, window=window, places=landing.shared
     )
-    landing.write(message.segments, window)
+    landing.write(segments_of(message), window)
     landing.check_complete()
     for layer in range(LAYERS):
         sent = source.read(layer, source_table, 10, TOKENS)

@@ -14,6 +14,7 @@ from tidemill.blocks import BLOCK_TOKENS
 from tidemill.engine import BlockPool, KvLayout
 from tidemill.errors import TransferError
 from tidemill.kv.shm import Bytes
+from tidemill.kv.wire import SegmentsWriter, Wire
 
 RUN_BYTES = 256 << 10  # copied and then hashed while it is in the core's own cache
 
@@ -57,9 +58,15 @@ class LatentMemory:
         if pool.latents.device.type == "cpu":
             self._layers = pool.latents.view(torch.uint8).numpy().reshape(len(pool.latents), -1)
 
-    def read(self, layer: int, block_table: Sequence[int], start: int, end: int) -> bytes:
-        """Elements of positions [start, end)."""
-        return b"".join(run.data for run in self._runs(layer, block_table, start, end))
+    def look(
+        self, layer: int, block_table: Sequence[int], start: int, end: int
+    ) -> tuple[list[memoryview], int]:
+        """Elements of positions [start, end) where they lie, in runs, and their xxh3-64."""
+        checksum = xxhash.xxh3_64()
+        runs = [run.data for run in self._runs(layer, block_table, start, end)]
+        for run in runs:
+            checksum.update(run)
+        return runs, checksum.intdigest()
 
     def copy_out(
         self, layer: int, block_table: Sequence[int], start: int, end: int, *, into: Bytes
@@ -127,21 +134,19 @@ class LatentMemory:
             start += num_tokens
 
 
-def pack(
-    memory: LatentMemory, block_table: Sequence[int], ranges: Sequence[LatentRange]
-) -> pb.PullKvResponse:
-    """Copy `ranges` out of the pool into a message, each sealed with its xxh3-64. For a thread."""
-    message = pb.PullKvResponse()
+def pack(memory: LatentMemory, block_table: Sequence[int], ranges: Sequence[LatentRange]) -> Wire:
+    """A PullKvResponse: `ranges` out of the pool, each sealed with its xxh3-64. For a thread."""
+    message = SegmentsWriter()
     for part in ranges:
-        data = memory.read(part.layer, block_table, part.start, part.end)
-        message.segments.add(
+        data, checksum = memory.look(part.layer, block_table, part.start, part.end)
+        message.add(
             layer=part.layer,
             first_token=part.start,
             num_tokens=part.num_tokens,
+            xxh3=checksum,
             data=data,
-            xxh3=xxhash.xxh3_64_intdigest(data),
         )
-    return message
+    return message.finish()
 
 
 class SharedLayout:
@@ -165,7 +170,7 @@ def pack_shared(
     *,
     window: Bytes,
     places: SharedLayout,
-) -> pb.PullKvResponse:
+) -> Wire:
     """Copy `ranges` out of the pool into shared memory; the message says where. For a thread."""
     message = pb.PullKvResponse()
     for part in ranges:
@@ -178,7 +183,7 @@ def pack_shared(
             shm_offset=offset,
             xxh3=memory.copy_out(part.layer, block_table, part.start, part.end, into=into),
         )
-    return message
+    return Wire(message.SerializeToString())
 
 
 def bytes_per_token(layout: KvLayout) -> int:

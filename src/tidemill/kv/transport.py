@@ -5,7 +5,7 @@ On one host the messages may only say where in shared memory the latents lie (ti
 
 from collections.abc import AsyncGenerator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from tidemill.api.common.v1.kv_pb2 import KvSegment
 from tidemill.api.prefill.v1 import prefill_service_pb2 as pb
@@ -15,6 +15,7 @@ from tidemill.kv.handover import Handover, HandoverState, HandoverTable
 from tidemill.kv.segments import LatentMemory, LatentRange, SharedLayout, pack, pack_shared
 from tidemill.kv.shm import ShmWindows
 from tidemill.kv.threads import in_thread
+from tidemill.kv.wire import Wire
 
 if TYPE_CHECKING:  # a name that only the stubs have
     from tidemill.api.prefill.v1.prefill_service_pb2_grpc import PrefillServiceAsyncStub
@@ -59,6 +60,13 @@ class GrpcKvTransport:
             call.cancel()
 
 
+class Packed(NamedTuple):
+    """A PullKvResponse in wire format, and how many bytes of latents it moves."""
+
+    message: Wire
+    num_bytes: int
+
+
 class KvSource:
     """The source's half: an offered hand-over as a stream of messages of bounded size.
 
@@ -84,7 +92,7 @@ class KvSource:
         *,
         max_message_bytes: int,
         shm: pb.ShmTarget | None = None,
-    ) -> AsyncGenerator[pb.PullKvResponse, None]:
+    ) -> AsyncGenerator[Packed, None]:
         """All of the hand-over from its start on, as it becomes ready.
 
         With `shm` the latents are written there and the messages only say where. Raises
@@ -95,7 +103,8 @@ class KvSource:
         if shm is not None:
             pack_some = await self._shared(handover, shm)
             max_message_bytes = SHARED_MESSAGE_BYTES
-        max_tokens = max(max_message_bytes // self._memory.token_bytes, 1)
+        token_bytes = self._memory.token_bytes
+        max_tokens = max(max_message_bytes // token_bytes, 1)
         handover.pulls += 1
         try:
             handover.state = HandoverState.PULLING
@@ -105,14 +114,14 @@ class KvSource:
                 for batch in _batches(ranges, max_tokens):
                     message = await in_thread(pack_some, batch)
                     handover.check_open()
-                    yield message
+                    yield Packed(message, sum(part.num_tokens for part in batch) * token_bytes)
             handover.state = HandoverState.SENT
         finally:
             handover.pulls -= 1
             if not handover.state.closed:
                 self._handovers.renew(handover)
 
-    async def _shared(self, handover: Handover, shm: pb.ShmTarget) -> "partial[pb.PullKvResponse]":
+    async def _shared(self, handover: Handover, shm: pb.ShmTarget) -> "partial[Wire]":
         """`pack_shared` for this hand-over and the file that the puller named."""
         if self._windows is None:
             raise FailedPrecondition("no shared memory is configured", reason="SHM_UNAVAILABLE")

@@ -3,17 +3,25 @@
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
+import grpc
+import grpc.aio
+
 from tidemill.api.prefill.v1 import prefill_service_pb2 as pb
-from tidemill.api.prefill.v1.prefill_service_pb2_grpc import PrefillServiceServicer
+from tidemill.api.prefill.v1.prefill_service_pb2_grpc import (
+    PrefillServiceServicer,
+    add_PrefillServiceServicer_to_server,
+)
 from tidemill.errors import InvalidRequest
 from tidemill.kv.handover import Handover
-from tidemill.kv.segments import bytes_per_token
 from tidemill.kv.threads import one_ahead
 from tidemill.kv.transport import KvSource
+from tidemill.kv.wire import Wire, override, serialize
 from tidemill.rpc.interceptors import Context
 from tidemill.rpc.validation import validate
 from tidemill.worker.prefiller import Prefiller, PrefillTask
 from tidemill.worker.worker import Worker
+
+SERVICE = pb.DESCRIPTOR.services_by_name["PrefillService"].full_name
 
 
 class PrefillService(PrefillServiceServicer):
@@ -28,7 +36,16 @@ class PrefillService(PrefillServiceServicer):
             worker.handovers,
             windows=None if worker.shared is None else worker.shared.windows,
         )
-        self._token_bytes = bytes_per_token(worker.engine.layout)
+
+    def add_to_server(self, server: grpc.aio.Server) -> None:
+        """Serve; PullKv's messages as they are."""
+        add_PrefillServiceServicer_to_server(self, server)
+        pull = grpc.unary_stream_rpc_method_handler(
+            self.PullKv,
+            request_deserializer=pb.PullKvRequest.FromString,
+            response_serializer=serialize,
+        )
+        override(server, SERVICE, "PullKv", pull)
 
     async def Prefill(
         self, request: pb.PrefillRequest, context: Context
@@ -47,24 +64,22 @@ class PrefillService(PrefillServiceServicer):
             if not delivered:
                 job.abandon()
 
-    async def PullKv(
+    async def PullKv(  # type: ignore[override]  # serialized already: add_to_server
         self, request: pb.PullKvRequest, context: Context
-    ) -> AsyncIterator[pb.PullKvResponse]:
+    ) -> AsyncIterator[Wire]:
         """The hand-over's latents from its start on."""
         validate(request)
         max_message_bytes = self._worker.config.handover.max_message_bytes
         if request.HasField("max_message_bytes"):
             max_message_bytes = request.max_message_bytes
-        handover = self._find(request.handover)
         messages = self._source.stream(
-            handover,
+            self._find(request.handover),
             max_message_bytes=max_message_bytes,
             shm=request.shm if request.HasField("shm") else None,
         )
         async with aclosing(one_ahead(messages)) as packed:
-            async for message in packed:
-                sent = sum(segment.num_tokens for segment in message.segments)
-                self._worker.metrics.handover_bytes.labels("sent").inc(sent * self._token_bytes)
+            async for message, num_bytes in packed:
+                self._worker.metrics.handover_bytes.labels("sent").inc(num_bytes)
                 yield message
 
     async def RenewHandover(

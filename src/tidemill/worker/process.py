@@ -17,7 +17,6 @@ from redis.backoff import NoBackoff
 from tidemill import config as settings
 from tidemill.api.cache.v1.cache_service_pb2_grpc import add_CacheServiceServicer_to_server
 from tidemill.api.decode.v1.decode_service_pb2_grpc import add_DecodeServiceServicer_to_server
-from tidemill.api.prefill.v1.prefill_service_pb2_grpc import add_PrefillServiceServicer_to_server
 from tidemill.api.worker.v1.worker_service_pb2_grpc import add_WorkerServiceServicer_to_server
 from tidemill.engine import Engine
 from tidemill.errors import CheckpointError, ConfigError
@@ -226,7 +225,7 @@ def _serve(
     add_CacheServiceServicer_to_server(PeerService(worker), server.server)
     server.add_service_name(PEER_SERVICE)
     if worker.role.prefills:
-        add_PrefillServiceServicer_to_server(PrefillService(worker), server.server)
+        PrefillService(worker).add_to_server(server.server)
         server.add_service_name(PREFILL_SERVICE)
     if not worker.role.decodes:
         return server, None
