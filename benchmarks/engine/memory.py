@@ -80,6 +80,7 @@ def measure(name: str, path: Path, dtype: str) -> Row:
     """Load and use the model in this process."""
     import tidemill.worker.process  # noqa: F401, PLC0415  # what a worker imports
     from tidemill.engine import Engine, EngineConfig, SamplingParams, Sequence  # noqa: PLC0415
+    from tidemill.engine.runner import ModelRunner  # noqa: PLC0415
 
     imports = status("VmRSS")
     reset_peak()
@@ -92,6 +93,7 @@ def measure(name: str, path: Path, dtype: str) -> Row:
     engine.submit(Sequence("one", prompt, block_table=blocks, sampling=sampling))
     while engine.has_work:
         engine.step()
+    assert isinstance(engine._runner, ModelRunner)
     kept = tensor_bytes(engine._runner.model)
     pool = engine.pool.latents.nbytes
     final = status("VmRSS")

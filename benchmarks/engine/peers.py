@@ -178,6 +178,7 @@ def measure(ours: Run, peer: Run, batch: int, rounds: int) -> tuple[Samples, Sam
 def floor_bytes(config: ModelConfig, batch: int) -> int:
     """Bytes that one decode step must read, in the middle of the measured answers."""
     heads, hidden = config.num_attention_heads, config.hidden_size
+    assert config.q_lora_rank is not None
     attention = (
         hidden * (config.q_lora_rank + config.latent_dim)
         + config.q_lora_rank * heads * config.qk_head_dim
