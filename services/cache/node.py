@@ -17,7 +17,6 @@ from services.cache.service import ALLOWED_ROLES, SERVICE, CacheServicer
 from services.cache.stats import StatsBook
 from services.cache.store import BlockStore
 from services.cache.tiers import CacheTiers
-from tidemill.api.cache.v1.cache_service_pb2_grpc import add_CacheServiceServicer_to_server
 from tidemill.rpc import tasks
 from tidemill.rpc.address import is_loopback
 from tidemill.rpc.interceptors import RoleGuard
@@ -68,7 +67,7 @@ class CacheNode:
         self.server.add_service_name(SERVICE)
         metrics.watch(self.store, self.disk, lambda: self.redis_up)
         self.servicer = CacheServicer(config, tiers, self.stats, metrics)
-        add_CacheServiceServicer_to_server(self.servicer, self.server.server)
+        self.servicer.add_to_server(self.server.server)
 
     @property
     def address(self) -> str:

@@ -6,6 +6,8 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import grpc.aio
+
 from services.cache.config import CacheConfig
 from services.cache.index import Location
 from services.cache.intake import Arrival, Staging, arrivals, namespace_of
@@ -14,10 +16,13 @@ from services.cache.stats import Row, StatsBook
 from services.cache.store import StoredBlock, namespace_digest
 from services.cache.tiers import CacheTiers
 from tidemill.api.cache.v1 import cache_service_pb2 as pb
-from tidemill.api.cache.v1.cache_service_pb2_grpc import CacheServiceServicer
+from tidemill.api.cache.v1.cache_service_pb2_grpc import (
+    CacheServiceServicer,
+    add_CacheServiceServicer_to_server,
+)
 from tidemill.api.common.v1.kv_pb2 import BlockPiece
 from tidemill.kv.cache_client import INLINE_HASH_BYTES
-from tidemill.kv.pieces import split
+from tidemill.kv.wire import Wire, fetch_responses, serve_fetches
 from tidemill.rpc.validation import validate
 
 SERVICE = "tidemill.api.cache.v1.CacheService"
@@ -50,6 +55,11 @@ class CacheServicer(CacheServiceServicer):
         self._stats = stats
         self._metrics = metrics
 
+    def add_to_server(self, server: grpc.aio.Server) -> None:
+        """Serve; FetchBlocks' messages as they are."""
+        add_CacheServiceServicer_to_server(self, server)
+        serve_fetches(server, self.FetchBlocks)
+
     async def LookupBlocks(
         self, request: pb.LookupBlocksRequest, context: Context
     ) -> pb.LookupBlocksResponse:
@@ -68,9 +78,9 @@ class CacheServicer(CacheServiceServicer):
             holders=_runs(located),
         )
 
-    async def FetchBlocks(
+    async def FetchBlocks(  # type: ignore[override]  # serialized already: add_to_server
         self, request: pb.FetchBlocksRequest, context: Context
-    ) -> AsyncGenerator[pb.FetchBlocksResponse, None]:
+    ) -> AsyncGenerator[Wire, None]:
         """Payloads from this node's tiers, each verified before its first piece leaves."""
         validate(request)
         hashes = request.block_hashes
@@ -89,8 +99,9 @@ class CacheServicer(CacheServiceServicer):
                 slow = tier == pb.CACHE_TIER_DISK or len(block.payload) >= INLINE_HASH_BYTES
                 if following and slow:
                     ahead = asyncio.create_task(read(following))
-                for piece in split(block_hash, block.payload, block.payload_sha256):
-                    yield pb.FetchBlocksResponse(piece=piece, tier=tier)
+                sealed = block_hash, block.payload, block.payload_sha256
+                for response in fetch_responses(*sealed, tier):
+                    yield response
                 self._delivered(row, block)
         finally:
             if ahead is not None:

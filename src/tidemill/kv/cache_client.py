@@ -24,7 +24,8 @@ from tidemill.api.cache.v1 import cache_service_pb2 as pb
 from tidemill.api.cache.v1.cache_service_pb2_grpc import CacheServiceStub
 from tidemill.errors import CacheUnavailable, InvalidRequest
 from tidemill.kv.breaker import Breaker
-from tidemill.kv.pieces import HASH_BYTES, Assembly, sha256, split
+from tidemill.kv.pieces import HASH_BYTES, Assembly, sha256
+from tidemill.kv.wire import Wire, store_call, store_requests
 from tidemill.rpc.status import from_rpc_error
 
 if TYPE_CHECKING:  # stands in the stub file only
@@ -193,7 +194,7 @@ class CacheClient:
         node = self._nodes[""]
         node.admit()
         with node.watch():
-            call = node.stub.StoreBlocks(
+            call = node.store_blocks(
                 _store_requests(namespace, blocks), timeout=self._config.store_s
             )
             answer = await call
@@ -289,6 +290,7 @@ class _Node:
         self.channel = channel
         self.breaker = breaker
         self.stub = async_stub(channel)
+        self.store_blocks = store_call(channel)
 
     def admit(self) -> None:
         """Raises CacheUnavailable at once while the node is being skipped."""
@@ -330,7 +332,7 @@ async def digest(payload: bytes) -> bytes:
 
 async def _store_requests(
     namespace: CacheNamespace, blocks: Sequence[tuple[bytes, bytes]]
-) -> AsyncIterator[pb.StoreBlocksRequest]:
+) -> AsyncIterator[pb.StoreBlocksRequest | Wire]:
     yield pb.StoreBlocksRequest(namespace=_to_proto(namespace))
     hashing = asyncio.create_task(digest(blocks[0][1]))
     try:
@@ -338,8 +340,8 @@ async def _store_requests(
             payload_sha256 = await hashing
             if index + 1 < len(blocks):
                 hashing = asyncio.create_task(digest(blocks[index + 1][1]))
-            for piece in split(block_hash, payload, payload_sha256):
-                yield pb.StoreBlocksRequest(piece=piece)
+            for request in store_requests(block_hash, payload, payload_sha256):
+                yield request
     finally:
         hashing.cancel()
 

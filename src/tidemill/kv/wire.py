@@ -5,8 +5,8 @@ is serialized; for messages of megabytes that costs more than the network. Here 
 where they lie into the finished message. Reading is protobuf's.
 """
 
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NewType
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NewType, cast
 
 import grpc
 import grpc.aio
@@ -20,6 +20,12 @@ from tidemill.kv.pieces import PIECE_BYTES
 if TYPE_CHECKING:
     from google.protobuf.descriptor import Descriptor
 
+    FetchRequest = cache.FetchBlocksRequest
+    StoreCall = grpc.aio.StreamUnaryMultiCallable[
+        cache.StoreBlocksRequest | "Wire", cache.StoreBlocksResponse
+    ]
+
+_CACHE_SERVICE = cache.DESCRIPTOR.services_by_name["CacheService"].full_name
 _VARINT, _FIXED64, _LENGTH = 0, 1, 2
 
 Chunk = bytes | memoryview
@@ -38,6 +44,28 @@ def override(
 ) -> None:
     """Serve a method by `handler` instead of the one that generated code has added."""
     server.add_registered_method_handlers(service, {method: handler})
+
+
+def serve_fetches(
+    server: grpc.aio.Server, fetch_blocks: "Callable[[FetchRequest, Any], AsyncIterator[Wire]]"
+) -> None:
+    """Serve CacheService.FetchBlocks by a method whose messages are ready."""
+    handler = grpc.unary_stream_rpc_method_handler(
+        fetch_blocks,
+        request_deserializer=cache.FetchBlocksRequest.FromString,
+        response_serializer=serialize,
+    )
+    override(server, _CACHE_SERVICE, "FetchBlocks", handler)
+
+
+def store_call(channel: grpc.aio.Channel) -> "StoreCall":
+    """CacheService.StoreBlocks for messages that may be ready already."""
+    call: Any = channel.stream_unary(
+        f"/{_CACHE_SERVICE}/StoreBlocks",
+        request_serializer=serialize,
+        response_deserializer=cache.StoreBlocksResponse.FromString,
+    )
+    return cast("StoreCall", call)
 
 
 class SegmentsWriter:

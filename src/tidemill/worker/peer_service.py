@@ -3,14 +3,19 @@
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 
+import grpc.aio
+
 from tidemill.api.cache.v1 import cache_service_pb2 as pb
-from tidemill.api.cache.v1.cache_service_pb2_grpc import CacheServiceServicer
+from tidemill.api.cache.v1.cache_service_pb2_grpc import (
+    CacheServiceServicer,
+    add_CacheServiceServicer_to_server,
+)
 from tidemill.blocks import root_hash
 from tidemill.errors import PermissionDenied
 from tidemill.kv.cache_client import digest
-from tidemill.kv.pieces import split
 from tidemill.kv.segments import to_bytes
 from tidemill.kv.threads import in_thread, one_ahead
+from tidemill.kv.wire import Wire, fetch_responses, serve_fetches
 from tidemill.rpc.interceptors import Context
 from tidemill.rpc.validation import validate
 from tidemill.worker.worker import Worker
@@ -43,9 +48,14 @@ class PeerService(CacheServiceServicer):
             tiers=[pb.CACHE_TIER_PEER] * num_held, total_bytes=num_held * self._layout.block_bytes
         )
 
-    async def FetchBlocks(
+    def add_to_server(self, server: grpc.aio.Server) -> None:
+        """Serve; FetchBlocks' messages as they are."""
+        add_CacheServiceServicer_to_server(self, server)
+        serve_fetches(server, self.FetchBlocks)
+
+    async def FetchBlocks(  # type: ignore[override]  # serialized already: add_to_server
         self, request: pb.FetchBlocksRequest, context: Context
-    ) -> AsyncIterator[pb.FetchBlocksResponse]:
+    ) -> AsyncIterator[Wire]:
         """Blocks in the order asked, up to the first that is no longer here."""
         validate(request)
         root = self._root(request.namespace)
@@ -72,13 +82,12 @@ class PeerService(CacheServiceServicer):
         """Nobody's to call."""
         raise PermissionDenied("a worker keeps no statistics of tenants")
 
-    async def _stream(
-        self, hashes: Sequence[bytes], root: bytes
-    ) -> AsyncGenerator[pb.FetchBlocksResponse, None]:
+    async def _stream(self, hashes: Sequence[bytes], root: bytes) -> AsyncGenerator[Wire, None]:
         async with aclosing(one_ahead(self._payloads(hashes, root))) as payloads:
             async for block_hash, payload, payload_sha256 in payloads:
-                for piece in split(block_hash, payload, payload_sha256):
-                    yield pb.FetchBlocksResponse(piece=piece, tier=pb.CACHE_TIER_PEER)
+                tier = pb.CACHE_TIER_PEER
+                for response in fetch_responses(block_hash, payload, payload_sha256, tier):
+                    yield response
                 self._worker.metrics.peer_served_blocks.inc()
 
     async def _payloads(

@@ -15,7 +15,6 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from tidemill import config as settings
-from tidemill.api.cache.v1.cache_service_pb2_grpc import add_CacheServiceServicer_to_server
 from tidemill.api.decode.v1.decode_service_pb2_grpc import add_DecodeServiceServicer_to_server
 from tidemill.api.worker.v1.worker_service_pb2_grpc import add_WorkerServiceServicer_to_server
 from tidemill.engine import Engine
@@ -222,7 +221,7 @@ def _serve(
     )
     add_WorkerServiceServicer_to_server(WorkerService(worker), server.server)
     server.add_service_name(WORKER_SERVICE)
-    add_CacheServiceServicer_to_server(PeerService(worker), server.server)
+    PeerService(worker).add_to_server(server.server)
     server.add_service_name(PEER_SERVICE)
     if worker.role.prefills:
         PrefillService(worker).add_to_server(server.server)
