@@ -181,7 +181,7 @@ class Dispatcher:
             ticket.key, prefill.id, at=now, tokens=request.uncached_tokens(prefill.id)
         )
         blocks = request.new_blocks(
-            placed.decode.id, extra_tokens=self._balancer.decode_reserve_tokens
+            placed.decode.id, extra_tokens=self._reserve(ticket).decode_reserve_tokens
         )
         self._decoding.add(ticket.key, placed.decode.id, at=now, blocks=blocks)
         peers = self._peers(request.overlap_blocks, prefill)
@@ -194,6 +194,7 @@ class Dispatcher:
     def _choose(self, ticket: Ticket) -> Placed | None:
         now = self._clock()
         request = self._request(ticket)
+        balancer = self._reserve(ticket)
 
         def pick(role: str, among: Sequence[Worker]) -> Worker | None:
             loads = [worker.load for worker in among if worker.load is not None]
@@ -203,7 +204,7 @@ class Dispatcher:
                 else (pick_decode, self._decoding)
             )
             chosen: WorkerLoad | None = choose(
-                loads, request, busy, self._rng, now=now, config=self._balancer
+                loads, request, busy, self._rng, now=now, config=balancer
             )
             return self._fleet.get(chosen.worker_id) if chosen else None
 
@@ -231,6 +232,11 @@ class Dispatcher:
         ]
         best = sorted(longer, key=lambda worker_id: (-held[worker_id], worker_id))
         return [usable[worker_id] for worker_id in best[:_MOST_PEERS]]
+
+    def _reserve(self, ticket: Ticket) -> BalancerConfig:
+        """A decode worker takes blocks for the prompt and a little ahead, never past the end."""
+        ahead = min(self._balancer.decode_reserve_tokens, ticket.max_tokens)
+        return replace(self._balancer, decode_reserve_tokens=ahead)
 
     def _request(self, ticket: Ticket) -> Placement:
         now = self._clock()
