@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 
-from tidemill.kernels.linear import make_linear
-from tidemill.kernels.linear.onednn import PackedLinear, can_pack
-from tidemill.kernels.linear.reference import PlainLinear
+from tidemill.kernels.linear import make_head_linear, make_linear
+from tidemill.kernels.linear.onednn import PackedHeads, PackedLinear, can_pack
+from tidemill.kernels.linear.reference import PlainHeads, PlainLinear
 from tidemill.kernels.rms_norm import rms_norm
 from tidemill.kernels.rope import apply_rope
 
@@ -66,5 +66,29 @@ def test_packed_and_plain_products_agree(rows: int) -> None:
         torch.testing.assert_close(found.float(), expected, atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("rows", [1, 5, 64])
+@pytest.mark.parametrize("shape", [(16, 64, 32), (3, 24, 40), (2, 5, 7)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_head_takes_its_own_matrix(
+    rows: int, shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    generator = torch.manual_seed(rows)
+    weight = (torch.randn(shape, generator=generator) * 0.1).to(dtype)
+    wide = torch.randn(rows, shape[0], shape[2] + 3, generator=generator).to(dtype)
+    x = wide[..., : shape[2]]  # rows that do not lie together, as in a query beside its RoPE part
+    found = make_head_linear(weight)(x)
+    expected = torch.einsum("thk,hnk->thn", x.float(), weight.float())
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found.float(), expected, atol=tolerance, rtol=tolerance)
+
+
 def test_fp32_weights_stay_plain() -> None:
     assert isinstance(make_linear(torch.zeros(4, 4)), PlainLinear)
+    assert isinstance(make_head_linear(torch.zeros(2, 4, 4)), PlainHeads)
+
+
+def test_bf16_weights_are_packed_where_the_cpu_multiplies_them() -> None:
+    weight = torch.zeros(2, 4, 4, dtype=torch.bfloat16)
+    packs = can_pack(weight)
+    assert isinstance(make_linear(weight[0]), PackedLinear) == packs
+    assert isinstance(make_head_linear(weight), PackedHeads) == packs

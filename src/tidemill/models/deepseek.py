@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from tidemill.kernels.expert_mlp import Expert, expert_mlp, gather_rows, scatter_rows
-from tidemill.kernels.linear import Linear
+from tidemill.kernels.linear import HeadLinear, Linear
 from tidemill.kernels.mla_decode import mla_decode
 from tidemill.kernels.mla_prefill import mla_prefill
 from tidemill.kernels.moe_route import moe_route
@@ -61,8 +61,8 @@ class Attention:
     q_b: Linear | None  # q_lora -> heads * (nope + rope)
     kv_a_norm: Tensor
     kv_b: Linear  # kv_lora -> heads * (nope + v)
-    w_uk: Tensor  # [H, nope, kv_lora], absorbs the query
-    w_uv: Tensor  # [H, kv_lora, v], applied to attended latents
+    w_uk: HeadLinear  # nope -> kv_lora, absorbs the query
+    w_uv: HeadLinear  # kv_lora -> v, applied to attended latents
     out: Linear
     config: ModelConfig
     scale: float
@@ -108,16 +108,15 @@ class Attention:
         config = self.config
         query = query[: len(rows.context_lens)]
         q_nope, q_rope = query.tensor_split([config.qk_nope_head_dim], dim=-1)
-        q_latent = torch.bmm(q_nope.transpose(0, 1), self.w_uk).transpose(0, 1)
         attended = mla_decode(
-            torch.cat((q_latent, q_rope), dim=-1),
+            torch.cat((self.w_uk(q_nope), q_rope), dim=-1),
             latents,
             rows.block_tables,
             rows.context_lens,
             kv_lora_rank=config.kv_lora_rank,
             scale=self.scale,
         )
-        return torch.bmm(attended.transpose(0, 1), self.w_uv).transpose(0, 1).flatten(1)
+        return self.w_uv(attended).flatten(1)
 
 
 @dataclass(frozen=True)

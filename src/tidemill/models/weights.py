@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from tidemill.kernels.expert_mlp import Expert
-from tidemill.kernels.linear import Linear, make_linear
+from tidemill.kernels.linear import Linear, make_head_linear, make_linear
 from tidemill.models.checkpoint import Checkpoint
 from tidemill.models.config import ModelConfig
 from tidemill.models.deepseek import Attention, DeepseekModel, DenseMlp, Layer, MoeMlp
@@ -76,8 +76,8 @@ def _attention(source: WeightSource, prefix: str, config: ModelConfig) -> Attent
         q_b=q_b,
         kv_a_norm=source.vector(f"{prefix}.kv_a_layernorm.weight", config.kv_lora_rank),
         kv_b=make_linear(kv_b),
-        w_uk=w_uk.contiguous(),
-        w_uv=w_uv.transpose(1, 2).contiguous(),
+        w_uk=make_head_linear(w_uk.transpose(1, 2)),
+        w_uv=make_head_linear(w_uv),
         out=make_linear(out, out_bias),
         config=config,
         scale=softmax_scale(config),

@@ -5,8 +5,9 @@ from torch import Tensor
 from tidemill.kernels.linear import onednn, reference
 
 Linear = reference.PlainLinear | onednn.PackedLinear
+HeadLinear = reference.PlainHeads | onednn.PackedHeads
 
-__all__ = ["Linear", "make_linear"]
+__all__ = ["HeadLinear", "Linear", "make_head_linear", "make_linear"]
 
 
 def make_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
@@ -18,3 +19,10 @@ def make_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
     if onednn.can_pack(weight):
         return onednn.PackedLinear(weight, bias)
     return reference.PlainLinear(weight, bias)
+
+
+def make_head_linear(weight: Tensor) -> HeadLinear:
+    """Wrap weight [H, N, K], one matrix a head, in the layout that `make_linear` would choose."""
+    if onednn.can_pack(weight):
+        return onednn.PackedHeads(weight)
+    return reference.PlainHeads(weight)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 # Rows that the layout is chosen for: decode batches; larger products lose nothing by it.
 PACK_ROWS = 16
+_POINTWISE = ([0, 0], [1, 1], [1, 1])  # padding, stride, dilation
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -33,3 +34,28 @@ class PackedLinear:
         """(x @ weight.T + bias) + other [T, N]."""
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, other, self.weight, self.bias, "add")
         return out
+
+
+class PackedHeads:
+    """weight [H, N, K] bf16, one matrix a head, reordered once.
+
+    As a grouped 1x1 convolution over the rows: oneDNN packs no weight for a batched product, and
+    reads an unpacked one at half the speed.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.num_heads, columns = weight.shape[0], weight.shape[2]
+        self.weight = torch.ops.mkldnn._reorder_convolution_weight(
+            weight.reshape(-1, columns, 1, 1),
+            *_POINTWISE,
+            self.num_heads,
+            [1, self.num_heads * columns, PACK_ROWS, 1],
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, H, K] -> each head's x @ weight.T [T, H, N]."""
+        image = x.reshape(1, len(x), 1, -1).permute(0, 3, 1, 2)  # channels last, T pixels
+        out: Tensor = torch.ops.mkldnn._convolution_pointwise(
+            image, self.weight, None, *_POINTWISE, self.num_heads, "none", [], ""
+        )
+        return out.permute(0, 2, 3, 1).reshape(len(x), self.num_heads, -1)

@@ -1,5 +1,6 @@
 """Products with a plain torch weight."""
 
+import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -18,3 +19,14 @@ class PlainLinear:
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
         """(x @ weight.T + bias) + other [T, N]."""
         return linear(x, self.weight, self.bias) + other
+
+
+class PlainHeads:
+    """weight [H, N, K], one matrix a head."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight.transpose(1, 2).contiguous()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, H, K] -> each head's x @ weight.T [T, H, N]."""
+        return torch.bmm(x.transpose(0, 1), self.weight).transpose(0, 1)
