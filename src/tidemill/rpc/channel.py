@@ -6,7 +6,7 @@ import grpc
 
 from tidemill.errors import ConfigError
 from tidemill.rpc.address import is_loopback
-from tidemill.rpc.options import INTERNAL_CLIENT, SDK_CLIENT, Options
+from tidemill.rpc.options import BULK_CLIENT, INTERNAL_CLIENT, SDK_CLIENT, Options
 from tidemill.rpc.tls import TlsFiles, channel_credentials, role_name
 
 
@@ -21,6 +21,11 @@ def internal_channel(
     credentials = channel_credentials(tls.ca, cert=tls.cert, key=tls.key)
     named = (*options, ("grpc.ssl_target_name_override", role_name(role)))
     return grpc.aio.secure_channel(address, credentials, options=named)
+
+
+def bulk_channel(address: str, *, role: str, tls: TlsFiles) -> grpc.aio.Channel:
+    """As internal_channel, for blocks and hand-overs: large messages, perhaps from afar."""
+    return internal_channel(address, role=role, tls=tls, options=BULK_CLIENT)
 
 
 def sdk_channel(
