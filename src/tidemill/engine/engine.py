@@ -234,6 +234,7 @@ class Engine:
         Engine thread only.
         """
         started = time.perf_counter()
+        self.current_step = Step()
         with self._lock:
             outputs = self._apply_stops() + self._settle_arrived()
             step = self.current_step = self._scheduler.next_step()

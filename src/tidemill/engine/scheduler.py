@@ -38,6 +38,17 @@ class Step:
         """Rows of the batch."""
         return len(self.decodes) + sum(chunk.num_tokens for chunk in self.chunks)
 
+    @property
+    def seq_ids(self) -> list[str]:
+        """Whose tokens it computes."""
+        return [seq.seq_id for seq in (*self.decodes, *(chunk.seq for chunk in self.chunks))]
+
+    @property
+    def longest_context(self) -> int:
+        """Most positions that one row attends to."""
+        ends = [len(seq.token_ids) for seq in self.decodes] + [chunk.end for chunk in self.chunks]
+        return max(ends, default=0)
+
     def __bool__(self) -> bool:
         return bool(self.decodes or self.chunks)
 

@@ -2,11 +2,14 @@
 
 import asyncio
 import logging
+import sys
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 
 from tidemill.engine import (
@@ -64,6 +67,7 @@ class EngineThread:
         self._wake = threading.Event()
         self._closing = False
         self._step_started: float | None = None
+        self.num_steps = 0  # begun
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def __enter__(self) -> "EngineThread":
@@ -85,6 +89,12 @@ class EngineThread:
         """Seconds since the step that runs now began; 0 between steps and when idle."""
         started = self._step_started
         return 0.0 if started is None else max(self._clock() - started, 0.0)
+
+    def where(self) -> str:
+        """The engine thread's innermost calls right now, a line each."""
+        frame = sys._current_frames().get(self._thread.ident or 0)
+        stack = traceback.extract_stack(frame)[-8:] if frame is not None else []
+        return "\n".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in stack)
 
     @property
     def num_sequences(self) -> int:
@@ -132,6 +142,7 @@ class EngineThread:
                 return
 
     def _step(self) -> None:
+        self.num_steps += 1
         self._step_started = self._clock()
         outputs = self.engine.step()
         self._step_started = None
