@@ -241,7 +241,9 @@ def _cache_client(config: WorkerConfig, tls: TlsFiles, stack: AsyncExitStack) ->
     def connect(address: str) -> grpc.aio.Channel:
         return internal_channel(address, role="cache", tls=tls)
 
-    client = CacheClient(connect(config.cache.address), config.cache.client, connect=connect)
+    channel = connect(config.cache.address)
+    channel.get_state(try_to_connect=True)  # the first fetch's budget is not for shaking hands
+    client = CacheClient(channel, config.cache.client, connect=connect)
     stack.push_async_callback(client.close)
     return client
 
