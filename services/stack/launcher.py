@@ -42,9 +42,15 @@ async def run_stack(
     ConfigError before anything is started, and ChildFailed when a process ends by itself.
     """
     state = StateDirectory(directory)
-    with state.held():
+    with state.held(), state.shared_memory() as shm_dir:
         state.prepare(empty=empty)
-        plan = Plan(state, choose_model(model_dir), both=both, router_port=port or free_port())
+        plan = Plan(
+            state,
+            choose_model(model_dir),
+            both=both,
+            shm_dir=shm_dir,
+            router_port=port or free_port(),
+        )
         plan.write_config()
         say(f"starting in {_short(directory)}, logs in {_short(state.logs)}")
         async with Supervisor(

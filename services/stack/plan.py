@@ -46,11 +46,15 @@ def free_port() -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """One local stack. `both` is one worker that prefills and decodes, else one of each."""
+    """One local stack. `both` is one worker that prefills and decodes, else one of each.
+
+    `shm_dir` is where the workers share memory; None: they move latents by gRPC.
+    """
 
     state: StateDirectory
     model_dir: Path
     both: bool = False
+    shm_dir: Path | None = None
     router_port: int = field(default_factory=free_port)
     cache_port: int = field(default_factory=free_port)
     prefill_port: int = field(default_factory=free_port)
@@ -142,6 +146,7 @@ class Plan:
                 "max_batch": MAX_BATCH,
                 "num_threads": max((os.cpu_count() or 1) // num_workers, 1),
             },
+            "handover": {"shm_dir": self.shm_dir},
             "cache": {"address": f"127.0.0.1:{self.cache_port}"},
             "registry": {"url": self.cache_redis.url(self.state, "worker")},
         }

@@ -6,12 +6,14 @@ import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 
 from tidemill.certs import make_dev_certs
 from tidemill.errors import ConfigError
 
 SECRETS = ("pepper", "admin.key", "cache-redis", "cache-redis.worker", "cache-redis.router")
+_MEMORY = Path("/dev/shm")  # noqa: S108 - the folder in it is its owner's alone
 LEDGER_SECRET = "ledger-redis"  # noqa: S105 - a file's name
 
 
@@ -52,6 +54,16 @@ class StateDirectory:
         finally:
             (self.path / "pids").unlink(missing_ok=True)
             os.close(self.lock_fd)
+
+    @contextmanager
+    def shared_memory(self) -> Iterator[Path]:
+        """Name a folder in memory for this stack's workers; it goes when the block is left."""
+        name = f"tidemill-{os.getuid()}-{sha256(bytes(self.path)).hexdigest()[:16]}"
+        folder = _MEMORY / name if os.access(_MEMORY, os.W_OK) else self.path / "shm"
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def prepare(self, *, empty: bool) -> None:
         """Make what is missing; with `empty` forget what the last stack's Redis and cache kept."""

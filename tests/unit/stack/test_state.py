@@ -5,6 +5,7 @@ import pytest
 
 from services.stack.state import StateDirectory
 from tidemill.errors import ConfigError
+from tidemill.kv.shm import SharedMemory
 
 
 def test_everything_is_for_its_owner_alone(tmp_path: Path) -> None:
@@ -38,6 +39,24 @@ def test_an_empty_start_forgets_the_ledger_and_keeps_the_secrets(tmp_path: Path)
         state.prepare(empty=True)
         assert not (tmp_path / "redis-ledger").exists()
         assert state.secret("pepper") == pepper
+
+
+def test_an_empty_start_forgets_the_caches_disk(tmp_path: Path) -> None:
+    state = StateDirectory(tmp_path)
+    state.cache_disk.mkdir()
+    state.prepare(empty=False)
+    assert state.cache_disk.exists()
+    state.prepare(empty=True)
+    assert not state.cache_disk.exists()
+
+
+def test_shared_memory_is_this_stacks_own_and_goes_with_it(tmp_path: Path) -> None:
+    one, other = StateDirectory(tmp_path / "one"), StateDirectory(tmp_path / "other")
+    with one.shared_memory() as folder, other.shared_memory() as another:
+        assert folder != another
+        SharedMemory(folder).arenas.lend(100)
+        assert folder.exists()
+    assert not folder.exists()
 
 
 def test_a_second_stack_in_the_same_directory_is_told_who_runs(tmp_path: Path) -> None:
