@@ -85,7 +85,7 @@ def measure(name: str, path: Path, dtype: str) -> Row:
     imports = status("VmRSS")
     reset_peak()
     engine = Engine.load(path, EngineConfig(num_blocks=NUM_BLOCKS, dtype=dtype))
-    peak = status("VmHWM") - imports
+    peak = status("VmHWM") - imports - engine.pool.latents.nbytes
     engine.pool.latents.fill_(0)
     prompt = list(range(2, 2 + PROMPT_TOKENS))
     blocks = engine.pool.allocate(-(-(PROMPT_TOKENS + NEW_TOKENS) // 64))
