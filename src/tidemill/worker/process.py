@@ -24,7 +24,7 @@ from tidemill.kv.shm import SharedMemory
 from tidemill.policy import FetchOrRecompute
 from tidemill.rpc import process
 from tidemill.rpc.address import is_loopback
-from tidemill.rpc.channel import internal_channel
+from tidemill.rpc.channel import bulk_channel
 from tidemill.rpc.interceptors import RoleGuard
 from tidemill.rpc.metrics import RpcMetrics, serve_metrics
 from tidemill.rpc.server import RpcServer
@@ -44,6 +44,7 @@ from tidemill.worker.prefill_service import PrefillService
 from tidemill.worker.prompt import PromptReuse
 from tidemill.worker.registration import Registration
 from tidemill.worker.remote_prefill import MakeTransport, PrefillPeers
+from tidemill.worker.watchdog import Watchdog
 from tidemill.worker.worker import Worker
 from tidemill.worker.worker_service import WorkerService
 
@@ -162,13 +163,14 @@ async def running_worker(
             shared=shared,
         )
         peers = PrefillPeers(
-            lambda address: internal_channel(address, role="prefill", tls=tls),
+            lambda address: bulk_channel(address, role="prefill", tls=tls),
             config.handover,
             metrics=metrics,
             arenas=None if shared is None else shared.arenas,
             make_transport=make_transport,
         )
         stack.push_async_callback(peers.close)
+        background.start("watchdog", Watchdog(thread, stall_s=config.stall_s).run)
         attempts = AttemptTable(retention_s=config.final_retention_s, clock=worker.clock)
         _watch(worker, attempts)
         server, decode = _serve(worker, attempts, peers, rpc_metrics)
@@ -239,7 +241,7 @@ def _cache_client(config: WorkerConfig, tls: TlsFiles, stack: AsyncExitStack) ->
         return None
 
     def connect(address: str) -> grpc.aio.Channel:
-        return internal_channel(address, role="cache", tls=tls)
+        return bulk_channel(address, role="cache", tls=tls)
 
     channel = connect(config.cache.address)
     channel.get_state(try_to_connect=True)  # the first fetch's budget is not for shaking hands
@@ -258,7 +260,7 @@ def _fetcher(
     metrics: WorkerMetrics,
 ) -> BlockFetcher:
     def connect(address: str, role: str) -> grpc.aio.Channel:
-        return internal_channel(address, role=role, tls=tls)
+        return bulk_channel(address, role=role, tls=tls)
 
     peers = KvPeers(connect, config.peers)
     stack.push_async_callback(peers.close)
