@@ -47,7 +47,7 @@ def test_rope_keeps_the_dot_product_of_equal_distances() -> None:
     assert dot(7, 3) == pytest.approx(dot(104, 100), abs=1e-4)
 
 
-@pytest.mark.parametrize("rows", [1, 5, 64, 300])
+@pytest.mark.parametrize("rows", [1, 3, 4, 5, 64, 300])
 def test_packed_and_plain_products_agree(rows: int) -> None:
     generator = torch.manual_seed(rows)
     weight = (torch.randn(48, 96, generator=generator) * 0.1).to(torch.bfloat16)

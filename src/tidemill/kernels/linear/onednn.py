@@ -2,9 +2,12 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 # Rows that the layout is chosen for: decode batches; larger products lose nothing by it.
 PACK_ROWS = 16
+# A product of one or two rows takes longer than one of four, which hides more of memory's latency.
+FEWEST_ROWS = 4
 _POINTWISE = ([0, 0], [1, 1], [1, 1])  # padding, stride, dilation
 
 
@@ -27,13 +30,21 @@ class PackedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, K] -> x @ weight.T + bias [T, N]."""
+        if len(x) < FEWEST_ROWS:
+            return self(_padded(x))[: len(x)]
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return out
 
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
         """(x @ weight.T + bias) + other [T, N]."""
+        if len(x) < FEWEST_ROWS:
+            return self.plus(_padded(x), _padded(other))[: len(x)]
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, other, self.weight, self.bias, "add")
         return out
+
+
+def _padded(x: Tensor) -> Tensor:
+    return pad(x, (0, 0, 0, FEWEST_ROWS - len(x)))
 
 
 class PackedHeads:
