@@ -24,7 +24,7 @@ from tidemill.kv.shm import SharedMemory
 from tidemill.policy import FetchOrRecompute
 from tidemill.rpc import process
 from tidemill.rpc.address import is_loopback
-from tidemill.rpc.channel import bulk_channel
+from tidemill.rpc.channel import bulk_channel, internal_channel
 from tidemill.rpc.interceptors import RoleGuard
 from tidemill.rpc.metrics import RpcMetrics, serve_metrics
 from tidemill.rpc.server import RpcServer
@@ -45,6 +45,7 @@ from tidemill.worker.prompt import PromptReuse
 from tidemill.worker.registration import Registration
 from tidemill.worker.remote_prefill import MakeTransport, PrefillPeers
 from tidemill.worker.watchdog import Watchdog
+from tidemill.worker.warm_up import warm_up
 from tidemill.worker.worker import Worker
 from tidemill.worker.worker_service import WorkerService
 
@@ -162,10 +163,12 @@ async def running_worker(
             background=background,
             shared=shared,
         )
+        stack.push_async_callback(worker.grammars.close)
         peers = PrefillPeers(
-            lambda address: bulk_channel(address, role="prefill", tls=tls),
+            lambda address: internal_channel(address, role="prefill", tls=tls),
             config.handover,
             metrics=metrics,
+            connect_bulk=lambda address: bulk_channel(address, role="prefill", tls=tls),
             arenas=None if shared is None else shared.arenas,
             make_transport=make_transport,
         )
@@ -174,6 +177,7 @@ async def running_worker(
         attempts = AttemptTable(retention_s=config.final_retention_s, clock=worker.clock)
         _watch(worker, attempts)
         server, decode = _serve(worker, attempts, peers, rpc_metrics)
+        await warm_up(thread, reuse.policy)
         await server.start()
         running = RunningWorker(worker, server, decode, attempts)
         stack.push_async_callback(running.drain)

@@ -20,6 +20,7 @@ from tidemill.worker.background import Background
 from tidemill.worker.block_storer import BlockStorer
 from tidemill.worker.config import Role, WorkerConfig
 from tidemill.worker.engine_thread import EngineThread
+from tidemill.worker.grammars import Grammars
 from tidemill.worker.metrics import WorkerMetrics
 from tidemill.worker.prompt import Backlog, PromptReuse
 
@@ -69,6 +70,7 @@ class Worker:
         self.handovers = HandoverTable(
             epoch=self.epoch, lease_s=config.handover.lease_s, clock=clock
         )
+        self.grammars = Grammars(config.model_dir, self.engine.model_config.vocab_size)
         self.draining = False
         self.registered: bool | None = None  # whether the registry took the last heartbeat
         self.num_waiting = 0  # attempts that wait for their KV
