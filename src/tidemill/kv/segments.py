@@ -16,7 +16,7 @@ from tidemill.errors import TransferError
 from tidemill.kv.shm import Bytes
 from tidemill.kv.wire import SegmentsWriter, Wire
 
-RUN_BYTES = 256 << 10  # copied and then hashed while it is in the core's own cache
+RUN_BYTES = 512 << 10  # copied and then hashed while it is in the core's own cache
 
 
 @dataclass(frozen=True)

@@ -45,9 +45,11 @@ logger = logging.getLogger(__name__)
 
 
 class PrefillPeers:
-    """Channels to prefill workers by address, opened by `connect` when first needed.
+    """Channels to prefill workers by address, opened when first needed.
 
-    `arenas` is the shared memory to pull through, None where none is configured.
+    `connect` opens one for control, `connect_bulk` another for latents, so that a first token never
+    waits behind megabytes; unset: one for both. `arenas` is the shared memory to pull through, None
+    where none is configured.
     """
 
     def __init__(
@@ -56,29 +58,34 @@ class PrefillPeers:
         config: HandoverConfig,
         *,
         metrics: WorkerMetrics,
+        connect_bulk: Connect | None = None,
         arenas: ShmArenas | None = None,
         make_transport: MakeTransport | None = None,
     ) -> None:
         self._connect = connect
+        self._connect_bulk = connect_bulk
         self._arenas = arenas
         self._make_transport = make_transport or self._grpc_transport
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._channels: dict[str, tuple[grpc.aio.Channel, grpc.aio.Channel]] = {}
         self._later: set[asyncio.Task[None]] = set()
         self.config = config
         self.metrics = metrics
 
     def at(self, target: PrefillTarget) -> "PrefillPeer":
         """The worker to prefill on."""
-        channel = self._channels.get(target.address)
-        if channel is None:
-            channel = self._channels[target.address] = self._connect(target.address)
-        stub = cast("PrefillServiceAsyncStub", PrefillServiceStub(channel))
-        return PrefillPeer(self, target, stub, self._make_transport(stub))
+        channels = self._channels.get(target.address)
+        if channels is None:
+            control = self._connect(target.address)
+            bulk = control if self._connect_bulk is None else self._connect_bulk(target.address)
+            channels = self._channels[target.address] = (control, bulk)
+        stub, bulk_stub = (
+            cast("PrefillServiceAsyncStub", PrefillServiceStub(each)) for each in channels
+        )
+        return PrefillPeer(self, target, stub, self._make_transport(bulk_stub))
 
     def lost(self, target: PrefillTarget) -> None:
-        """Forget a dead worker's channel: the next call dials anew and waits for no back-off."""
-        channel = self._channels.pop(target.address, None)
-        if channel is not None:
+        """Forget a dead worker's channels: the next call dials anew and waits for no back-off."""
+        for channel in set(self._channels.pop(target.address, ())):
             self.later(channel.close(grace=LINGER_S))
 
     async def lend(self, offer: pb.HandoverOffer, num_bytes: int) -> ShmArena | None:
@@ -125,7 +132,7 @@ class PrefillPeers:
             await asyncio.wait(self._later, timeout=CLEANUP_S)
         for task in self._later:
             task.cancel()
-        for channel in self._channels.values():
+        for channel in {each for pair in self._channels.values() for each in pair}:
             await channel.close()
         self._channels.clear()
 
