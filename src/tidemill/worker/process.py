@@ -44,8 +44,8 @@ from tidemill.worker.prefill_service import PrefillService
 from tidemill.worker.prompt import PromptReuse
 from tidemill.worker.registration import Registration
 from tidemill.worker.remote_prefill import MakeTransport, PrefillPeers
-from tidemill.worker.watchdog import Watchdog
 from tidemill.worker.warm_up import warm_up
+from tidemill.worker.watchdog import Watchdog
 from tidemill.worker.worker import Worker
 from tidemill.worker.worker_service import WorkerService
 
