@@ -34,6 +34,20 @@ _FP8: Mapping[str, tuple[Any, ...]] = {
     "scale_fmt": (None, "ue8m0"),
 }
 
+_POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "v_head_dim",
+    "max_position_embeddings",
+    "moe_layer_freq",
+    "rms_norm_eps",
+)
+
 
 @dataclass(frozen=True)
 class YarnScaling:
@@ -116,7 +130,7 @@ class ModelConfig:
     def from_hf(cls, raw: Mapping[str, Any], source: str = "config.json") -> "ModelConfig":
         """Build from the parsed `config.json`; `source` is what errors call it."""
         values: dict[str, Any] = {
-            "dtype": raw.get("dtype") or raw.get("torch_dtype") or "bfloat16",
+            "dtype": _dtype(raw, source),
             "weight_block_size": _weight_block_size(raw, source),
             "q_lora_rank": _q_lora_rank(raw, source),
             **_family_fields(raw, source),
@@ -165,11 +179,14 @@ def load_eos_token_ids(model_dir: Path) -> frozenset[int]:
 
 def _family_fields(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
     """The fields whose values the architecture limits, absent ones with its own default."""
-    architectures = raw.get("architectures") or []
-    known = [_FAMILIES[name] for name in architectures if name in _FAMILIES]
+    architectures = raw.get("architectures")
+    if not isinstance(architectures, list):
+        architectures = []
+    known = [family for name, family in _FAMILIES.items() if name in architectures]
     if not known:
         raise CheckpointError(
-            f"{source}: architectures is {architectures!r}, expected one of {list(_FAMILIES)}"
+            f"{source}: architectures is {raw.get('architectures')!r}, "
+            f"expected one of {list(_FAMILIES)}"
         )
     heads, kv_heads = raw.get("num_attention_heads"), raw.get("num_key_value_heads")
     if kv_heads is not None and kv_heads != heads:
@@ -200,11 +217,9 @@ def _limited(
 
 
 def _weight_block_size(raw: Mapping[str, Any], source: str) -> tuple[int, int] | None:
-    quantization = raw.get("quantization_config")
+    quantization = _object(raw, "quantization_config", source)
     if quantization is None:
         return None
-    if not isinstance(quantization, dict):
-        raise CheckpointError(f"{source}: quantization_config is {quantization!r}, not an object")
     inside = f"{source}: quantization_config"
     if quantization.get("quant_method") is None:
         raise CheckpointError(f"{inside}: key 'quant_method' is missing")
@@ -217,6 +232,11 @@ def _weight_block_size(raw: Mapping[str, Any], source: str) -> tuple[int, int] |
     return 128, 128
 
 
+def _dtype(raw: Mapping[str, Any], source: str) -> str:
+    value = raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"
+    return str(_typed(value, "dtype", str, source))
+
+
 def _q_lora_rank(raw: Mapping[str, Any], source: str) -> int | None:
     if "q_lora_rank" not in raw:
         raise CheckpointError(f"{source}: key 'q_lora_rank' is missing")
@@ -226,11 +246,12 @@ def _q_lora_rank(raw: Mapping[str, Any], source: str) -> int | None:
 
 def _rope_fields(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
     """transformers 5 writes `rope_parameters`; older ones `rope_theta` and `rope_scaling`."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
+    rope = _object(raw, "rope_parameters", source) or _object(raw, "rope_scaling", source) or {}
+    theta = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
+    values = {"rope_theta": _positive(theta, "rope_theta", source), "rope_scaling": None}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
-        return {"rope_theta": float(theta), "rope_scaling": None}
+        return values
     if kind != "yarn":
         raise CheckpointError(
             f"{source}: rope_type is {kind!r}, only 'default' and 'yarn' are supported"
@@ -242,12 +263,28 @@ def _rope_fields(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
     for field in fields(YarnScaling):
         if rope.get(field.name) is not None:
             scaling[field.name] = _typed(rope[field.name], field.name, field.type, source)
+            if scaling[field.name] or not field.name.startswith("mscale"):  # an mscale 0 is none
+                _positive(scaling[field.name], field.name, source)
     for key in ("factor", "original_max_position_embeddings"):
         if key not in scaling:
             raise CheckpointError(
                 f"{source}: rope_parameters.{key} is missing for rope_type 'yarn'"
             )
-    return {"rope_theta": float(theta), "rope_scaling": YarnScaling(**scaling)}
+    return values | {"rope_scaling": YarnScaling(**scaling)}
+
+
+def _object(raw: Mapping[str, Any], key: str, source: str) -> dict[str, Any] | None:
+    value = raw.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise CheckpointError(f"{source}: {key} is {value!r}, expected an object")
+    return value
+
+
+def _positive(value: Any, name: str, source: str) -> float:
+    number: float = _typed(value, name, float, source)
+    if not 0 < number < float("inf"):
+        raise CheckpointError(f"{source}: {name} is {value!r}, expected a positive number")
+    return number
 
 
 def _typed(value: Any, name: str, expected: Any, source: str) -> Any:
@@ -260,12 +297,11 @@ def _typed(value: Any, name: str, expected: Any, source: str) -> Any:
 
 def _check_shape(config: ModelConfig, source: str) -> None:
     """Relations that the layers assume, each named by the key at fault."""
-    must = {
-        "qk_rope_head_dim": config.qk_rope_head_dim % 2 == 0,
-        "num_hidden_layers": config.num_hidden_layers > 0,
-        "vocab_size": config.vocab_size > 0,
+    must = {key: getattr(config, key) > 0 for key in _POSITIVE}
+    must |= {
+        "qk_rope_head_dim": config.qk_rope_head_dim > 0 and config.qk_rope_head_dim % 2 == 0,
         "q_lora_rank": config.q_lora_rank is None or config.q_lora_rank > 0,
-        "moe_layer_freq": config.moe_layer_freq > 0,
+        "rope_theta": config.rope_theta > 1,
     }
     if config.n_routed_experts:
         must |= _expert_relations(config)
