@@ -7,14 +7,26 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from tests.engine_harness import finish_of, generated
 from tidemill.blocks import BLOCK_TOKENS
-from tidemill.engine import BlockPool, Engine, EngineConfig, KvLayout, SamplingParams, Sequence
+from tidemill.engine import (
+    BlockPool,
+    Engine,
+    EngineConfig,
+    FinishedOutput,
+    KvLayout,
+    Output,
+    SamplingParams,
+    Sequence,
+)
 from tidemill.engine.sampling import draw
 from tidemill.engine.scheduler import Step
+from tidemill.errors import PoolExhausted
 from tidemill.models.config import ModelConfig
 
 VOCAB = 24
 MAX_CONTEXT = 640
+ROOT = b"r" * 32
 _PRIME = 16_777_213  # products of two residues fit an fp64
 _WEIGHTS = torch.arange(1, MAX_CONTEXT + 1, dtype=torch.float64) * 7919 % 65_521
 
@@ -96,6 +108,82 @@ def hashing_engine(
         layout=KvLayout("float32", 1, 1, b"hashing"),
     )
     return engine, runner
+
+
+class HashingBench:
+    """An engine, its sequences, and everything it has said; ended sequences are released."""
+
+    def __init__(self, *, num_blocks: int, swap_blocks: int, step_tokens: int = 256) -> None:
+        self.engine: Engine
+        self.runner: HashingRunner
+        self.engine, self.runner = hashing_engine(
+            num_blocks=num_blocks, swap_blocks=swap_blocks, step_tokens=step_tokens
+        )
+        self.seqs: dict[str, Sequence] = {}
+        self.outputs: list[Output] = []
+
+    def submit(
+        self,
+        seq_id: str,
+        length: int,
+        max_tokens: int,
+        *,
+        funded: int | None = None,
+        forks: int = 0,
+        handed_over: bool = False,
+    ) -> Sequence:
+        """With `handed_over`, blocks and first tokens come as from another worker."""
+        prompt = [(position + len(self.seqs)) % VOCAB for position in range(length)]
+        choices = []
+        for choice in range(forks + 1):
+            sampling = SamplingParams(seed=choice, max_tokens=max_tokens)
+            alone = Sequence("alone", prompt, sampling=sampling, root=ROOT)
+            seq = Sequence(
+                f"{seq_id}{choice or ''}",
+                prompt,
+                sampling=sampling,
+                num_funded_tokens=funded,
+                first_token_id=undisturbed(alone, 1)[0] if handed_over else None,
+                root=ROOT,
+            )
+            choices.append(seq)
+        parent = choices[0]
+        parent.block_table = self.engine.pool.allocate(blocks_up_to(length))
+        parent.forks = choices[1:]
+        if handed_over:
+            values = latents_of(prompt, salt_of(parent))
+            self.engine.pool.write(0, parent.block_table, 0, values)
+        try:
+            self.engine.submit(parent)
+        except PoolExhausted:
+            self.engine.pool.release(parent.block_table)
+            raise
+        self.seqs |= {seq.seq_id: seq for seq in choices}
+        return parent
+
+    def step(self, times: int = 1) -> None:
+        for _ in range(times):
+            outputs = self.engine.step()
+            self.outputs += outputs
+            for output in outputs:
+                if isinstance(output, FinishedOutput):
+                    self.engine.pool.release(self.seqs[output.seq_id].block_table)
+
+    def until_swapped(self, count: int = 1) -> None:
+        while self.engine.num_swapped < count:
+            self.step()
+
+    def run(self) -> None:
+        """To the end; every stream is what it would have been alone, and nothing is left."""
+        while self.engine.has_work:
+            self.step()
+            assert not self.engine.starved
+        for seq_id, seq in self.seqs.items():
+            tokens = generated(self.outputs, seq_id)
+            first = seq.num_generated - len(tokens)
+            assert tokens == undisturbed(seq, seq.num_generated)[first:]
+            assert finish_of(self.outputs, seq_id).num_generated == seq.num_generated
+        self.engine.check_idle()
 
 
 def blocks_up_to(num_positions: int) -> int:

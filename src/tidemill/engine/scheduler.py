@@ -123,27 +123,40 @@ class Scheduler:
             if self._tables.is_swapped(seq):
                 break  # what is left is younger and swapped out as well
             while not self._tables.extend(seq):
-                victim = self._victim()
-                self._leave(victim)
-                self._tables.swap_out(victim)
+                victim = self._yielding()[-1]
+                self._swap_out(victim)
                 if victim is seq:
                     break
             else:
                 ready.append(seq)
         return ready
 
-    def _victim(self) -> Sequence:
-        """Whom to swap out: never those whose blocks are handed over while they are computed."""
-        if self.paused:
-            return max(self.paused.values(), key=_age)
+    def _yielding(self) -> list[Sequence]:
+        """Whom to swap out, the last one first: whoever waits for funds, then the youngest.
+
+        Never those whose blocks are handed over while they are computed.
+        """
         prefilling = [seq for seq in self.prefilling if not seq.prefill_only]
-        return max([*self.running, *prefilling], key=_age)
+        paused = sorted(self.paused.values(), key=_age)
+        return [*sorted([*self.running, *prefilling], key=_age), *paused]
 
     def _swap_in(self) -> None:
         for seq in self._resumable():
-            if not self._tables.swap_in(seq, headroom=len(self.running)):
+            yielding = [
+                each for each in self._yielding() if each.number > seq.number or not each.is_funded
+            ]
+            headroom = sum(each.number < seq.number for each in self.running)
+            if not self._tables.fits(seq, headroom=headroom, without=yielding):
                 return
+            while not self._tables.swap_in(seq, headroom=headroom):
+                if not yielding:
+                    return
+                self._swap_out(yielding.pop())
             self.add(seq)
+
+    def _swap_out(self, seq: Sequence) -> None:
+        self._leave(seq)
+        self._tables.swap_out(seq)
 
     def _resumable(self) -> list[Sequence]:
         return [seq for seq in self._tables.swapped if seq.is_funded]

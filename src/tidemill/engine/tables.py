@@ -2,6 +2,7 @@
 
 from bisect import insort
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tidemill.blocks import BLOCK_TOKENS, chain_hashes
@@ -86,14 +87,28 @@ class BlockTables:
         self._swapped[seq.seq_id] = _Swapped(seq, [*held, *(None for _ in unused)])
         insort(self._ages, seq, key=_age)
 
-    def swap_in(self, seq: Sequence, *, headroom: int) -> bool:
-        """Give the table back if room for it, and for `headroom` blocks more, can be made."""
-        swapped = self._swapped[seq.seq_id]
-        pages = swapped.pages
+    def fits(self, seq: Sequence, *, headroom: int, without: Iterable[Sequence] = ()) -> bool:
+        """Whether a swapped sequence could come back, and `headroom` blocks be free beside it.
+
+        At the cost of those swapped that come after it, and of those it would go `without`.
+        """
+        pages = self._swapped[seq.seq_id].pages
         grows = (len(seq.token_ids) - 1) // BLOCK_TOKENS >= len(pages)
         missing = sum(not isinstance(page, int) for page in pages) + grows
-        if self.pool.num_free + self._num_movable(seq) < missing + headroom:
+        if self.pool.num_free >= missing + headroom:
+            return True
+        tables: list[Iterable[int | HostBlock | None]] = [each.block_table for each in without]
+        tables += [swapped.pages for swapped in self._after(seq)]
+        held = Counter(page for table in tables for page in table if isinstance(page, int))
+        movable = sum(self.pool.num_holders(block) == count for block, count in held.items())
+        return self.pool.num_free + movable >= missing + headroom
+
+    def swap_in(self, seq: Sequence, *, headroom: int) -> bool:
+        """Give the table back if it `fits`; False, perhaps with some of it brought in, if not."""
+        if not self.fits(seq, headroom=headroom):
             return False
+        swapped = self._swapped[seq.seq_id]
+        pages = swapped.pages
         for index, page in enumerate(pages):
             if not isinstance(page, int) and not self._bring(swapped, index):
                 return False
@@ -208,13 +223,6 @@ class BlockTables:
         ]
         after.sort(key=lambda each: each.is_funded)
         return [self._swapped[each.seq_id] for each in after if each is not seq]
-
-    def _num_movable(self, seq: Sequence) -> int:
-        """Device blocks that only swapped sequences after `seq` hold."""
-        held = Counter(
-            page for swapped in self._after(seq) for page in swapped.pages if isinstance(page, int)
-        )
-        return sum(self.pool.num_holders(block) == count for block, count in held.items())
 
 
 def _age(seq: Sequence) -> int:
