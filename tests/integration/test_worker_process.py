@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -12,8 +13,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from redis.asyncio import Redis
+from torch import Tensor
 
 from tests.redis_process import RedisProcess
 from tests.tiny_model import make_tiny_checkpoint
@@ -31,6 +35,7 @@ from tests.worker_harness import (
 )
 from tidemill.api.worker.v1 import worker_service_pb2 as pb
 from tidemill.api.worker.v1.worker_service_pb2_grpc import WorkerServiceStub
+from tidemill.engine.scheduler import Step
 from tidemill.errors import WorkerLost
 from tidemill.rpc.channel import internal_channel
 from tidemill.worker.config import RegistryConfig, Role
@@ -105,21 +110,62 @@ async def test_load_is_pushed_on_change_and_at_least_each_second(
         assert loads[-1].draining
 
 
-async def test_a_leaked_block_or_a_stuck_step_fails_readiness(
-    model_dir: Path, tls_files: Tls
+async def test_a_stuck_step_fails_health_until_it_ends_and_the_log_says_which(
+    model_dir: Path, tls_files: Tls, caplog: pytest.LogCaptureFixture
 ) -> None:
+    stuck = threading.Event()
+    go_on = threading.Event()
     async with (
-        worker_at(Role.BOTH, model_dir, tls_files, stall_s=0.2) as running,
+        worker_at(Role.BOTH, model_dir, tls_files, stall_s=0.3) as running,
         router_of(running, tls_files) as router,
     ):
+        stub: Any = WorkerServiceStub(router.channel)
+        runner = running.worker.engine._runner
+        forward = runner.forward
+
+        def hang_with_company(step: Step) -> Tensor:
+            if step.decodes and step.chunks and not stuck.is_set():
+                stuck.set()
+                assert go_on.wait(60)
+            return forward(step)
+
+        runner.forward = hang_with_company  # type: ignore[method-assign]  # the model hangs
+        try:
+            first = await router.begin(make_start(prompt_of(50), "r1", max_tokens=20))
+            await first.until("prefill_done")
+            second = await router.begin(make_start(prompt_of(60), "r2", max_tokens=3))
+            await eventually(stuck.is_set)
+            await eventually(lambda: "a step is stuck" in caplog.messages)
+            await health_turns(router.channel, "NOT_SERVING")
+            load = await anext(aiter(stub.WatchLoad(pb.WatchLoadRequest())))
+            assert load.step_age_ms > 300
+        finally:
+            go_on.set()
+        assert len((await first.finish()).tokens) == 20
+        assert len((await second.finish()).tokens) == 3
+        await eventually(lambda: "the stuck step has ended" in caplog.messages)
+        await health_turns(router.channel, "SERVING")
+        await settled(running)
+    (record,) = [each for each in caplog.records if each.message == "a step is stuck"]
+    facts = vars(record)
+    assert (facts["decodes"], facts["prompt_tokens"], facts["longest_context"]) == (1, 60, 60)
+    assert facts["sequences"] == ["decode r1/1/1", "decode r2/1/1"]
+    assert "hang_with_company" in facts["where"]
+
+
+async def health_turns(channel: grpc.aio.Channel, wanted: str) -> None:
+    """Wait until grpc.health.v1 says so; it asks the worker every second."""
+    stub: Any = health_pb2_grpc.HealthStub(channel)
+    async with asyncio.timeout(10):
+        async for answer in stub.Watch(health_pb2.HealthCheckRequest()):
+            if health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status) == wanted:
+                return
+
+
+async def test_a_leaked_block_fails_readiness(model_dir: Path, tls_files: Tls) -> None:
+    async with worker_at(Role.BOTH, model_dir, tls_files) as running:
         worker = running.worker
         assert worker.readiness() is None
-        slow_down(running, 0.6)
-        attempt = await router.begin(make_start(prompt_of(50), max_tokens=2))
-        await eventually(lambda: worker.readiness() is not None)
-        assert "step" in (worker.readiness() or "")
-        assert (await attempt.finish()).error is None
-        await settled(running)
         leaked = worker.engine.pool.allocate(1)
         worker.check_pool()
         assert "1 blocks are held" in (worker.readiness() or "")
