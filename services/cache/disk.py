@@ -107,9 +107,11 @@ class DiskTier:
 
     async def close(self, remaining: Iterable[tuple[bytes, StoredBlock]] = ()) -> None:
         """Write down `remaining`, the most recently used last, as far as there is time; let go."""
+        sound = self.failure is None
         if self._work is not None:
             await tasks.end(self._work)
-        if self.scanned and not self._stuck:
+            await asyncio.gather(self._work, return_exceptions=True)  # it was logged
+        if self.scanned and sound and not self._stuck:
             await self._flush([*self._waiting.items(), *remaining])
         for executor in (self._readers, self._writer):
             executor.shutdown(wait=not self._stuck, cancel_futures=self._stuck)

@@ -2,6 +2,8 @@ import asyncio
 import hashlib
 import shutil
 import tempfile
+import threading
+import time
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -11,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from services.cache.disk import QUEUE_BYTES, DiskTier
+from services.cache.disk import NUM_READERS, QUEUE_BYTES, DiskTier
 from services.cache.disk_files import PAGE_BYTES, BlockFolder, Cause, Header
 from services.cache.store import StoredBlock
 from tidemill.kv.pieces import sha256
@@ -219,3 +221,34 @@ async def test_a_removed_folder_loses_its_blocks_once_and_is_used_again(
         assert isinstance(await tier.read(NAMESPACES[0], HASHES[5]), StoredBlock)
         await eventually(lambda: tier.up)
         assert tier.failure is None
+
+
+async def test_a_disk_that_hangs_is_waited_for_once_and_then_left_alone(tmp_path: Path) -> None:
+    heard = Heard()
+    tier = DiskTier(BlockFolder(tmp_path), 1 << 20, heard, timeout_s=0.2)
+    await tier.start()
+    await settled(tier)
+    for each in HASHES[:2]:
+        await keep(tier, each, block(NAMESPACES[0], 1000))
+    hanging = threading.Event()
+    for _ in range(NUM_READERS):
+        tier._readers.submit(hanging.wait)
+    assert await tier.read(NAMESPACES[0], HASHES[0]) is Cause.SLOW
+    assert not tier.up
+    began = time.monotonic()
+    assert await tier.read(NAMESPACES[0], HASHES[1]) is None
+    assert time.monotonic() - began < 0.1
+    assert tier.peek(NAMESPACES[0], HASHES[1]) is None
+    assert tier.failure is None
+    hanging.set()
+    await eventually(lambda: tier.peek(NAMESPACES[0], HASHES[0]) is not None)
+    assert isinstance(await tier.read(NAMESPACES[0], HASHES[0]), StoredBlock)
+    await tier.close()
+
+
+async def test_a_surprise_in_the_writer_fails_readiness(tmp_path: Path) -> None:
+    async with disk_tier(tmp_path) as tier:
+        del tier._folder._partials  # what it needs to write
+        tier.offer(HASHES[0], block(NAMESPACES[0], 1000))
+        await eventually(lambda: tier.failure is not None)
+        assert tier.failure == "the disk tier has failed"
