@@ -117,6 +117,7 @@ def make_start(
     scope: bytes = SCOPE,
     temperature: float = 0.0,
     seed: int = 0,
+    **sampling: Any,
 ) -> pb.Start:
     """A Start as the router would send it; greedy unless told otherwise."""
     start = pb.Start(
@@ -131,6 +132,7 @@ def make_start(
                 seed=seed,
                 max_tokens=max_tokens,
                 stop_token_ids=stop_token_ids,
+                **sampling,
             ),
         ),
         relayed_tokens=relayed_tokens,
@@ -144,13 +146,19 @@ def make_start(
 
 @dataclass
 class Answer:
-    """Everything that a Decode stream said."""
+    """Everything that a Decode stream said; `choices` are each one's tokens."""
 
-    tokens: list[int] = field(default_factory=list)
+    choices: list[list[int]] = field(default_factory=lambda: [[]])
+    ends: dict[int, str] = field(default_factory=dict)
     done: PrefillDone | None = None
     finals: list[pb.Final] = field(default_factory=list)
     error: TidemillError | None = None
     events: list[str] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> list[int]:
+        """Of the first choice, mostly the only one."""
+        return self.choices[0]
 
     @property
     def usage(self) -> PromptUsage:
@@ -177,11 +185,17 @@ class Attempted:
     async def send(self, **command: Any) -> None:
         await self.call.write(pb.DecodeRequest(**command))
 
-    async def stop(self, reason: str = "CANCELLED", keep_tokens: int | None = None) -> None:
+    async def stop(
+        self,
+        reason: str = "CANCELLED",
+        keep_tokens: int | None = None,
+        *,
+        choice: int | None = None,
+    ) -> None:
         value = FinishReason.Value(f"FINISH_REASON_{reason}")
         if self.answer.finals:
             return
-        await self.send(stop=pb.Stop(reason=value, keep_tokens=keep_tokens))
+        await self.send(stop=pb.Stop(reason=value, keep_tokens=keep_tokens, choice=choice))
 
     async def fund(self, total: int) -> None:
         await self.send(fund=pb.Fund(total_tokens=total))
@@ -199,12 +213,20 @@ class Attempted:
         name = cast(str, response.WhichOneof("event"))
         answer.events.append(name)
         if name == "prefill_done":
-            answer.done = response.prefill_done
-            answer.tokens.append(response.prefill_done.first_token_id)
+            done = answer.done = response.prefill_done
+            first = done.first_token_ids or [done.first_token_id]
+            answer.choices = [[token_id] for token_id in first]
         elif name == "chunk":
-            assert response.chunk.first_index == len(answer.tokens)
-            answer.tokens += response.chunk.token_ids
-            assert response.chunk.generated_tokens == len(answer.tokens)
+            tokens = answer.choices[response.chunk.choice]
+            assert response.chunk.first_index == len(tokens)
+            tokens += response.chunk.token_ids
+            assert response.chunk.generated_tokens == sum(map(len, answer.choices))
+        elif name == "choice_ended":
+            ended = response.choice_ended
+            assert ended.choice not in answer.ends
+            assert ended.generated_tokens == len(answer.choices[ended.choice])
+            reason = FinishReason.Name(ended.reason)
+            answer.ends[ended.choice] = reason.removeprefix("FINISH_REASON_")
         else:
             answer.finals.append(response.final)
             if not self.call.done():

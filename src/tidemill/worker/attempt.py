@@ -4,44 +4,29 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any
 
 from tidemill.api.common.v1.lifecycle_pb2 import AttemptId, FinishReason, PrefillDone
 from tidemill.api.common.v1.usage_pb2 import PREFILL_SITE_DECODE_WORKER, PromptUsage
 from tidemill.api.decode.v1.decode_service_pb2 import Final, Start
 from tidemill.api.prefill.v1.prefill_service_pb2 import PrefillRequest
-from tidemill.engine import (
-    FinishedOutput,
-    Output,
-    PausedOutput,
-    PrefilledOutput,
-    Sequence,
-    TokensOutput,
-)
-from tidemill.engine.sequence import OnLayer
-from tidemill.errors import DeadlineExceeded, Internal, TidemillError
+from tidemill.engine import PrefilledOutput, Sequence
+from tidemill.errors import DeadlineExceeded, Internal, InvalidRequest, TidemillError
 from tidemill.kv.segments import Landing
-from tidemill.worker.engine_thread import Running
+from tidemill.worker.choices import Choices, Ending, Reason, name_of
 from tidemill.worker.outbox import Outbox
 from tidemill.worker.prompt import PromptBlocks
 from tidemill.worker.remote_prefill import PrefillPeer
-from tidemill.worker.task import attempt_key, microseconds, sampling_params
+from tidemill.worker.task import (
+    attempt_key,
+    microseconds,
+    num_choices,
+    prefill_done,
+    sequence_of,
+)
 from tidemill.worker.worker import Worker
 
 logger = logging.getLogger(__name__)
-
-Reason: TypeAlias = FinishReason.ValueType
-_PREFIX = "FINISH_REASON_"
-
-
-@dataclass(frozen=True)
-class _Ending:
-    """How an attempt ends: why, and what the engine reported."""
-
-    reason: Reason
-    busy_seconds: float = 0.0
-    error: TidemillError | None = None
 
 
 def sequence_id(attempt: AttemptId) -> str:
@@ -76,39 +61,53 @@ class Attempt:
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
         self._admitted = time.perf_counter()
-        self._running: Running | None = None
-        self._ending: asyncio.Future[_Ending] = self._loop.create_future()
         self._transfer: asyncio.Task[Sequence] | None = None
-        self._budget_timer: asyncio.TimerHandle | None = None
-        self._stop: tuple[Reason, int | None] | None = None
+        self._stop: Reason | None = None
         self._failure: TidemillError | None = None
         self._began = peer is None
         self._prompt_usage: PromptUsage | None = None
-        self._funded: int | None = None
-        if start.HasField("funded_tokens"):
-            self._funded = start.funded_tokens - start.relayed_tokens
+        self._parent: Sequence | None = None
+        funded = start.funded_tokens - start.relayed_tokens
+        self._choices = Choices(
+            num_choices(start.task),
+            self.outbox,
+            worker.thread,
+            funded_tokens=funded if start.HasField("funded_tokens") else None,
+            fund_wait_s=worker.config.fund_wait_s,
+            on_prefilled=self._prefilled_in_place,
+            on_ended=blocks.ended,
+        )
         if peer is None:
             worker.backlog.add(blocks)
 
     def fund(self, total_tokens: int) -> None:
-        """More of the request's completion tokens are paid for."""
-        if self._funded is None:
-            return
-        self._funded = max(self._funded, total_tokens - self.start.relayed_tokens)
-        if self._running is not None:
-            self._running.fund(self._funded)
-            if self._running.seq.num_generated < self._funded:
-                self._cancel_budget_timer()
+        """More of the request's completion tokens, of all choices together, are paid for."""
+        self._choices.fund(total_tokens - self.start.relayed_tokens)
 
-    def stop(self, reason: Reason, keep_tokens: int | None = None) -> None:
-        """End; the first reason given stands. Final follows."""
+    def stop(
+        self, reason: Reason, keep_tokens: int | None = None, *, choice: int | None = None
+    ) -> None:
+        """End all, or one choice; the first reason given stands. Final follows once all ended.
+
+        Raises InvalidRequest for a choice that there is not.
+        """
         if self._stop is not None:
             return
-        self._stop = (reason, keep_tokens)
-        if self._running is not None:
-            self._running.stop(_name(reason), keep_tokens)
-        elif self._transfer is not None:
+        if choice is not None:
+            self._stop_choice(choice, reason, keep_tokens)
+            return
+        self._stop = reason
+        self._choices.stop_all(reason, keep_tokens)
+        if not self._choices.submitted and self._transfer is not None:
             self._transfer.cancel()
+
+    def _stop_choice(self, choice: int, reason: Reason, keep_tokens: int | None) -> None:
+        if choice >= self._choices.num_choices:
+            problem = f"must be below {self._choices.num_choices}"
+            raise InvalidRequest(f"choice {problem}", violations=[("stop.choice", problem)])
+        self._choices.stop(choice, reason, keep_tokens)
+        if self._choices.all_stopped and not self._choices.submitted:
+            self.stop(reason)
 
     def fail(self, error: TidemillError) -> None:
         """End because of what the router said; `error` follows Final."""
@@ -129,13 +128,12 @@ class Attempt:
             logger.exception("attempt failed", extra=self._log_extra())
             ending = self._failed(Internal(f"the attempt failed: {type(error).__name__}"))
         finally:
-            self._cancel_budget_timer()
             self._worker.backlog.discard(self._blocks, busy_seconds=0.0)
             self._worker.engine.dismiss(sequence_id(self.start.task.id))
             self._blocks.release()
         self._close(ending)
 
-    async def _run(self) -> _Ending:
+    async def _run(self) -> Ending:
         if (stopped := self._stopped()) is not None:
             return stopped
         prefill = self._fetch() if self._peer is None else self._prefill_on(self._peer)
@@ -149,13 +147,14 @@ class Attempt:
         if (stopped := self._stopped()) is not None:
             return stopped
         self._blocks.submitted(seq)
-        self._running = self._worker.thread.submit(seq, self._on_output)
-        if self._funded is not None:  # what came while the prompt was prefilled
-            self._running.fund(self._funded)
-        return await self._ending
+        self._parent = seq
+        self._choices.submit(seq)
+        ending = await self._choices.ending
+        self._worker.reuse.offer(self._blocks)
+        return ending
 
-    def _stopped(self) -> _Ending | None:
-        return None if self._stop is None else _Ending(self._stop[0])
+    def _stopped(self) -> Ending | None:
+        return None if self._stop is None else Ending(self._stop)
 
     async def _fetch(self) -> Sequence:
         """Prefill in place: what the cache has now, the rest by the engine."""
@@ -184,28 +183,19 @@ class Attempt:
         finally:
             self._worker.num_waiting -= 1
         self._blocks.commit(to=self._blocks.prompt.num_tokens)
-        return self._sequence(first_token_id=done.first_token_id)
+        return self._sequence(first_token_ids=done.first_token_ids or [done.first_token_id])
 
-    def _sequence(
-        self,
-        *,
-        num_cached_tokens: int = 0,
-        first_token_id: int | None = None,
-        on_layer: OnLayer | None = None,
-    ) -> Sequence:
-        task = self.start.task
-        max_tokens = task.sampling.max_tokens - self.start.relayed_tokens
-        return Sequence(
+    def _sequence(self, **fields: Any) -> Sequence:
+        task, prompt = self.start.task, self._blocks.prompt
+        return sequence_of(
             sequence_id(task.id),
-            self._blocks.prompt.token_ids,
-            block_table=self._blocks.block_table,
-            sampling=sampling_params(task, max_tokens=max_tokens),
-            num_cached_tokens=num_cached_tokens,
-            first_token_id=first_token_id,
+            task,
+            prompt.token_ids,
+            max_tokens=task.sampling.max_tokens - self.start.relayed_tokens,
+            root=prompt.root,
             num_relayed_tokens=self.start.relayed_tokens,
-            num_funded_tokens=self._funded,
-            on_layer=on_layer,
-            root=self._blocks.prompt.root,
+            block_table=self._blocks.block_table,
+            **fields,
         )
 
     def _landing(self) -> Landing:
@@ -232,40 +222,16 @@ class Attempt:
     def _computed(self, end: int) -> None:
         self._worker.reuse.computed(self._blocks, to=end)
 
-    def _on_output(self, output: Output | Internal) -> None:
-        """What the engine computed; a surprise here ends the attempt, not the other sequences."""
-        try:
-            self._relay(output)
-        except Exception as error:
-            logger.exception("attempt failed", extra=self._log_extra())
-            if isinstance(output, FinishedOutput):
-                self._ending.set_exception(error)
-            else:
-                self.fail(Internal(f"the attempt failed: {type(error).__name__}"))
-
-    def _relay(self, output: Output | Internal) -> None:
-        if isinstance(output, TokensOutput):
-            self.outbox.tokens(output.first_index, output.token_ids)
-        elif isinstance(output, PrefilledOutput):
-            self._prefilled_in_place(output.first_token_id)
-        elif isinstance(output, PausedOutput):
-            self._paused()
-        elif isinstance(output, FinishedOutput):
-            self._worker.reuse.offer(self._blocks)
-            self._ending.set_result(_Ending(_reason(output.reason), output.busy_seconds))
-        else:
-            self._ending.set_exception(output)
-
-    def _prefilled_in_place(self, first_token_id: int) -> None:
-        assert self._running is not None
-        worker, busy_seconds = self._worker, self._running.seq.busy_seconds
+    def _prefilled_in_place(self, output: PrefilledOutput) -> None:
+        assert self._parent is not None
+        worker, busy_seconds = self._worker, self._parent.busy_seconds
         worker.backlog.discard(self._blocks, busy_seconds=busy_seconds)
         usage = self._blocks.usage(PREFILL_SITE_DECODE_WORKER, worker.worker_id)
         seconds = busy_seconds + self._blocks.fetch_seconds
         worker.count_prefill(usage, seconds)
         self._prefilled(
-            PrefillDone(
-                first_token_id=first_token_id,
+            prefill_done(
+                output,
                 usage=usage,
                 queued_us=microseconds(time.perf_counter() - self._admitted - seconds),
                 prefill_us=microseconds(seconds),
@@ -273,28 +239,15 @@ class Attempt:
             )
         )
 
-    def _paused(self) -> None:
-        """Out of funds: more within fund_wait_s, or the end."""
-        assert self._running is not None
-        self._cancel_budget_timer()
-        if self._funded is not None and self._running.seq.num_generated >= self._funded:
-            self._budget_timer = self._loop.call_later(
-                self._worker.config.fund_wait_s, self.stop, FinishReason.FINISH_REASON_BUDGET
-            )
-
-    def _cancel_budget_timer(self) -> None:
-        if self._budget_timer is not None:
-            self._budget_timer.cancel()
-            self._budget_timer = None
-
-    def _failed(self, error: TidemillError) -> _Ending:
+    def _failed(self, error: TidemillError) -> Ending:
         if (stopped := self._stopped()) is not None:
             return stopped
         if isinstance(error, DeadlineExceeded):
-            return _Ending(FinishReason.FINISH_REASON_DEADLINE, error=error)
-        return _Ending(FinishReason.FINISH_REASON_SERVER_FAULT, error=error)
+            return Ending(FinishReason.FINISH_REASON_DEADLINE, error=error)
+        return Ending(FinishReason.FINISH_REASON_SERVER_FAULT, error=error)
 
-    def _close(self, ending: _Ending) -> None:
+    def _close(self, ending: Ending) -> None:
+        self._choices.close(ending.reason)
         final = None
         if self._began or ending.error is None:
             final = Final(
@@ -304,7 +257,7 @@ class Attempt:
                 busy_seconds=ending.busy_seconds,
                 prompt=self._prompt_usage,
             )
-            self._worker.metrics.finals.labels(_name(ending.reason)).inc()
+            self._worker.metrics.finals.labels(name_of(ending.reason)).inc()
             self._worker.metrics.generated_tokens.inc(self.outbox.num_generated)
         self._on_end(self, final)
         self.outbox.close(final, ending.error or self._failure)
@@ -312,11 +265,3 @@ class Attempt:
     def _log_extra(self) -> dict[str, object]:
         task_id = self.start.task.id
         return {"request_id": task_id.request_id, "attempt": task_id.attempt}
-
-
-def _name(reason: Reason) -> str:
-    return FinishReason.Name(reason).removeprefix(_PREFIX).lower()
-
-
-def _reason(name: str) -> Reason:
-    return FinishReason.Value(_PREFIX + name.upper())

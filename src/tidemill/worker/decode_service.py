@@ -16,6 +16,7 @@ from tidemill.worker.attempt import Attempt, sequence_id
 from tidemill.worker.attempt_table import AttemptTable
 from tidemill.worker.prompt import Prompt, PromptBlocks
 from tidemill.worker.remote_prefill import PrefillPeers
+from tidemill.worker.task import num_choices
 from tidemill.worker.worker import Worker
 
 LONGEST_PREFILL_S = 600.0
@@ -100,7 +101,8 @@ class DecodeService(DecodeServiceServicer):
         if self._attempts.num_running >= worker.config.max_attempts:
             raise self._full(f"{self._attempts.num_running} attempts are running")
         new_tokens = start.task.sampling.max_tokens - start.relayed_tokens
-        worker.check_fits(prompt.num_tokens, new_tokens)
+        choices = num_choices(start.task)
+        worker.check_fits(prompt.num_tokens, new_tokens, choices=choices)
         hashes = prompt.hashes
         if self._in_place(start):
             hashes = worker.reuse.reusable(prompt)
@@ -112,7 +114,7 @@ class DecodeService(DecodeServiceServicer):
                     retry_after_s=worker.backlog.retry_after_s(),
                 )
         seq_id = sequence_id(start.task.id)
-        if not worker.engine.admit(seq_id, prompt.num_tokens, new_tokens):
+        if not worker.engine.admit(seq_id, prompt.num_tokens, new_tokens, choices=choices):
             raise self._full("the blocks are promised to others")
         ahead = min(new_tokens - 1, BLOCK_TOKENS)
         positions = min(prompt.num_tokens + ahead, worker.engine.max_context)
@@ -151,8 +153,10 @@ async def _follow(requests: AsyncIterator[pb.DecodeRequest], attempt: Attempt) -
             if request.HasField("fund"):
                 attempt.fund(request.fund.total_tokens)
             elif request.HasField("stop"):
-                keep = request.stop.keep_tokens if request.stop.HasField("keep_tokens") else None
-                attempt.stop(request.stop.reason, keep)
+                stop = request.stop
+                keep = stop.keep_tokens if stop.HasField("keep_tokens") else None
+                choice = stop.choice if stop.HasField("choice") else None
+                attempt.stop(stop.reason, keep, choice=choice)
             else:
                 problem = "Start may come only once"
                 raise InvalidRequest(problem, violations=[("start", problem)])
@@ -161,8 +165,12 @@ async def _follow(requests: AsyncIterator[pb.DecodeRequest], attempt: Attempt) -
 
 
 def _check_funds(start: pb.Start) -> None:
-    relayed = start.relayed_tokens
+    relayed, choices = start.relayed_tokens, num_choices(start.task)
     violations = []
+    if choices > 1 and relayed:
+        violations.append(("relayed_tokens", "must be 0 where there are several choices"))
+    if start.HasField("funded_tokens") and start.funded_tokens < choices:
+        violations.append(("funded_tokens", "must be at least one for each choice"))
     if start.task.sampling.max_tokens <= relayed:
         violations.append(("task.sampling.max_tokens", "must exceed relayed_tokens"))
     if start.HasField("funded_tokens") and start.funded_tokens <= relayed:

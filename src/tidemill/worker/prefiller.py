@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tidemill.api.common.v1.lifecycle_pb2 import AttemptId, PrefillDone, WorkerTask
 from tidemill.api.common.v1.usage_pb2 import PREFILL_SITE_PREFILL_WORKER
 from tidemill.blocks import BLOCK_TOKENS
-from tidemill.engine import Output, PrefilledOutput, Sequence
+from tidemill.engine import FinishedOutput, FinishReason, Output, PrefilledOutput, Sequence
 from tidemill.errors import (
     AlreadyExists,
     Cancelled,
@@ -19,9 +19,16 @@ from tidemill.errors import (
     PrefillFull,
 )
 from tidemill.kv.handover import Handover, HandoverState
+from tidemill.worker.choices import dead_end
 from tidemill.worker.engine_thread import Running
 from tidemill.worker.prompt import Prompt, PromptBlocks
-from tidemill.worker.task import AttemptKey, attempt_key, microseconds, sampling_params
+from tidemill.worker.task import (
+    AttemptKey,
+    attempt_key,
+    microseconds,
+    prefill_done,
+    sequence_of,
+)
 from tidemill.worker.worker import Worker
 
 
@@ -168,10 +175,12 @@ class PrefillJob:
         if self.handover.state.closed:
             self._running.stop("cancelled")
         output = await self._output
+        if isinstance(output, FinishedOutput) and output.reason == FinishReason.DEAD_END.value:
+            raise dead_end()
         if not isinstance(output, PrefilledOutput):
             raise Cancelled("the prefill was stopped")
         self._worker.reuse.offer(blocks)
-        return self._done(output.first_token_id, self._running.seq.busy_seconds)
+        return self._done(output, self._running.seq.busy_seconds)
 
     def _on_output(self, output: Output | Internal) -> None:
         if isinstance(output, Internal):
@@ -180,27 +189,28 @@ class PrefillJob:
             self._output.set_result(output)
 
     def _sequence(self) -> Sequence:
-        task = self.wanted.task
-        return Sequence(
+        task, prompt = self.wanted.task, self._blocks.prompt
+        return sequence_of(
             "prefill " + "/".join(map(str, self.wanted.key)),
-            self._blocks.prompt.token_ids,
-            block_table=self._blocks.block_table,
-            sampling=sampling_params(task, max_tokens=1),
-            num_cached_tokens=self._blocks.num_cached_tokens,
+            task,
+            prompt.token_ids,
+            max_tokens=1,
+            root=prompt.root,
             num_relayed_tokens=task.relayed_tokens,
+            block_table=self._blocks.block_table,
+            num_cached_tokens=self._blocks.num_cached_tokens,
             prefill_only=True,
             on_layer=self._on_layer,
-            root=self._blocks.prompt.root,
         )
 
-    def _done(self, first_token_id: int, busy_seconds: float) -> PrefillDone:
+    def _done(self, output: PrefilledOutput, busy_seconds: float) -> PrefillDone:
         elapsed = time.perf_counter() - self._admitted
         fetching = self._blocks.fetch_seconds
         worker = self._worker
         usage = self._blocks.usage(PREFILL_SITE_PREFILL_WORKER, worker.worker_id)
         worker.count_prefill(usage, busy_seconds + fetching)
-        return PrefillDone(
-            first_token_id=first_token_id,
+        return prefill_done(
+            output,
             usage=usage,
             queued_us=microseconds(elapsed - busy_seconds - fetching),
             prefill_us=microseconds(busy_seconds + fetching),

@@ -115,6 +115,11 @@ class PromptBlocks:
             self._offered[index] = (seq, num_committed)
         return hashes
 
+    def ended(self, seq: SequenceInEngine) -> None:
+        """One of the sequences has had its last output: others may need its blocks at once."""
+        self._pool.release(seq.block_table)
+        seq.block_table.clear()
+
     def release(self) -> None:
         """Give every block back; safe to repeat. After `submitted`: once all sequences ended."""
         if self._released:

@@ -1,10 +1,12 @@
 """A WorkerTask in the engine's terms, and what the engine reports in the wire's."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from tidemill.api.common.v1 import logprobs_pb2
-from tidemill.api.common.v1.lifecycle_pb2 import AttemptId, WorkerTask
-from tidemill.engine import SamplingParams, TokenLogprobs
+from tidemill.api.common.v1.lifecycle_pb2 import AttemptId, PrefillDone, WorkerTask
+from tidemill.engine import PrefilledOutput, SamplingParams, TokenLogprobs
+from tidemill.engine import Sequence as SequenceInEngine
 from tidemill.policy.seeds import choice_seed
 
 AttemptKey = tuple[str, int, int]
@@ -45,6 +47,38 @@ def sampling_params(task: WorkerTask, *, max_tokens: int, choice: int = 0) -> Sa
     )
 
 
+def sequence_of(
+    seq_id: str,
+    task: WorkerTask,
+    prompt: Sequence[int],
+    *,
+    max_tokens: int,
+    first_token_ids: Sequence[int] = (),
+    root: bytes,
+    num_relayed_tokens: int,
+    **of_parent: Any,
+) -> SequenceInEngine:
+    """The task's first choice with the others as its forks.
+
+    Each has `max_tokens` left to generate, and `first_token_ids` if the prompt was prefilled
+    elsewhere. `of_parent` are further arguments of the first one's sequence.
+    """
+
+    def choice(index: int, **fields: Any) -> SequenceInEngine:
+        return SequenceInEngine(
+            f"{seq_id} {index}" if index else seq_id,
+            prompt,
+            sampling=sampling_params(task, max_tokens=max_tokens, choice=index),
+            first_token_id=first_token_ids[index] if first_token_ids else None,
+            num_relayed_tokens=num_relayed_tokens,
+            root=root,
+            **fields,
+        )
+
+    forks = [choice(index) for index in range(1, num_choices(task))]
+    return choice(0, forks=forks, **of_parent)
+
+
 def logprobs_messages(
     found: Iterable[TokenLogprobs | None],
 ) -> list[logprobs_pb2.TokenLogprobs]:
@@ -56,6 +90,18 @@ def logprobs_messages(
         for one in found
         if one is not None
     ]
+
+
+def prefill_done(output: PrefilledOutput, **fields: Any) -> PrefillDone:
+    """A finished prefill for the wire, first tokens and log-probabilities filled in."""
+    drawn = output.first_tokens
+    return PrefillDone(
+        first_token_id=drawn[0].token_id,
+        first_token_ids=[each.token_id for each in drawn] if len(drawn) > 1 else [],
+        first_logprobs=logprobs_messages(each.logprobs for each in drawn),
+        prompt_logprobs=logprobs_messages(output.prompt_logprobs),
+        **fields,
+    )
 
 
 def microseconds(seconds: float) -> int:
