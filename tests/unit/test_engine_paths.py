@@ -23,11 +23,12 @@ from tests.engine_harness import (
 )
 from tests.tiny_model import YARN, make_tiny_checkpoint
 from tests.x1 import E_LOGIT, E_ROUTE, Gaps, reference_gaps
-from tidemill.engine import Engine, SamplingParams, Sequence
+from tidemill.engine import Engine, FinishedOutput, Output, SamplingParams, Sequence
 from tidemill.engine.runner import ModelRunner
 from tidemill.engine.scheduler import PrefillChunk, Step
 from tidemill.models.deepseek import Dispatched, MoeMlp
 
+LONG = SamplingParams(temperature=0, max_tokens=60)
 LENGTHS = (1, 5, 63, 64, 65, 129, 200, 300)
 # Between the paths' positions that must agree and all positions: the test keeps its teeth.
 LEAST_COMPARED_SHARE = 0.9
@@ -133,11 +134,109 @@ def _crowded(path: Path, prompts: list[list[int]]) -> list[list[int]]:
     return [generated(outputs, str(index)) for index in range(len(prompts))]
 
 
+def _chunked_beside_decode(path: Path, prompts: list[list[int]]) -> list[list[int]]:
+    """Odd chunks in steps that a running neighbour has a row of."""
+    streams = []
+    for index, prompt in enumerate(prompts):
+        engine = load_engine(path, step_tokens=(38, 62, 8, 101)[index % 4])
+        neighbour = make_sequence(engine, "neighbour", prompt[:7], LONG)
+        engine.submit(neighbour)
+        engine.step()
+        seq = make_sequence(engine, "s", prompt)
+        engine.submit(seq)
+        outputs = run_all(engine)
+        streams.append(generated(outputs, "s"))
+        assert len(generated(outputs, "neighbour")) == LONG.max_tokens - 1
+    return streams
+
+
+def _batch_of_1_to_32(path: Path, prompts: list[list[int]]) -> list[list[int]]:
+    """Neighbours join and leave at every step."""
+    engine = load_engine(path, num_blocks=160, step_tokens=128)
+    waiting = [make_sequence(engine, str(index), prompt) for index, prompt in enumerate(prompts)]
+    sizes: set[int] = set()
+    outputs: list[Output] = []
+    for step in range(100):
+        if step % 8 == 0 and waiting:
+            engine.submit(waiting.pop(0))
+        if step % 32 >= 8:
+            sampling = SamplingParams(temperature=0, max_tokens=20 + step * 7 % 60)
+            engine.submit(make_sequence(engine, f"neighbour{step}", [6 + step] * 3, sampling))
+        if step % 5 == 0:
+            engine.stop(f"neighbour{step - 10}", "cancelled")
+        outputs += engine.step()
+        sizes.add(len(engine.current_step.decodes))
+    outputs += run_all(engine)
+    assert max(sizes) == 32
+    assert len(sizes) > 20
+    return [generated(outputs, str(index)) for index in range(len(prompts))]
+
+
+def _swapped(path: Path, prompts: list[list[int]]) -> list[list[int]]:
+    """A pool that holds the prompts, and nothing for what they generate."""
+    most = sum(-(-len(prompt) // 64) for prompt in prompts)
+    engine = load_engine(path, num_blocks=most)
+    seqs: dict[str, Sequence] = {}
+    for index, prompt in reversed(list(enumerate(prompts))):  # the youngest have few blocks
+        blocks = engine.pool.allocate(-(-len(prompt) // 64))
+        seq = Sequence(str(index), prompt, block_table=blocks, sampling=GREEDY)
+        seqs[seq.seq_id] = seq
+        engine.submit(seq)
+    outputs: list[Output] = []
+    left: dict[str, Tensor] = {}
+    num_returned = 0
+    while engine.has_work:
+        before = {seq_id: _latents_of(engine, seq) for seq_id, seq in seqs.items()}
+        new = engine.step()
+        for seq_id, seq in seqs.items():
+            if not seq.block_table:
+                left.setdefault(seq_id, before[seq_id])
+            elif seq_id in left:
+                had = left.pop(seq_id)
+                assert torch.equal(_latents_of(engine, seq)[:, : had.shape[1]], had)  # X1(a)
+                num_returned += 1
+        for output in new:
+            if isinstance(output, FinishedOutput):
+                engine.pool.release(seqs.pop(output.seq_id).block_table)
+        outputs += new
+    assert num_returned >= 3
+    engine.check_idle()
+    return [generated(outputs, str(index)) for index in range(len(prompts))]
+
+
+def _latents_of(engine: Engine, seq: Sequence) -> Tensor:
+    """[L, positions computed, D]; none while the sequence is swapped out."""
+    end = seq.num_computed_tokens if seq.block_table else 0
+    layers = range(engine.layout.num_layers)
+    return torch.stack([engine.pool.read(layer, seq.block_table, 0, end) for layer in layers])
+
+
+def _forked(path: Path, prompts: list[list[int]]) -> list[list[int]]:
+    """The last of three choices of each prompt, all in one batch."""
+    engine = load_engine(path, num_blocks=128, step_tokens=100)
+    seqs = []
+    for index, prompt in enumerate(prompts):
+        forks = [Sequence(f"{index}.{n}", prompt, sampling=GREEDY) for n in (1, 2)]
+        blocks = engine.pool.allocate(-(-len(prompt) // 64))
+        seq = Sequence(str(index), prompt, block_table=blocks, sampling=GREEDY, forks=forks)
+        engine.submit(seq)
+        seqs += [seq, *forks]
+    outputs = run_all(engine)
+    for seq in seqs:
+        engine.pool.release(seq.block_table)
+    engine.check_idle()
+    return [generated(outputs, f"{index}.2") for index in range(len(prompts))]
+
+
 PATHS: dict[str, Callable[[Path, list[list[int]]], list[list[int]]]] = {
     "chunked": _chunked,
     "prefix_hit": _prefix_hit,
     "handed_over": _handed_over,
     "crowded": _crowded,
+    "chunked_beside_decode": _chunked_beside_decode,
+    "batch_of_1_to_32": _batch_of_1_to_32,
+    "swapped": _swapped,
+    "forked": _forked,
 }
 
 
