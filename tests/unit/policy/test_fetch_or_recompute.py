@@ -25,7 +25,7 @@ class Clock:
 def make_policy(**config: float) -> tuple[FetchOrRecompute, Clock]:
     """A policy that has seen 10 ms of compute a block."""
     clock = Clock()
-    policy = FetchOrRecompute(FetchConfig(**config), clock=clock)
+    policy = FetchOrRecompute(FetchConfig(**{"margin": 1.0, **config}), clock=clock)
     policy.computed(10, 0.1)
     return policy, clock
 
