@@ -28,8 +28,10 @@ from tests.worker_harness import (
 from tidemill.api.common.v1.kv_pb2 import KvSegment
 from tidemill.api.prefill.v1 import prefill_service_pb2 as pb
 from tidemill.errors import InvalidRequest, WorkerLost
+from tidemill.kv import shm
 from tidemill.kv.transport import GrpcKvTransport
 from tidemill.rpc.status import from_rpc_error
+from tidemill.worker import process
 from tidemill.worker.config import HandoverConfig, Role
 from tidemill.worker.process import RunningWorker
 
@@ -239,6 +241,21 @@ async def test_layers_arrive_while_later_chunks_are_computed(
             assert prefill.worker.backlog.num_tokens > 0
             assert (await attempt.finish()).error is None
         assert metric(decode, "pulls_total", transport="shm") == 1
+
+
+async def test_a_worker_sweeps_what_dead_ones_left(
+    model_dir: Path, tls_files: Tls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shm, "YOUNG_S", 0.0)
+    monkeypatch.setattr(process, "SHM_SWEEP_S", 0.05)
+    tmp_path.chmod(0o700)
+    (tmp_path / ("a" * 32)).touch()
+    async with pair(model_dir, tls_files, tmp_path, tmp_path) as (prefill, decode):
+        assert files_in(tmp_path) == []
+        assert (await ask(prefill, decode, tls_files)).error is None
+        (live,) = files_in(tmp_path)
+        (tmp_path / ("b" * 32)).touch()
+        await eventually(lambda: files_in(tmp_path) == [live])
 
 
 async def test_a_worker_says_which_transports_it_speaks(
