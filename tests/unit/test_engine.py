@@ -13,6 +13,7 @@ from tests.engine_harness import (
     run_sequence,
 )
 from tests.tiny_model import make_tiny_checkpoint
+from tidemill.blocks import chain_hashes
 from tidemill.engine import (
     Drawn,
     Engine,
@@ -25,6 +26,7 @@ from tidemill.engine import (
     Sequence,
     TokensOutput,
 )
+from tidemill.engine.scheduler import PrefillChunk, Step
 from tidemill.errors import AlreadyExists, InvalidRequest
 
 PROMPT = list(range(100, 170))
@@ -278,6 +280,73 @@ def test_busy_time_is_shared_by_the_sequences_of_a_step(engine: Engine) -> None:
         engine.submit(make_sequence(engine, name, PROMPT[:10], greedy(5)))
     ends = [o for o in run_all(engine) if isinstance(o, FinishedOutput)]
     assert ends[0].busy_seconds == ends[1].busy_seconds > 0
+
+
+def test_full_blocks_are_committed_as_they_are_computed_prompt_and_generated(
+    engine: Engine,
+) -> None:
+    root = b"r" * 32
+    seq = Sequence("s", PROMPT, block_table=engine.pool.allocate(2), sampling=greedy(70), root=root)
+    engine.submit(seq)
+    engine.step()
+    assert (seq.num_committed, seq.block_hashes) == (0, [])
+    engine.step()
+    assert seq.block_hashes == chain_hashes(root, PROMPT)
+    assert engine.pool.match(seq.block_hashes) == 1
+    run_all(engine)
+    assert seq.block_hashes == chain_hashes(root, seq.token_ids[:-1])
+    assert seq.num_committed == 2
+    engine.pool.release(seq.block_table)
+    assert engine.pool.claim(seq.block_hashes) == seq.block_table[:2]
+
+
+def test_blocks_reused_or_handed_over_are_not_committed_twice_and_their_chain_goes_on(
+    engine: Engine,
+) -> None:
+    root = b"r" * 32
+    seq = handed_over(engine, 42, greedy(60))
+    seq.root = root
+    engine.submit(seq)
+    run_all(engine)
+    assert engine.pool.match(chain_hashes(root, PROMPT)) == 0  # what preceded is the caller's
+    second = chain_hashes(root, seq.token_ids[:-1])[1]
+    assert engine.pool.claim([second]) == seq.block_table[1:2]
+
+
+def test_without_a_root_nothing_is_committed(engine: Engine) -> None:
+    seq = make_sequence(engine, "s", PROMPT, greedy(70))
+    engine.submit(seq)
+    run_all(engine)
+    engine.pool.release(seq.block_table)
+    assert seq.num_committed == 0
+    assert engine.pool._block_of == {}
+
+
+def test_the_prompts_own_logprobs_do_not_depend_on_its_chunks(engine: Engine) -> None:
+    scored = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=2)
+    engine.submit(make_sequence(engine, "neighbour", PROMPT[:5], greedy(30)))
+    engine.step()
+    engine.submit(make_sequence(engine, "chunked", PROMPT, scored))
+    chunked = run_all(engine)
+    (found,) = [o for o in chunked if isinstance(o, PrefilledOutput) and o.seq_id == "chunked"]
+    hidden = engine._runner.forward(
+        Step(chunks=[PrefillChunk(make_sequence(engine, "whole", PROMPT, scored), 0, 70)])
+    )
+    logprobs = engine._runner.logits(hidden).log_softmax(-1)
+    assert len(found.prompt_logprobs) == 69
+    for position, entry in enumerate(found.prompt_logprobs):
+        assert entry.logprob == pytest.approx(
+            logprobs[position, PROMPT[position + 1]].item(), abs=1e-4
+        )
+        assert entry.top_logprobs[0] == pytest.approx(logprobs[position].max().item(), abs=1e-4)
+
+
+def test_a_scored_prompt_cannot_start_from_reused_blocks(engine: Engine) -> None:
+    scored = SamplingParams(prompt_logprobs=0)
+    with pytest.raises(InvalidRequest, match="at most 0 can be reused"):
+        engine.submit(
+            Sequence("s", PROMPT, block_table=[0, 1], sampling=scored, num_cached_tokens=64)
+        )
 
 
 def test_failure_inside_a_step_is_not_swallowed(engine: Engine) -> None:
