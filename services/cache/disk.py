@@ -131,6 +131,11 @@ class DiskTier:
         """Whether the block needs no writing, whoever stored it."""
         return block_hash in self._waiting or block_hash in self._kept
 
+    def serves(self, block_hash: bytes) -> bool:
+        """Whether `read` would find the block, whoever stored it, the disk being well."""
+        on_disk = block_hash in self._kept and self._reads.retry_after_s() == 0
+        return on_disk or block_hash in self._waiting
+
     def header(self, block_hash: bytes) -> Header | None:
         """What is known of a block that is here or soon will be."""
         kept, waiting = self._kept.get(block_hash), self._waiting.get(block_hash)

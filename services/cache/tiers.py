@@ -43,7 +43,7 @@ class CacheTiers:
 
     def holds(self, block_hash: bytes) -> bool:
         """Whether there is no need to store a block, whoever did it before."""
-        return block_hash in self.store or (self.disk is not None and self.disk.holds(block_hash))
+        return block_hash in self.store or (self.disk is not None and self.disk.serves(block_hash))
 
     def holdings(self) -> Iterator[Holding]:
         """All blocks of this node, for the index."""

@@ -239,6 +239,8 @@ async def test_a_disk_that_hangs_is_waited_for_once_and_then_left_alone(tmp_path
     assert await tier.read(NAMESPACES[0], HASHES[1]) is None
     assert time.monotonic() - began < 0.1
     assert tier.peek(NAMESPACES[0], HASHES[1]) is None
+    assert not tier.serves(HASHES[1])  # so it may be stored in memory again
+    assert tier.holds(HASHES[1])  # and need not be written again
     assert tier.failure is None
     hanging.set()
     await eventually(lambda: tier.peek(NAMESPACES[0], HASHES[0]) is not None)
