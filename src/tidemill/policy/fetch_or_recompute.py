@@ -35,7 +35,8 @@ class FetchConfig:
     A fetch is begun if it should take less than `margin` times as long as computing, and is cut
     when it falls behind that by `slack` times the whole chain's compute time. A source that was
     too slow is tried again after `probe_s`, doubling up to `most_probe_s`. The default leaves room
-    for the averages' error, so that a slow store costs less than a tenth; a large `margin` always fetches, which spares compute at any price.
+    for the averages' error, so that a slow store costs less than a tenth; a large `margin` always
+    fetches, which spares compute at any price.
     """
 
     margin: float = 0.85
