@@ -27,7 +27,9 @@ from tidemill.rpc.status import from_rpc_error
 
 _ACK_TIMEOUT_S = 2.0
 _GRAMMAR_INVALID = "GRAMMAR_INVALID"
-_GRAMMAR_DEAD_END = "GRAMMAR_DEAD_END"
+# The format with the rest of the sampling leaves no token to draw; the choices together need more
+# blocks than the worker has.
+_PASSED_ON = frozenset({"GRAMMAR_DEAD_END", "KV_POOL_TOO_SMALL"})
 _MAX_WHY = 500
 
 logger = logging.getLogger(__name__)
@@ -147,8 +149,7 @@ class Attempt:
     def _as_ours(self, error: grpc.aio.AioRpcError) -> TidemillError:
         """A worker's status as what it means to this request.
 
-        Its client did nothing wrong, but for a schema that only a worker can judge, or one that
-        with the rest of the sampling leaves no token to draw.
+        Its client did nothing wrong, but for what only a worker can judge.
         """
         found = from_rpc_error(error)
         if isinstance(found, Overloaded | WorkerLost):
@@ -156,8 +157,8 @@ class Attempt:
         if isinstance(found, InvalidRequest) and found.reason == _GRAMMAR_INVALID:
             why = found.message[:_MAX_WHY]
             return InvalidRequest(why, reason=_GRAMMAR_INVALID, violations=[(SCHEMA_FIELD, why)])
-        if isinstance(found, FailedPrecondition) and found.reason == _GRAMMAR_DEAD_END:
-            return FailedPrecondition(found.message[:_MAX_WHY], reason=_GRAMMAR_DEAD_END)
+        if isinstance(found, FailedPrecondition) and found.reason in _PASSED_ON:
+            return FailedPrecondition(found.message[:_MAX_WHY], reason=found.reason)
         if isinstance(found, Unavailable) or found.code in (
             grpc.StatusCode.CANCELLED,
             grpc.StatusCode.DEADLINE_EXCEEDED,
