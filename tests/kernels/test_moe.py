@@ -90,9 +90,9 @@ def test_sorted_experts_equal_the_sum_over_choices(case: ExpertCase, dtype: torc
     )
     weights = torch.rand(ids.shape, generator=generator)
 
-    rows, order, counts = gather_rows(x, ids, case.num_experts)
-    assert sum(counts) == ids.numel()
-    out = scatter_rows(expert_mlp(rows, counts, experts), order, weights)
+    tokens = gather_rows(x, ids, case.num_experts)
+    assert sum(count for _, count in tokens.runs) == ids.numel()
+    out = scatter_rows(expert_mlp(tokens, experts), tokens.order, weights)
 
     expected = torch.zeros(x.shape)
     for token in range(case.num_tokens):

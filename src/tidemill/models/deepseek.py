@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from tidemill.kernels.expert_mlp import Expert, expert_mlp, gather_rows, scatter_rows
+from tidemill.kernels.expert_mlp import (
+    Expert,
+    SortedRows,
+    expert_mlp,
+    gather_rows,
+    scatter_rows,
+)
 from tidemill.kernels.linear import HeadLinear, Linear
 from tidemill.kernels.mla_decode import mla_decode
 from tidemill.kernels.mla_prefill import mla_prefill
@@ -121,12 +127,10 @@ class Attention:
 
 @dataclass(frozen=True)
 class Dispatched:
-    """Tokens on their way through the experts: rows sorted by expert, and the way back."""
+    """Tokens on their way through the experts, and what leads their rows back."""
 
     tokens: Tensor  # [T, D] normalised, for the shared expert
-    rows: Tensor  # [T * K, D]
-    order: Tensor  # [T * K]
-    counts: Sequence[int]  # [E]
+    sorted: SortedRows
     weights: Tensor  # [T, K] fp32
 
 
@@ -172,12 +176,11 @@ class MoeMlp:
             normalize=config.norm_topk_prob,
             scale=config.routed_scaling_factor,
         )
-        rows, order, counts = gather_rows(tokens, ids, len(self.routed))
-        return Dispatched(tokens, rows, order, counts, weights)
+        return Dispatched(tokens, gather_rows(tokens, ids, len(self.routed)), weights)
 
     def experts(self, dispatched: Dispatched) -> tuple[Tensor, Tensor | None]:
         """The routed experts' rows [T * K, D] and the shared expert's output [T, D]."""
-        routed = expert_mlp(dispatched.rows, dispatched.counts, self.routed)
+        routed = expert_mlp(dispatched.sorted, self.routed)
         return routed, None if self.shared is None else self.shared(dispatched.tokens)
 
     def combine(
@@ -185,7 +188,7 @@ class MoeMlp:
     ) -> Tensor:
         """residual [T, D] plus each token's weighted experts plus the shared expert."""
         routed, shared = outputs
-        mixed = scatter_rows(routed, dispatched.order, dispatched.weights)
+        mixed = scatter_rows(routed, dispatched.sorted.order, dispatched.weights)
         return residual + (mixed if shared is None else mixed + shared)
 
 

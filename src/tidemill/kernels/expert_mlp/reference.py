@@ -22,34 +22,51 @@ class Expert:
 
     def __call__(self, rows: Tensor) -> Tensor:
         """rows [T, D] -> [T, D]."""
-        gate, up = self.gate_up(rows).chunk(2, dim=-1)
-        return self.down(silu(gate).mul_(up))
+        filled = self.gate_up.filled(rows)
+        gate, up = self.gate_up(filled).chunk(2, dim=-1)
+        out = self.down(silu(gate).mul_(up))
+        return out if filled is rows else out[: rows.shape[0]]
 
 
-def gather_rows(x: Tensor, ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, list[int]]:
-    """Copy each token of x [T, D] once per chosen expert (ids [T, K]), sorted by expert.
+@dataclass(frozen=True)
+class SortedRows:
+    """Tokens' rows, one for each chosen expert, so that an expert's rows lie together."""
 
-    Returns rows [T*K, D], the sorting permutation of the flat (token, choice) pairs [T*K], and how
-    many rows each of the experts got.
-    """
+    rows: Tensor  # [T * K, D]; for one token its only row, [1, D], which all K experts read
+    runs: Sequence[tuple[int, int]]  # expert and how many rows it has, in their order
+    order: Tensor | None  # [T * K], which (token, choice) each row is; None where each is its own
+
+
+def gather_rows(x: Tensor, ids: Tensor, num_experts: int) -> SortedRows:
+    """Sort the tokens of x [T, D] by their chosen experts (ids [T, K])."""
+    num_tokens, top_k = ids.shape
+    if num_tokens == 1:
+        return SortedRows(x, [(expert, 1) for expert in ids[0].tolist()], None)
     flat = ids.reshape(-1)
     order = flat.argsort(stable=True)
     counts: list[int] = torch.bincount(flat, minlength=num_experts).tolist()
-    return x.index_select(0, order // ids.shape[1]), order, counts
+    runs = [(expert, count) for expert, count in enumerate(counts) if count]
+    return SortedRows(x.index_select(0, order // top_k), runs, order)
 
 
-def expert_mlp(rows: Tensor, counts: Sequence[int], experts: Sequence[Expert]) -> Tensor:
-    """Run each expert on its consecutive rows of [R, D]; returns [R, D] in the same order."""
-    used = [(expert, count) for expert, count in zip(experts, counts, strict=True) if count]
-    parts = rows.split_with_sizes([count for _, count in used])
-    return torch.cat([expert(part) for (expert, _), part in zip(used, parts, strict=True)])
+def expert_mlp(tokens: SortedRows, experts: Sequence[Expert]) -> Tensor:
+    """Each expert's output on its rows, [T * K, D] in the order of `tokens.runs`."""
+    if tokens.order is None:
+        row = experts[0].gate_up.filled(tokens.rows)  # once for all of them
+        return torch.cat([experts[expert](row)[:1] for expert, _ in tokens.runs])
+    parts = tokens.rows.split_with_sizes([count for _, count in tokens.runs])
+    return torch.cat(
+        [experts[expert](part) for (expert, _), part in zip(tokens.runs, parts, strict=True)]
+    )
 
 
-def scatter_rows(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
-    """Undo `gather_rows` on the experts' output: sum of each token's K rows by weights [T, K].
+def scatter_rows(rows: Tensor, order: Tensor | None, weights: Tensor) -> Tensor:
+    """The experts' output in `SortedRows.order` -> sum of each token's K rows by weights [T, K].
 
     The sum runs in fp32 and in the order of the router's choices: the batch does not change it.
     """
+    if order is None:
+        return torch.mm(weights, rows.float()).to(rows.dtype)
     unsorted = torch.empty_like(rows).index_copy_(0, order, rows)
     choices = unsorted.view(*weights.shape, -1)
     return torch.bmm(weights.unsqueeze(1), choices.float()).squeeze(1).to(rows.dtype)

@@ -30,21 +30,24 @@ class PackedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, K] -> x @ weight.T + bias [T, N]."""
-        if len(x) < FEWEST_ROWS:
-            return self(_padded(x))[: len(x)]
+        num_rows = x.shape[0]  # `len` of a tensor takes as long as a small operator
+        if num_rows < FEWEST_ROWS:
+            return self(self.filled(x))[:num_rows]
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return out
 
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
         """(x @ weight.T + bias) + other [T, N]."""
-        if len(x) < FEWEST_ROWS:
-            return self.plus(_padded(x), _padded(other))[: len(x)]
+        num_rows = x.shape[0]
+        if num_rows < FEWEST_ROWS:
+            return self.plus(self.filled(x), self.filled(other))[:num_rows]
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, other, self.weight, self.bias, "add")
         return out
 
-
-def _padded(x: Tensor) -> Tensor:
-    return pad(x, (0, 0, 0, FEWEST_ROWS - len(x)))
+    def filled(self, x: Tensor) -> Tensor:
+        """x [T, D], with rows of zeros below it where T rows take longer than more would."""
+        missing = FEWEST_ROWS - x.shape[0]
+        return pad(x, (0, 0, 0, missing)) if missing > 0 else x
 
 
 class PackedHeads:
@@ -65,8 +68,9 @@ class PackedHeads:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, H, K] -> each head's x @ weight.T [T, H, N]."""
-        image = x.reshape(1, len(x), 1, -1).permute(0, 3, 1, 2)  # channels last, T pixels
+        num_rows = x.shape[0]
+        image = x.reshape(1, num_rows, 1, -1).permute(0, 3, 1, 2)  # channels last, T pixels
         out: Tensor = torch.ops.mkldnn._convolution_pointwise(
             image, self.weight, None, *_POINTWISE, self.num_heads, "none", [], ""
         )
-        return out.permute(0, 2, 3, 1).reshape(len(x), self.num_heads, -1)
+        return out.permute(0, 2, 3, 1).reshape(num_rows, self.num_heads, -1)

@@ -20,6 +20,10 @@ class PlainLinear:
         """(x @ weight.T + bias) + other [T, N]."""
         return linear(x, self.weight, self.bias) + other
 
+    def filled(self, x: Tensor) -> Tensor:
+        """x [T, D] as it is: any number of rows will do."""
+        return x
+
 
 class PlainHeads:
     """weight [H, N, K], one matrix a head."""
