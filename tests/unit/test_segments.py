@@ -94,6 +94,21 @@ def test_latents_moved_through_shared_memory_are_bitwise_the_same(source_table: 
     assert landing.num_bytes == len(window)
 
 
+def test_latents_on_a_device_take_the_same_way_through_host_memory() -> None:
+    source, sink = make_pool(torch.bfloat16, seed=1), make_pool(torch.bfloat16)
+    memories = [LatentMemory(pool) for pool in (source, sink)]
+    on_host, checksum = memories[0].look(1, [7, 0, 3], 10, TOKENS)
+    for memory in memories:
+        memory._layers = None  # as where the pool is not in host memory
+    on_device, same = memories[0].look(1, [7, 0, 3], 10, TOKENS)
+    assert (b"".join(on_device), same) == (b"".join(on_host), checksum)
+    window = np.zeros(len(b"".join(on_host)), dtype=np.uint8)
+    assert memories[0].copy_out(1, [7, 0, 3], 10, TOKENS, into=window) == checksum
+    assert memories[1].copy_in(1, [5, 1, 2], 10, window) == checksum
+    sent = source.read(1, [7, 0, 3], 10, TOKENS)
+    assert torch.equal(sink.read(1, [5, 1, 2], 10, TOKENS), sent)
+
+
 def test_bad_shared_segments_are_refused() -> None:
     source = make_pool(torch.float32, seed=1)
     landing = land(make_pool(torch.float32), first_token=10)
