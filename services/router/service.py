@@ -20,7 +20,7 @@ from tidemill.errors import Aborted
 from tidemill.rpc.validation import validate
 
 # The bill must reach the client before its own deadline does.
-_REPLY_RESERVE_S = 0.2
+_REPLY_RESERVE_S = 0.5
 
 _GenerateContext = grpc.aio.ServicerContext[router_pb2.GenerateRequest, router_pb2.GenerateResponse]
 

@@ -170,7 +170,7 @@ async def test_the_bill_comes_before_the_calls_own_deadline(
     router: RouterHarness, decode: ScriptedWorker
 ) -> None:
     decode.scripts = [endless()]
-    heard = await router.generate(ask(), timeout=1.0)
+    heard = await router.generate(ask(), timeout=2.0)
     assert heard.completed.finish_reason == DEADLINE
 
 
