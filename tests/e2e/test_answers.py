@@ -126,6 +126,30 @@ async def test_after_a_restart_of_prefill_hits_come_from_the_context_cache(
     assert theirs.usage.reuse.total == 0
 
 
+async def test_after_a_restart_of_cache_and_prefill_hits_come_from_disk_and_are_billed_so(
+    stack: Stack, client: AsyncClient
+) -> None:
+    prompt = "written down before a restart: " + words(100)
+    stored_before = await stored_blocks(stack)
+    first = await client.generate(prompt, model=MODEL, max_tokens=8, temperature=0.0)
+    num_blocks = first.usage.prompt_tokens // 64
+
+    async def all_stored() -> bool:
+        return await stored_blocks(stack) - stored_before >= num_blocks
+
+    await eventually(all_stored)
+    for name in ("prefill", "cache"):
+        stack[name].send(signal.SIGTERM)
+        assert await stack[name].ended() == 0
+    await stack.start()
+
+    again = await client.generate(prompt, model=MODEL, max_tokens=8, temperature=0.0)
+    hits = max_hit_tokens(first.usage.prompt_tokens)
+    assert again.usage.cache_hit_tokens == again.usage.reuse.cache_disk == hits
+    assert again.token_ids == first.token_ids
+    check_bill(again)
+
+
 async def stored_blocks(stack: Stack) -> int:
     return int((await stack.metrics("prefill")).total("tidemill_worker_cache_stored_blocks_total"))
 
