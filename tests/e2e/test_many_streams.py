@@ -29,6 +29,7 @@ class Plan:
     model: str
     prompt: str
     max_tokens: int
+    n: int
     temperature: float
     seed: int
     end: str
@@ -50,6 +51,7 @@ def plans(rng: Random) -> list[Plan]:
                 model=ONE_WORKER_MODEL if index % 4 == 0 else MODEL,
                 prompt=words(num_words, start=rng.choice([0, 3000, 6000])),
                 max_tokens=max_tokens,
+                n=rng.choice([1, 1, 1, 2, 3]),
                 temperature=rng.choice([0.0, 0.8]),
                 seed=rng.getrandbits(64),
                 end=end,
@@ -65,6 +67,7 @@ async def follow(client: AsyncClient, plan: Plan) -> AsyncStream:
         plan.prompt,
         model=plan.model,
         max_tokens=plan.max_tokens,
+        n=plan.n,
         temperature=plan.temperature,
         seed=plan.seed,
         stream=True,
@@ -118,7 +121,8 @@ async def test_every_token_of_64_streams_is_billed_or_accounted_for(stack: Stack
         ends[f"{plan.end}: {stream.completed.finish_reason}"] += 1
         if plan.end == "read":
             assert stream.completed.finish_reason in (FinishReason.LENGTH, FinishReason.STOP)
-            assert len(stream.token_ids) <= plan.max_tokens
+            assert all(len(choice.token_ids) <= plan.max_tokens for choice in stream.choices)
+            assert all(choice.finish_reason for choice in stream.choices)
     assert ends["cancel: cancelled"] >= 6  # of 9; others came to a stop token before
     assert ends["cancel early: cancelled"] == 3
     early = [
