@@ -381,6 +381,20 @@ async def test_killed_workers_are_typed_errors_within_two_seconds_and_leave_noth
         await asyncio.gather(prefill.kill(), decode.kill())
 
 
+async def test_the_next_turn_finds_the_answers_blocks_at_the_decode_worker(pair: Pair) -> None:
+    prefill, decode, router = pair
+    first = await router.generate(ask("turn1", 100, max_tokens=93))
+    turn = ask("turn2", max_tokens=4)
+    turn.tokens.token_ids[:] = [*prompt_of(100), *first.token_ids, *prompt_of(20, seed=4)]
+    second = await router.generate(turn)
+    prompt = check_usage(second, 213).prompt
+    # 192 tokens have latents: 64 of them also where the prompt was prefilled.
+    assert (prompt.reused_device_tokens, prompt.reused_peer_tokens) == (64, 128)
+    assert prompt.prefill_worker_id == "p"
+    assert metric(prefill, "reused_tokens_total", tier="peer") == 128
+    assert metric(decode, "peer_served_blocks_total") == 2
+
+
 async def test_a_prompt_that_no_pool_can_hold_is_refused_and_blocks_nobody(
     tiny_dir: Path, ledger: RedisProcess, tls_files: TlsOf
 ) -> None:
