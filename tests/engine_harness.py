@@ -61,10 +61,14 @@ def make_sequence_with_reuse(
     )
 
 
-def prompt_hashes(engine: Engine, prompt: list[int], scope: bytes = b"tenant") -> list[bytes]:
+def prompt_hashes(engine: Engine, prompt: list[int]) -> list[bytes]:
     """Chain hashes of the prompt's full blocks."""
-    layout = engine.layout
-    return chain_hashes(root_hash(layout.model_digest, layout.kv_format, scope), prompt)
+    return chain_hashes(prompt_root(engine), prompt)
+
+
+def prompt_root(engine: Engine) -> bytes:
+    """What the chains of one tenant hang on."""
+    return root_hash(engine.layout.model_digest, engine.layout.kv_format, b"tenant")
 
 
 def commit_prompt(engine: Engine, seq: Sequence) -> None:

@@ -1,24 +1,26 @@
-"""Sequences come, pause, resume and are cancelled from other threads while the engine steps."""
+"""Sequences come, fork, pause, resume, outgrow the pool and are cancelled from other threads."""
 
 import random
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.engine_harness import commit_prompt, generated, load_engine, make_sequence_with_reuse
+from tests.engine_harness import generated, load_engine, prompt_hashes, prompt_root
 from tests.tiny_model import make_tiny_checkpoint
+from tidemill.blocks import max_hit_tokens
 from tidemill.engine import (
+    Engine,
     FinishedOutput,
     Output,
     PausedOutput,
-    PrefilledOutput,
     SamplingParams,
     Sequence,
 )
 from tidemill.errors import PoolExhausted
 
-NUM_SEQUENCES = 64
+NUM_REQUESTS = 20
 
 
 @pytest.fixture(scope="module")
@@ -26,43 +28,73 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
+def admitted(
+    engine: Engine, seq_id: str, prompt: list[int], sampling: SamplingParams, num_forks: int
+) -> Sequence:
+    """As a decode worker takes a request on: promised, claimed, allocated; tries until it may."""
+    hashes = prompt_hashes(engine, prompt)[: max_hit_tokens(len(prompt)) // 64]
+    while True:
+        if engine.admit(seq_id, len(prompt), sampling.max_tokens, choices=1 + num_forks):
+            claimed = engine.pool.claim(hashes)
+            try:
+                fresh = engine.pool.allocate(-(-len(prompt) // 64) - len(claimed))
+                break
+            except PoolExhausted:
+                engine.pool.release(claimed)
+                engine.dismiss(seq_id)
+        threading.Event().wait(0.002)
+    root = prompt_root(engine)
+    return Sequence(
+        seq_id,
+        prompt,
+        block_table=claimed + fresh,
+        num_cached_tokens=64 * len(claimed),
+        sampling=sampling,
+        root=root,
+        forks=[
+            Sequence(f"{seq_id}.{n}", prompt, sampling=replace(sampling, seed=n), root=root)
+            for n in range(num_forks)
+        ],
+    )
+
+
 def test_r1_every_sequence_ends_once_and_every_block_returns(model_dir: Path) -> None:
     rng = random.Random(5)
-    engine = load_engine(model_dir, num_blocks=40, step_tokens=48, max_batch=8)
+    engine = load_engine(model_dir, num_blocks=8, step_tokens=48, max_batch=8)
     shared = [rng.randrange(6, 512) for _ in range(140)]
     seqs: dict[str, Sequence] = {}
     outputs: list[Output] = []
     released: set[str] = set()
     wake = threading.Event()
     lock = threading.Lock()
+    num_submitted = 0
 
     def client(number: int) -> None:
+        nonlocal num_submitted
         own = random.Random(number)
-        for index in range(number, NUM_SEQUENCES, 4):
+        for index in range(number, NUM_REQUESTS, 4):
             prompt = [*shared[: own.randrange(0, 140)], index % 506 + 6]
-            sampling = SamplingParams(seed=index, max_tokens=own.randrange(1, 25))
-            while True:
-                try:
-                    seq = make_sequence_with_reuse(engine, str(index), prompt, sampling)
-                    break
-                except PoolExhausted:
-                    threading.Event().wait(0.002)
-            seq.num_funded_tokens = own.choice([None, 1, 5])
+            sampling = SamplingParams(seed=index, max_tokens=own.randrange(1, 80))
+            seq = admitted(engine, str(index), prompt, sampling, own.choice([0, 0, 2]))
+            members = [seq, *seq.forks]
+            for member in members:
+                member.num_funded_tokens = own.choice([None, 1, 5])
             with lock:
-                seqs[seq.seq_id] = seq
+                seqs.update({member.seq_id: member for member in members})
             engine.submit(seq)
+            with lock:
+                num_submitted += 1
             wake.set()
             if index % 3 == 0:
                 threading.Event().wait(own.random() * 0.05)
-                engine.stop(seq.seq_id, "cancelled", keep_tokens=0)
+                for member in members:
+                    engine.stop(member.seq_id, "cancelled", keep_tokens=0)
                 wake.set()
 
     def handle(output: Output) -> None:
         outputs.append(output)
-        if isinstance(output, PrefilledOutput):
-            commit_prompt(engine, seqs[output.seq_id])
-        elif isinstance(output, PausedOutput):
-            engine.fund(output.seq_id, 100)
+        if isinstance(output, PausedOutput):
+            engine.fund(output.seq_id, 1000)
         elif isinstance(output, FinishedOutput):
             engine.pool.release(seqs[output.seq_id].block_table)
             released.add(output.seq_id)
@@ -70,7 +102,7 @@ def test_r1_every_sequence_ends_once_and_every_block_returns(model_dir: Path) ->
     clients = [threading.Thread(target=client, args=(number,)) for number in range(4)]
     for thread in clients:
         thread.start()
-    while len(released) < NUM_SEQUENCES:
+    while num_submitted < NUM_REQUESTS or len(released) < len(seqs):
         wake.wait(1)
         wake.clear()
         while engine.has_work:
@@ -89,6 +121,5 @@ def test_r1_every_sequence_ends_once_and_every_block_returns(model_dir: Path) ->
         if end.reason == "length":
             assert seq.num_generated == seq.sampling.max_tokens
     assert {end.reason for end in ends} == {"length", "cancelled"}
-    engine.pool.check_integrity()
-    assert engine.pool.num_referenced == 0
+    engine.check_idle()
     assert engine.load_snapshot().waiting == 0
