@@ -15,10 +15,12 @@ from prometheus_client import CollectorRegistry
 from tidemill.api.common.v1.lifecycle_pb2 import (
     AttemptId,
     FinishReason,
+    Grammar,
     PrefillDone,
     ResolvedSampling,
     WorkerTask,
 )
+from tidemill.api.common.v1.logprobs_pb2 import TokenLogprobs
 from tidemill.api.common.v1.usage_pb2 import PromptUsage
 from tidemill.api.decode.v1 import decode_service_pb2 as pb
 from tidemill.api.decode.v1.decode_service_pb2_grpc import DecodeServiceStub
@@ -117,6 +119,7 @@ def make_start(
     scope: bytes = SCOPE,
     temperature: float = 0.0,
     seed: int = 0,
+    grammar: Grammar | None = None,
     **sampling: Any,
 ) -> pb.Start:
     """A Start as the router would send it; greedy unless told otherwise."""
@@ -134,6 +137,8 @@ def make_start(
                 stop_token_ids=stop_token_ids,
                 **sampling,
             ),
+            relayed_tokens=relayed_tokens,
+            grammar=grammar,
         ),
         relayed_tokens=relayed_tokens,
     )
@@ -146,9 +151,13 @@ def make_start(
 
 @dataclass
 class Answer:
-    """Everything that a Decode stream said; `choices` are each one's tokens."""
+    """Everything that a Decode stream said.
+
+    `choices` are each one's tokens, `logprobs` the first one's.
+    """
 
     choices: list[list[int]] = field(default_factory=lambda: [[]])
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     ends: dict[int, str] = field(default_factory=dict)
     done: PrefillDone | None = None
     finals: list[pb.Final] = field(default_factory=list)
@@ -216,10 +225,13 @@ class Attempted:
             done = answer.done = response.prefill_done
             first = done.first_token_ids or [done.first_token_id]
             answer.choices = [[token_id] for token_id in first]
+            answer.logprobs += done.first_logprobs[:1]
         elif name == "chunk":
             tokens = answer.choices[response.chunk.choice]
             assert response.chunk.first_index == len(tokens)
             tokens += response.chunk.token_ids
+            if response.chunk.choice == 0:
+                answer.logprobs += response.chunk.logprobs
             assert response.chunk.generated_tokens == sum(map(len, answer.choices))
         elif name == "choice_ended":
             ended = response.choice_ended

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tidemill.api.common.v1.lifecycle_pb2 import AttemptId, FinishReason, PrefillDone
 from tidemill.api.common.v1.usage_pb2 import PREFILL_SITE_DECODE_WORKER, PromptUsage
@@ -25,6 +25,9 @@ from tidemill.worker.task import (
     sequence_of,
 )
 from tidemill.worker.worker import Worker
+
+if TYPE_CHECKING:  # it imports xgrammar, which only workers that follow grammars pay for
+    from tidemill.engine.grammar import Grammar
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +50,7 @@ class Attempt:
         worker: Worker,
         start: Start,
         blocks: PromptBlocks,
+        grammar: "Grammar | None",
         peer: PrefillPeer | None,
         *,
         timeout_s: float,
@@ -56,6 +60,7 @@ class Attempt:
         self.outbox = Outbox(start.task.id.attempt, pace_s=worker.chunk_pace_s)
         self._worker = worker
         self._blocks = blocks
+        self._grammar = grammar
         self._peer = peer
         self._timeout_s = timeout_s
         self._on_end = on_end
@@ -194,6 +199,7 @@ class Attempt:
             max_tokens=task.sampling.max_tokens - self.start.relayed_tokens,
             root=prompt.root,
             num_relayed_tokens=self.start.relayed_tokens,
+            grammar=self._grammar,
             block_table=self._blocks.block_table,
             **fields,
         )

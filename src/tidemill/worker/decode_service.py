@@ -75,12 +75,14 @@ class DecodeService(DecodeServiceServicer):
         self._attempts.check(start.task.id)
         timeout_s = remaining_s(context, cap_s=LONGEST_PREFILL_S)
         prompt = await self._worker.reuse.identify(start.task)
+        grammar = await self._worker.grammars.of(start.task)
         self._attempts.check(start.task.id)
         blocks = self._take_blocks(start, prompt)
         attempt = Attempt(
             self._worker,
             start,
             blocks,
+            grammar,
             None if self._in_place(start) else self._peers.at(start.prefill),
             timeout_s=timeout_s,
             on_end=self._ended,
@@ -167,6 +169,8 @@ async def _follow(requests: AsyncIterator[pb.DecodeRequest], attempt: Attempt) -
 def _check_funds(start: pb.Start) -> None:
     relayed, choices = start.relayed_tokens, num_choices(start.task)
     violations = []
+    if start.task.relayed_tokens != relayed:
+        violations.append(("task.relayed_tokens", "must equal relayed_tokens"))
     if choices > 1 and relayed:
         violations.append(("relayed_tokens", "must be 0 where there are several choices"))
     if start.HasField("funded_tokens") and start.funded_tokens < choices:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from tidemill.api.common.v1.lifecycle_pb2 import Grammar as Wanted
 from tidemill.api.common.v1.lifecycle_pb2 import WorkerTask
-from tidemill.engine.sampling import Constraint
 from tidemill.errors import FailedPrecondition, InvalidRequest, Overloaded
 from tidemill.kv.threads import in_thread
 from tidemill.vocabulary import load_token_bytes
@@ -123,17 +122,6 @@ class Grammars:
             or sum(size for _, size in self._kept.values()) > _MAX_KEPT_BYTES
         ):
             self._kept.popitem(last=False)
-
-
-def constraint_of(grammar: "Grammar | None", task: WorkerTask) -> Constraint | None:
-    """For one sequence of the task, as each choice needs its own."""
-    if grammar is None:
-        return None
-    return grammar.constraint(
-        task.token_ids,
-        num_relayed_tokens=task.relayed_tokens,
-        stop_token_ids=task.sampling.stop_token_ids,
-    )
 
 
 def _schema(wanted: Wanted) -> str:

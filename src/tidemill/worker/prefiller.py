@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tidemill.api.common.v1.lifecycle_pb2 import AttemptId, PrefillDone, WorkerTask
 from tidemill.api.common.v1.usage_pb2 import PREFILL_SITE_PREFILL_WORKER
@@ -31,6 +32,9 @@ from tidemill.worker.task import (
 )
 from tidemill.worker.worker import Worker
 
+if TYPE_CHECKING:  # it imports xgrammar, which only workers that follow grammars pay for
+    from tidemill.engine.grammar import Grammar
+
 
 @dataclass(frozen=True)
 class PrefillTask:
@@ -56,7 +60,7 @@ class Prefiller:
         """Find room and begin.
 
         Raises FailedPrecondition (KV_LAYOUT_MISMATCH, MODEL_MISMATCH), PrefillFull, AlreadyExists
-        while the same attempt is in prefill, InvalidRequest.
+        while the same attempt is in prefill, InvalidRequest, and what `Grammars.of` raises.
         """
         worker = self._worker
         worker.check_model(wanted.task)
@@ -70,9 +74,11 @@ class Prefiller:
                 violations=[("held_tokens", "must not exceed the prompt")],
             )
         prompt = await worker.reuse.identify(wanted.task)
+        grammar = await worker.grammars.of(wanted.task)
         if wanted.key in self._jobs:
             raise AlreadyExists("this attempt is being prefilled already")
-        job = PrefillJob(worker, wanted, self._take_blocks(prompt), on_end=self._ended)
+        blocks = self._take_blocks(prompt)
+        job = PrefillJob(worker, wanted, blocks, grammar, on_end=self._ended)
         self._jobs[wanted.key] = job
         job.start()
         return job
@@ -117,6 +123,7 @@ class PrefillJob:
         worker: Worker,
         wanted: PrefillTask,
         blocks: PromptBlocks,
+        grammar: "Grammar | None",
         *,
         on_end: "Callable[[PrefillJob], None]",
     ) -> None:
@@ -130,6 +137,7 @@ class PrefillJob:
         )
         self._worker = worker
         self._blocks = blocks
+        self._grammar = grammar
         self._on_end = on_end
         self._admitted = time.perf_counter()
         self._loop = asyncio.get_running_loop()
@@ -197,6 +205,7 @@ class PrefillJob:
             max_tokens=1,
             root=prompt.root,
             num_relayed_tokens=task.relayed_tokens,
+            grammar=self._grammar,
             block_table=self._blocks.block_table,
             num_cached_tokens=self._blocks.num_cached_tokens,
             prefill_only=True,

@@ -16,6 +16,7 @@ from tidemill.api.prefill.v1.prefill_service_pb2_grpc import PrefillServiceStub
 from tidemill.errors import (
     Cancelled,
     DeadlineExceeded,
+    FailedPrecondition,
     InvalidRequest,
     TidemillError,
     TransferError,
@@ -187,7 +188,8 @@ class PrefillPeer:
                 self._peers.lost(self._target)
                 offer = None
                 raise self._lost(cause) from error
-            if offer is None or isinstance(cause, InvalidRequest | DeadlineExceeded):
+            asked_badly = isinstance(cause, InvalidRequest | FailedPrecondition)
+            if offer is None or asked_badly or isinstance(cause, DeadlineExceeded):
                 raise cause from error
             raise self._lost(cause) from error
         except (TransferError, TimeoutError) as error:

@@ -1,13 +1,16 @@
 """A WorkerTask in the engine's terms, and what the engine reports in the wire's."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tidemill.api.common.v1 import logprobs_pb2
 from tidemill.api.common.v1.lifecycle_pb2 import AttemptId, PrefillDone, WorkerTask
 from tidemill.engine import PrefilledOutput, SamplingParams, TokenLogprobs
 from tidemill.engine import Sequence as SequenceInEngine
 from tidemill.policy.seeds import choice_seed
+
+if TYPE_CHECKING:  # it imports xgrammar, which only workers that follow grammars pay for
+    from tidemill.engine.grammar import Grammar
 
 AttemptKey = tuple[str, int, int]
 
@@ -56,6 +59,7 @@ def sequence_of(
     first_token_ids: Sequence[int] = (),
     root: bytes,
     num_relayed_tokens: int,
+    grammar: "Grammar | None" = None,
     **of_parent: Any,
 ) -> SequenceInEngine:
     """The task's first choice with the others as its forks.
@@ -63,6 +67,7 @@ def sequence_of(
     Each has `max_tokens` left to generate, and `first_token_ids` if the prompt was prefilled
     elsewhere. `of_parent` are further arguments of the first one's sequence.
     """
+    stop_ids = task.sampling.stop_token_ids
 
     def choice(index: int, **fields: Any) -> SequenceInEngine:
         return SequenceInEngine(
@@ -72,6 +77,11 @@ def sequence_of(
             first_token_id=first_token_ids[index] if first_token_ids else None,
             num_relayed_tokens=num_relayed_tokens,
             root=root,
+            constraint=None
+            if grammar is None
+            else grammar.constraint(
+                prompt, num_relayed_tokens=num_relayed_tokens, stop_token_ids=stop_ids
+            ),
             **fields,
         )
 
