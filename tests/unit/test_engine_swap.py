@@ -69,6 +69,19 @@ def test_paused_sequences_make_way_and_return_in_exchange_when_pool_and_swap_are
     bench.run()
 
 
+def test_an_older_sequence_without_funds_makes_way_for_a_swapped_one() -> None:
+    bench = HashingBench(num_blocks=4, swap_blocks=8)
+    bench.submit("old", 60, 190, funded=75)
+    bench.submit("young", 60, 150)
+    bench.until_swapped()
+    while bench.engine.has_work:
+        bench.step()
+    assert finish_of(bench.outputs, "young").num_generated == 150
+    assert len(generated(bench.outputs, "old")) == 75
+    bench.engine.fund("old", 190)
+    bench.run()
+
+
 def test_a_stopped_sequence_frees_what_it_has_on_both_sides() -> None:
     bench = HashingBench(num_blocks=4, swap_blocks=8)
     bench.submit("old", 60, 190)
