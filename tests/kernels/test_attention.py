@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -90,3 +92,36 @@ def test_prefill_attends_causally_to_prefix_and_chunk(case: MlaCase, share_cache
     for row in {0, len(query) // 2, len(query) - 1}:
         expected = attend_by_hand(query[row], context[: start + row + 1], kv_b, case)
         torch.testing.assert_close(out[row], expected, atol=1e-5, rtol=1e-4)
+
+
+# Two keys whose scores, 128.25 and 128, would be one number in bf16.
+NEAR_QUERY = [16.0, 1.0, 0.0]
+NEAR_LATENTS = [[8.0, 0.25, 0.0], [8.0, 0.0, 0.0]]
+NEAR_WEIGHT = 1 / (1 + math.exp(-0.25))
+
+
+def test_decode_tells_near_scores_apart_in_bf16() -> None:
+    pool = torch.zeros(1, 64, 3, dtype=torch.bfloat16)
+    pool[0, :2] = torch.tensor(NEAR_LATENTS)
+    attended = mla_decode(
+        torch.tensor([[NEAR_QUERY]], dtype=torch.bfloat16),
+        pool,
+        torch.tensor([[0]]),
+        torch.tensor([2]),
+        kv_lora_rank=2,
+        scale=1.0,
+    )
+    assert attended[0, 0, 1].item() == pytest.approx(0.25 * NEAR_WEIGHT, rel=2**-7)
+
+
+def test_prefill_tells_near_scores_apart_in_bf16() -> None:
+    keys_then_values = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]], dtype=torch.bfloat16)
+    attended = mla_prefill(
+        torch.tensor([[NEAR_QUERY]], dtype=torch.bfloat16),
+        torch.tensor(NEAR_LATENTS[::-1], dtype=torch.bfloat16),
+        make_linear(keys_then_values),
+        kv_lora_rank=2,
+        start=1,
+        scale=1.0,
+    )
+    assert attended.item() == pytest.approx(0.25 * NEAR_WEIGHT, rel=2**-7)

@@ -19,23 +19,23 @@ def mla_prefill(
     kv_b maps kv_lora -> H * (nope + v). Returns [T, H, v]. (DeepSeek-V2 report 2.1.)
 
     In blocks of queries, each over the keys that it may see, with the keys of a head together: on a
-    CPU in half the time of `scaled_dot_product_attention`.
+    CPU quicker than `scaled_dot_product_attention`, and like it with scores in fp32.
     """
     num_tokens, num_heads, head_dim = query.shape
     latent, k_rope = latents.tensor_split([kv_lora_rank], dim=-1)
     expanded = kv_b(latent.contiguous()).view(len(latents), num_heads, -1).transpose(0, 1)
     k_nope, value = expanded.tensor_split([head_dim - k_rope.shape[-1]], dim=-1)
-    key = torch.cat((k_nope, k_rope.expand(num_heads, -1, -1)), dim=-1).transpose(1, 2)
-    query = query.transpose(0, 1)
+    key = torch.cat((k_nope, k_rope.expand(num_heads, -1, -1)), dim=-1).float().transpose(1, 2)
+    rounded, query = query.dtype, query.transpose(0, 1).float()
 
     rows = min(_MOST_ROWS, max(1, _MOST_SCORES // (num_heads * len(latents))))
     unseen = torch.full((rows, rows), float("-inf"), device=query.device).triu(1)
     parts = []
     for first in range(0, num_tokens, rows):
         last = min(first + rows, num_tokens)
-        scores = torch.bmm(query[:, first:last], key[..., : start + last]).float().mul_(scale)
+        scores = torch.bmm(query[:, first:last], key[..., : start + last]).mul_(scale)
         scores[..., start + first :].add_(unseen[: last - first, : last - first])
-        weights = scores.softmax(-1).to(query.dtype)
+        weights = scores.softmax(-1).to(rounded)
         parts.append(torch.bmm(weights, value[:, : start + last]))
     attended = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     return attended.transpose(0, 1)
