@@ -27,9 +27,9 @@ from tidemill.rpc.status import from_rpc_error
 
 _ACK_TIMEOUT_S = 2.0
 _GRAMMAR_INVALID = "GRAMMAR_INVALID"
-# The format with the rest of the sampling leaves no token to draw; the choices together need more
-# blocks than the worker has.
-_PASSED_ON = frozenset({"GRAMMAR_DEAD_END", "KV_POOL_TOO_SMALL"})
+# No worker here follows formats; the format with the rest of the sampling leaves no token to draw;
+# the choices together need more blocks than the worker has.
+_PASSED_ON = frozenset({"GRAMMAR_UNAVAILABLE", "GRAMMAR_DEAD_END", "KV_POOL_TOO_SMALL"})
 _MAX_WHY = 500
 
 logger = logging.getLogger(__name__)

@@ -1,6 +1,7 @@
 """Answers that must fit a format, through the router and real workers."""
 
 import json
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -8,15 +9,19 @@ from typing import Any
 import pytest
 
 from tests.redis_process import RedisProcess
-from tests.router_harness import Heard
-from tests.router_workers import Pair, TlsOf, ask, check_usage, split_pair
+from tests.router_harness import MODEL, Heard
+from tests.router_workers import Pair, TlsOf, ask, check_usage, router_over, split_pair
 from tests.tiny_model import make_tiny_checkpoint
+from tests.worker_harness import settled, worker_at
 from tidemill.api.common.v1 import lifecycle_pb2
 from tidemill.api.router.v1 import router_service_pb2 as router_pb2
+from tidemill.client import AsyncClient, FinishReason
 from tidemill.errors import InvalidRequest
+from tidemill.worker.config import Role
 
 pytestmark = pytest.mark.redis
 
+DEMO = Path(__file__).parents[3] / "models" / "demo"
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -83,3 +88,29 @@ async def test_a_model_of_random_weights_answers_in_the_schema_whoever_draws_the
     assert refused.error.reason == "GRAMMAR_INVALID"
     assert refused.error.violations[0][0] == "response_format.json_schema.schema"
     check_fits((await router.generate(formatted("bad", SCHEMA))).text)
+
+
+@pytest.mark.slow
+async def test_the_demo_model_answers_in_the_schema_and_in_json(
+    tmp_path: Path, ledger: RedisProcess, tls_files: TlsOf
+) -> None:
+    folder = tmp_path / "demo"
+    shutil.copytree(DEMO, folder)
+    async with (
+        worker_at(Role.BOTH, folder, tls_files) as both,
+        router_over(folder, ledger, tls_files, f"both@{both.address}") as router,
+        AsyncClient(router.process.server.address, router.key) as client,
+    ):
+        question = "What is a tide mill?"
+        answer = await client.chat(
+            question, model=MODEL, response_format=SCHEMA, n=3, max_tokens=400, seed=3
+        )
+        for choice in answer.choices:
+            check_fits(choice.text)
+        free = await client.chat(
+            question, model=MODEL, response_format="json", max_tokens=400, seed=3
+        )
+        assert free.text.startswith("{")
+        if free.finish_reason is FinishReason.STOP:
+            assert isinstance(json.loads(free.text), dict)
+        await settled(both)

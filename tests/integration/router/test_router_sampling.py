@@ -235,6 +235,17 @@ async def test_a_format_that_leaves_no_token_to_draw_is_told_and_not_billed(
     assert fault == 1
 
 
+@pytest.mark.parametrize("reason", ["GRAMMAR_UNAVAILABLE", "KV_POOL_TOO_SMALL"])
+async def test_what_the_workers_here_cannot_do_is_told_by_name(
+    router: RouterHarness, decode: ScriptedWorker, reason: str
+) -> None:
+    decode.scripts = [refuses(FailedPrecondition("cannot", reason=reason))]
+    heard = await router.generate(ask(response_format=schema("{}")))
+    assert isinstance(heard.error, FailedPrecondition)
+    assert (heard.error.reason, heard.error.request_id) == (reason, "r1")
+    assert len(decode.starts) == 1
+
+
 async def test_a_vocabulary_that_differs_is_the_servers_fault(
     router: RouterHarness, decode: ScriptedWorker
 ) -> None:
