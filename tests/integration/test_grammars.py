@@ -1,7 +1,10 @@
 import asyncio
 import importlib.util
 import json
+import signal
+import sys
 import time
+from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -119,6 +122,23 @@ async def test_a_worker_without_the_package_says_so(
     with pytest.raises(FailedPrecondition) as caught:
         await grammars.of(wanting(None))
     assert caught.value.reason == "GRAMMAR_UNAVAILABLE"
+
+
+@pytest.mark.slow
+async def test_a_compiler_whose_worker_was_killed_does_not_go_on_for_ever() -> None:
+    program = (
+        "import pathlib, sys, tidemill.engine.grammar_compiler as compiler;"
+        "compiler.LONGEST_S = 1; compiler.main(pathlib.Path(sys.argv[1]), 6144)"
+    )
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", program, str(DEMO), stdin=PIPE, stdout=PIPE
+    )
+    assert process.stdin is not None
+    body = json.dumps(BOMB).encode()
+    process.stdin.write(len(body).to_bytes(4, "little") + body)
+    process.stdin.close()
+    async with asyncio.timeout(60):
+        assert await process.wait() == -signal.SIGALRM
 
 
 @pytest.mark.slow

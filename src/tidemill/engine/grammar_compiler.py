@@ -9,6 +9,7 @@ import os
 import random
 import resource
 import select
+import signal
 import sys
 import tempfile
 import time
@@ -25,7 +26,8 @@ FRAME_BYTES = 4  # of a frame's length, little-endian
 READY, COMPILED, REFUSED = b"r", b"c", b"n"  # what a frame from here begins with
 
 MAX_COMPILED_BYTES = 32 << 20
-IDLE_S = 300.0
+IDLE_S = 120.0
+LONGEST_S = 60  # of one compilation, should the parent have died meanwhile
 WHITESPACE = 32  # characters between two tokens of JSON: what a model likes to indent by
 _MEMORY_BYTES = 1 << 30  # beyond what the process holds when it is ready
 _PROBED_TOKENS = 24
@@ -126,10 +128,12 @@ def main(model_dir: Path, vocab_size: int) -> None:
         if len(header) < FRAME_BYTES:
             return
         schema = source.read(int.from_bytes(header, "little")).decode()
+        signal.alarm(LONGEST_S)  # whose default is to end the process, also in C++
         try:
             _write(output, COMPILED, compiler.compile(schema).encode())
         except ValueError as error:
             _write(output, REFUSED, str(error).encode())
+        signal.alarm(0)
 
 
 if __name__ == "__main__":
