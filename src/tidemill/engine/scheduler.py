@@ -108,9 +108,6 @@ class Scheduler:
 
     def next_step(self) -> Step:
         """Plan one step; empty when nothing can run now."""
-        return self._plan() or self._plan()  # who had to leave has made room for another
-
-    def _plan(self) -> Step:
         self._swap_in()
         most = self.step_tokens - 1 if self.prefilling else self.step_tokens
         decodes = self._writable(min(self.max_batch, most))

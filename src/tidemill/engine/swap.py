@@ -35,6 +35,11 @@ class SwapSpace:
         """Blocks held."""
         return self.num_blocks + 1 - len(self._free)
 
+    @property
+    def num_free(self) -> int:
+        """Blocks that there is room for, the spare slot aside."""
+        return max(len(self._free) - 1, 0)
+
     def has_room(self, *, exchange: bool = False) -> bool:
         """Whether `put` may be called; `exchange`: another block leaves right after."""
         return len(self._free) > (0 if exchange else 1)
@@ -49,9 +54,9 @@ class SwapSpace:
         """The block's values [L, 64, D], valid until it is freed."""
         return self._values[block.slot]
 
-    def free(self, block: HostBlock, *, holders: int = 1) -> None:
-        """So many holders need it no more."""
-        block.holders -= holders
+    def free(self, block: HostBlock) -> None:
+        """One holder needs it no more."""
+        block.holders -= 1
         if block.holders < 0:
             raise PoolCorrupted(f"host slot {block.slot} is freed more often than held")
         if block.holders == 0:

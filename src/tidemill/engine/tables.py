@@ -101,7 +101,8 @@ class BlockTables:
         tables += [swapped.pages for swapped in self._after(seq)]
         held = Counter(page for table in tables for page in table if isinstance(page, int))
         movable = sum(self.pool.num_holders(block) == count for block, count in held.items())
-        return self.pool.num_free + movable >= missing + headroom
+        room = self.swap.num_free + sum(isinstance(page, HostBlock) for page in pages)
+        return self.pool.num_free + min(movable, room) >= missing + headroom
 
     def swap_in(self, seq: Sequence, *, headroom: int) -> bool:
         """Give the table back if it `fits`; False, perhaps with some of it brought in, if not."""
