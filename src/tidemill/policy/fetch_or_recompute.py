@@ -160,7 +160,7 @@ class FetchOrRecompute:
     def stalled(self, asked: str, num_blocks: int, seconds: float) -> None:
         """Whoever was asked had not even said in this time what it holds of so many blocks."""
         known = [source for source in self._past if source.asked == asked]
-        for source in known or [Source(asked, "")]:
+        for source in known or [_unnamed(asked)]:
             self.cut(source, num_blocks, 0, seconds)
 
     def fetch_s(self, source: Source, num_blocks: int) -> float | None:
@@ -186,6 +186,7 @@ class FetchOrRecompute:
         """
         best, most, index, gain = 0, 0.0, 0, 0.0
         for run in runs:
+            self._past.pop(_unnamed(run.source.asked), None)
             index, gain = index + run.num_blocks, gain + self._gain(run)
             if gain > most or math.isinf(gain):
                 best, most = index, gain
@@ -210,3 +211,8 @@ class FetchOrRecompute:
         """Whether another try would tell something new."""
         past = self._past.get(source)
         return past is not None and 0 < past.pause_s <= self._clock() - past.tried_at
+
+
+def _unnamed(asked: str) -> Source:
+    """Stands for all that `asked` may hold until it has said what it holds."""
+    return Source(asked, "")

@@ -96,6 +96,22 @@ def test_a_slow_source_is_tried_again_rarely_and_ever_more_rarely() -> None:
     assert tries == pytest.approx([10, 30, 70, 110, 150, 190], abs=1)
 
 
+def test_whoever_does_not_even_answer_is_left_alone_until_it_does() -> None:
+    policy, clock = make_policy(probe_s=10)
+    policy.stalled("cache", 20, 0.02)
+    assert not policy.worth_asking("cache", 20)
+    assert policy.worth_asking("peer", 20)
+    clock.now += 10
+    assert policy.worth_asking("cache", 20)
+    assert policy.choose([Run(RAM, 20)]) == 20
+    policy.fetched(RAM, 20, 0.3)
+    clock.now += 9
+    assert not policy.worth_asking("cache", 20), "the stall is forgotten, the slow fetch is not"
+    policy.fetched(RAM, 20, 0.001)
+    policy.stalled("cache", 20, 0.02)
+    assert (policy.fetch_s(RAM, 20) or 0) > 0.1, "what is known of it has become slow"
+
+
 def test_a_recovered_source_is_believed_at_once() -> None:
     policy, clock = make_policy(probe_s=10)
     for _ in range(20):
