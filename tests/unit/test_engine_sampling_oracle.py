@@ -231,6 +231,15 @@ def test_greedy_takes_the_lowest_id_of_equal_logits() -> None:
     assert ours(row, sequence_of(Asked([1], [], temperature=0.0, logit_bias={0: -1.0}))) == [1]
 
 
+def test_x2_greedy_rows_take_the_same_alone_together_and_beside_others() -> None:
+    rows = torch.randn(6, VOCAB, generator=torch.manual_seed(5)).mul(4).round()  # with ties
+    greedy = [Asked([1], [], temperature=0.0) for _ in rows]
+    alone = [drawn(row.tolist(), asked) for row, asked in zip(rows, greedy, strict=True)]
+    assert ours(rows, *map(sequence_of, greedy)) == alone
+    beside = [*greedy[:-1], Asked([1], [], temperature=0.0, logit_bias={3: 99.0})]
+    assert ours(rows, *map(sequence_of, beside)) == [*alone[:-1], 3]
+
+
 def test_a_temperature_too_small_to_divide_by_is_greedy() -> None:
     row = torch.tensor([LOGITS])
     best = [LOGITS.index(max(LOGITS))]

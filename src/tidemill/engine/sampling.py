@@ -98,10 +98,22 @@ def draw(logits: Tensor, seqs: Sequence[Drawable]) -> list[Drawn]:
     """logits [B, V], one row a sequence -> each one's next token.
 
     Rows are drawn one by one: a row fits the CPU's cache, and its arithmetic does not depend on
-    how many others there are.
+    how many others there are. A highest value has no arithmetic, so plain greedy goes together.
     """
     logits = logits.float()  # a CPU reduces bf16 rows four times slower
+    if all(_takes_the_highest(seq) for seq in seqs):
+        return [Drawn(token_id) for token_id in logits.argmax(-1).tolist()]
     return [_draw(row, seq) for row, seq in zip(logits, seqs, strict=True)]
+
+
+def _takes_the_highest(seq: Drawable) -> bool:
+    params = seq.sampling
+    return (
+        params.temperature < GREEDY_BELOW
+        and params.logprobs is None
+        and seq.constraint is None
+        and params.is_plain
+    )
 
 
 def _draw(logits: Tensor, seq: Drawable) -> Drawn:
