@@ -6,7 +6,7 @@ while engine.has_work:
     for output in engine.step(): ...
 """
 
-from tidemill.engine.block_pool import BlockPool, PoolTier, Reservation
+from tidemill.engine.block_pool import BlockPool
 from tidemill.engine.config import EngineConfig
 from tidemill.engine.engine import Engine
 from tidemill.engine.layout import KvLayout
@@ -19,6 +19,7 @@ from tidemill.engine.outputs import (
     PrefilledOutput,
     TokensOutput,
 )
+from tidemill.engine.reservation import PoolTier, Reservation
 from tidemill.engine.sampling import Drawn, SamplingParams
 from tidemill.engine.sequence import FinishReason, Sequence
 from tidemill.errors import PoolCorrupted

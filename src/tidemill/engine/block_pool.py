@@ -1,66 +1,16 @@
 """Paged latents of one worker and who holds which block. Thread-safe: one lock, short sections."""
 
-import enum
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tidemill.blocks import BLOCK_TOKENS
 from tidemill.engine.host_tier import HostTier
+from tidemill.engine.reservation import Found, Move, PoolTier, Reservation
 from tidemill.errors import PoolCorrupted, PoolExhausted
-
-
-class PoolTier(enum.Enum):
-    """Where in a worker a block lay when it was claimed; the values name PromptUsage's fields."""
-
-    DEVICE = "device"
-    HOST = "host"
-
-
-class _Found(NamedTuple):
-    """A held block: its place on the device, or None where only the host tier holds it."""
-
-    block_hash: bytes
-    block: int | None
-
-    @property
-    def tier(self) -> PoolTier:
-        return PoolTier.HOST if self.block is None else PoolTier.DEVICE
-
-
-class _Move(NamedTuple):
-    """A copy between a device block and a host slot, and the block's name."""
-
-    block: int
-    slot: int
-    block_hash: bytes
-    root: bytes
-
-
-@dataclass
-class Reservation:
-    """Blocks taken for one chain, each referenced once; their bytes are due until `settle`.
-
-    `cancel` one that is not to be settled, and `release` its blocks in either case. `tiers` says
-    where the claimed start of the chain lay. `fresh` blocks will be zeroed. `demoted` and
-    `promoted` are copies between device and host that are still to be made.
-    """
-
-    block_table: list[int]
-    tiers: list[PoolTier]
-    fresh: list[int]
-    demoted: list[_Move] = field(default_factory=list)
-    promoted: list[_Move] = field(default_factory=list)
-
-    @property
-    def settled(self) -> bool:
-        """Whether nothing is due."""
-        return not (self.fresh or self.demoted or self.promoted)
 
 
 class BlockPool:
@@ -328,9 +278,9 @@ class BlockPool:
                 raise PoolCorrupted("the roots and the committed blocks disagree")
             self._host.check_integrity()
 
-    def _walk(self, hashes: Sequence[bytes], root: bytes | None = None) -> list[_Found]:
+    def _walk(self, hashes: Sequence[bytes], root: bytes | None = None) -> list[Found]:
         """The chain's held start."""
-        found: list[_Found] = []
+        found: list[Found] = []
         for block_hash in hashes:
             block = self._block_of.get(block_hash)
             if block is not None:
@@ -341,15 +291,15 @@ class BlockPool:
                 break
             if root is not None and known != root:
                 break
-            found.append(_Found(block_hash, block))
+            found.append(Found(block_hash, block))
         return found
 
-    def _room_beside(self, found: Sequence[_Found]) -> int:
+    def _room_beside(self, found: Sequence[Found]) -> int:
         """Blocks that could be taken once the found ones are referenced."""
         claimed = sum(each.block in self._evictable for each in found)
         return len(self._free) + len(self._evictable) - claimed
 
-    def _take(self, found: Sequence[_Found], num_blocks: int) -> Reservation:
+    def _take(self, found: Sequence[Found], num_blocks: int) -> Reservation:
         """Reference what was found, and take fresh blocks: to promote to, and up to num_blocks."""
         for each in found:  # all of them before any eviction
             if each.block is not None:
@@ -362,7 +312,7 @@ class BlockPool:
             if block is None:
                 block = self._take_free(taken)
                 slot, root = self._host.where(each.block_hash)
-                taken.promoted.append(_Move(block, slot, each.block_hash, root))
+                taken.promoted.append(Move(block, slot, each.block_hash, root))
             taken.block_table.append(block)
         taken.fresh = [self._take_free(taken) for _ in range(num_blocks - len(found))]
         taken.block_table += taken.fresh
@@ -399,7 +349,7 @@ class BlockPool:
         if block_hash in self._host:
             self._host.touch(block_hash)
         elif (slot := self._host.reserve()) is not None:
-            reservation.demoted.append(_Move(block, slot, block_hash, root))
+            reservation.demoted.append(Move(block, slot, block_hash, root))
 
     def _rows(self, block_table: Sequence[int], start: int, end: int) -> Tensor:
         positions = torch.arange(start, end)
@@ -408,5 +358,5 @@ class BlockPool:
         return rows.to(self.latents.device)
 
 
-def _num_on_device(found: Sequence[_Found]) -> int:
+def _num_on_device(found: Sequence[Found]) -> int:
     return sum(each.block is not None for each in found)
