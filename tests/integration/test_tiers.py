@@ -303,3 +303,12 @@ async def test_a_prompt_whose_own_tokens_are_scored_reuses_nothing(
         assert len(worker.worker.reuse.reusable(await worker.worker.reuse.identify(task))) == 3
         task.sampling.prompt_logprobs = 0
         assert worker.worker.reuse.reusable(await worker.worker.reuse.identify(task)) == ()
+
+
+@pytest.mark.parametrize("num_blocks", [1, 96])
+async def test_a_worker_knows_what_computing_costs_before_its_first_prompt(
+    model_dir: Path, tls_files: Tls, num_blocks: int
+) -> None:
+    async with one_worker(model_dir, tls_files, num_blocks=num_blocks) as (worker, _):
+        assert 0 < worker.worker.reuse.policy.compute_s(1) < 60
+        worker.worker.engine.pool.check_idle()
