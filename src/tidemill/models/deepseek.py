@@ -86,9 +86,11 @@ class Attention:
             query = self.q_b(rms_norm(query, self.q_a_norm, LATENT_NORM_EPS))
         query = query.view(len(hidden), config.num_attention_heads, config.qk_head_dim)
         q_rope = query[..., config.qk_nope_head_dim :]
-        q_rope.copy_(apply_rope(q_rope, rotation.unsqueeze(1)))
+        # The shared key turns as one more head.
+        turned = apply_rope(torch.cat((q_rope, k_rope.unsqueeze(1)), dim=1), rotation.unsqueeze(1))
+        q_rope.copy_(turned[:, :-1])
         latent = rms_norm(latent, self.kv_a_norm, LATENT_NORM_EPS)
-        return query, torch.cat((latent, apply_rope(k_rope, rotation)), dim=-1)
+        return query, torch.cat((latent, turned[:, -1]), dim=-1)
 
     def attend(self, query: Tensor, batch: Batch, latents: Tensor) -> Tensor:
         """query [T, H, nope + rope], one layer's pool [blocks, 64, D] -> [T, H * v]."""
