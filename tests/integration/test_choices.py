@@ -139,6 +139,7 @@ async def test_a_choice_that_is_stopped_leaves_the_others_alone(
 ) -> None:
     async with two_workers(model_dir, tls_files) as (prefill, decode, router):
         where: dict[str, Any] = {"prefill": prefill} if place == "handed over" else {}
+        whole = await one_by_one(router, 3, max_tokens=60, **where)
         slow_down(decode, 0.01)
         attempted = await router.begin(ask(3, max_tokens=60, **where))
         await attempted.until("chunk")
@@ -148,7 +149,6 @@ async def test_a_choice_that_is_stopped_leaves_the_others_alone(
         assert answer.ends == {0: "LENGTH", 1: "STOP", 2: "LENGTH"}
         assert len(answer.choices[1]) < 60
         assert answer.reason == "LENGTH"
-        whole = await one_by_one(router, 3, max_tokens=60, **where)
         assert [answer.choices[0], answer.choices[2]] == [whole[0], whole[2]]
 
 

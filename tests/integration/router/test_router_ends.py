@@ -286,6 +286,7 @@ async def test_that_all_workers_are_busy_is_no_reason_to_give_a_lost_request_up(
     assert (await listen(call)).completed.usage.completion_tokens == 2
 
 
+@pytest.mark.slow
 async def test_a_request_whose_workers_keep_being_lost_fails_after_two_more_attempts(
     router: RouterHarness, decode: ScriptedWorker
 ) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 
 from tests.redis_process import RedisProcess
 from tests.router_harness import MODEL, Heard
-from tests.router_workers import Pair, TlsOf, ask, check_usage, router_over, split_pair
+from tests.router_workers import TlsOf, ask, check_usage, router_over, split_pair
 from tests.tiny_model import make_tiny_checkpoint
 from tests.worker_harness import settled, worker_at
 from tidemill.api.common.v1 import lifecycle_pb2
@@ -39,12 +38,6 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.fixture
-async def pair(tiny_dir: Path, ledger: RedisProcess, tls_files: TlsOf) -> AsyncIterator[Pair]:
-    async with split_pair(tiny_dir, ledger, tls_files) as made:
-        yield made
-
-
 def formatted(request_id: str, schema: Any, **sampling: Any) -> router_pb2.GenerateRequest:
     text = json.dumps(schema)
     wanted = router_pb2.ResponseFormat(json_schema=lifecycle_pb2.JsonSchema(schema=text))
@@ -66,39 +59,42 @@ def check_fits(text: str) -> None:
     assert isinstance(found["grinds"], bool)
 
 
-async def test_a_model_of_random_weights_answers_in_the_schema_whoever_draws_the_first_token(
-    pair: Pair,
+async def test_a_model_of_random_weights_answers_in_the_schema(
+    tiny_dir: Path, ledger: RedisProcess, tls_files: TlsOf
 ) -> None:
-    router = pair[2]
-    # One test, as each worker takes seconds to start its compiler.
-    heard = await router.generate(formatted("greedy", SCHEMA))
-    assert heard.completed.finish_reason == lifecycle_pb2.FINISH_REASON_STOP
-    check_fits(heard.text)
-    assert check_usage(heard, 200).completion_tokens == len(heard.token_ids)
+    # One test, as a worker takes seconds to start its compiler.
+    async with (
+        worker_at(Role.BOTH, tiny_dir, tls_files) as both,
+        router_over(tiny_dir, ledger, tls_files, f"both@{both.address}") as router,
+    ):
+        heard = await router.generate(formatted("greedy", SCHEMA))
+        assert heard.completed.finish_reason == lifecycle_pb2.FINISH_REASON_STOP
+        check_fits(heard.text)
+        assert check_usage(heard, 200).completion_tokens == len(heard.token_ids)
 
-    several = await router.generate(formatted("several", SCHEMA, temperature=1.0, seed=5, n=4))
-    texts = texts_of(several, 4)
-    for text in texts:
-        check_fits(text)
-    assert len(set(texts)) > 1
-    check_usage(several, 200)
+        several = await router.generate(formatted("several", SCHEMA, temperature=1.0, seed=5, n=4))
+        texts = texts_of(several, 4)
+        for text in texts:
+            check_fits(text)
+        assert len(set(texts)) > 1
+        check_usage(several, 200)
 
-    refused = await router.generate(formatted("bad", {"type": "mill"}))
-    assert isinstance(refused.error, InvalidRequest)
-    assert refused.error.reason == "GRAMMAR_INVALID"
-    assert refused.error.violations[0][0] == "response_format.json_schema.schema"
-    check_fits((await router.generate(formatted("bad", SCHEMA))).text)
+        refused = await router.generate(formatted("bad", {"type": "mill"}))
+        assert isinstance(refused.error, InvalidRequest)
+        assert refused.error.reason == "GRAMMAR_INVALID"
+        assert refused.error.violations[0][0] == "response_format.json_schema.schema"
+        check_fits((await router.generate(formatted("bad", SCHEMA))).text)
+        await settled(both)
 
 
 @pytest.mark.slow
-async def test_the_demo_model_answers_in_the_schema_and_in_json(
+async def test_the_demo_model_answers_in_the_schema_whoever_draws_the_first_token(
     tmp_path: Path, ledger: RedisProcess, tls_files: TlsOf
 ) -> None:
     folder = tmp_path / "demo"
     shutil.copytree(DEMO, folder)
     async with (
-        worker_at(Role.BOTH, folder, tls_files) as both,
-        router_over(folder, ledger, tls_files, f"both@{both.address}") as router,
+        split_pair(folder, ledger, tls_files) as (_, _, router),
         AsyncClient(router.process.server.address, router.key) as client,
     ):
         question = "What is a tide mill?"
@@ -113,4 +109,3 @@ async def test_the_demo_model_answers_in_the_schema_and_in_json(
         assert free.text.startswith("{")
         if free.finish_reason is FinishReason.STOP:
             assert isinstance(json.loads(free.text), dict)
-        await settled(both)
