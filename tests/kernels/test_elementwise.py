@@ -1,4 +1,7 @@
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -82,6 +85,35 @@ def test_each_head_takes_its_own_matrix(
     expected = torch.einsum("thk,hnk->thn", x.float(), weight.float())
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(found.float(), expected, atol=tolerance, rtol=tolerance)
+
+
+GROWTH = """
+import ctypes, pathlib, torch
+from tidemill.kernels.linear.onednn import PackedLinear
+
+def resident() -> int:
+    ctypes.CDLL(None).malloc_trim(0)
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+torch.set_num_threads(1)
+product, x = PackedLinear(torch.zeros(256, 256).bfloat16()), torch.zeros(800, 256).bfloat16()
+product(x[:8])
+before = resident()
+for rows in range(4, 800):
+    product(x[:rows])
+print(resident() - before)
+"""
+
+
+def test_products_of_many_sizes_hold_bounded_memory() -> None:
+    """Without a limit on what oneDNN keeps these are 380 MB."""
+    if not can_pack(torch.zeros(8, 8, dtype=torch.bfloat16)):
+        pytest.skip("this build or CPU has no bf16 products to pack for")
+    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    environ = {name: value for name, value in os.environ.items() if name not in names}
+    command = [sys.executable, "-c", GROWTH]
+    out = subprocess.run(command, env=environ, check=True, capture_output=True, text=True).stdout
+    assert int(out) < 200e6
 
 
 def test_fp32_weights_stay_plain() -> None:
