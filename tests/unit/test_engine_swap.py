@@ -153,6 +153,20 @@ def test_blocks_held_by_others_make_sequences_wait_and_never_fail() -> None:
     bench.run()
 
 
+def test_a_sequence_that_cannot_go_on_stays_swapped_out_until_it_can() -> None:
+    bench = HashingBench(num_blocks=4, swap_blocks=0)
+    bench.submit("old", 60, 60, funded=1)
+    waiting = bench.submit("waiting", 60, 60)
+    others = bench.engine.pool.allocate(2)
+    bench.step(10)
+    assert bench.engine.starved
+    assert bench.engine._tables.is_swapped(waiting)
+    assert not bench.engine._tables.fits(waiting, headroom=0)
+    bench.engine.pool.release(others)
+    bench.engine.fund("old", 60)
+    bench.run()
+
+
 def test_prompts_get_at_least_one_token_of_every_step() -> None:
     bench = HashingBench(num_blocks=8, swap_blocks=0, step_tokens=2)
     for name in ("a", "b", "c"):
