@@ -1,6 +1,7 @@
 """Which sequences an engine may take on, so that swapping always finds room for the rest."""
 
 from tidemill.blocks import BLOCK_TOKENS
+from tidemill.engine.sequence import Sequence
 
 
 def blocks_for(
@@ -14,6 +15,17 @@ def blocks_for(
     each = -(-positions // BLOCK_TOKENS)
     shared = min(num_prompt_tokens // BLOCK_TOKENS, each)
     return shared + choices * (each - shared)
+
+
+def blocks_of(seq: Sequence, max_context: int) -> tuple[int, int]:
+    """Most blocks that the largest of a sequence and its forks, and all together, ever hold."""
+    sizes = [
+        blocks_for(each.num_prompt_tokens, each.sampling.max_tokens, max_context)
+        for each in (seq, *seq.forks)
+    ]
+    shared = seq.num_prompt_tokens // BLOCK_TOKENS
+    together = sum(sizes) - shared * len(seq.forks)
+    return max(sizes), max(together, len(seq.block_table))
 
 
 class Admission:

@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tidemill.blocks import BLOCK_TOKENS
-from tidemill.engine.admission import Admission, blocks_for
+from tidemill.engine.admission import Admission, blocks_for, blocks_of
 from tidemill.engine.block_pool import BlockPool
 from tidemill.engine.config import EngineConfig
 from tidemill.engine.layout import KvLayout
@@ -373,14 +372,8 @@ class Engine:
     def _promise(self, seq: Sequence) -> None:
         if seq.seq_id in self._admission:
             return
-        sizes = [
-            self._most_blocks(each.num_prompt_tokens, each.sampling.max_tokens, 1)[0]
-            for each in (seq, *seq.forks)
-        ]
-        shared = seq.num_prompt_tokens // BLOCK_TOKENS if seq.forks else 0
-        together = sum(sizes) - shared * len(seq.forks)
-        together = max(together, len(seq.block_table))
-        if not self._admission.admits(each=max(sizes), together=together):
+        each, together = blocks_of(seq, self.max_context)
+        if not self._admission.admits(each=each, together=together):
             raise PoolExhausted(
                 f"{together} blocks may be needed, {self._admission.num_promised} are promised to "
                 f"others, {self.pool.num_blocks} and {self.config.num_swap_blocks} to swap exist"
