@@ -40,11 +40,15 @@ def random_inputs(case: MlaCase) -> tuple[Tensor, Tensor, list[Tensor]]:
 
 
 @pytest.mark.parametrize("case", MLA_CASES, ids=str)
-def test_absorbed_decode_over_scattered_blocks_equals_plain_attention(case: MlaCase) -> None:
+@pytest.mark.parametrize("neighbours", [True, False])
+def test_absorbed_decode_over_any_blocks_equals_plain_attention(
+    case: MlaCase, neighbours: bool
+) -> None:
     kv_b, query, contexts = random_inputs(case)
     counts = [-(-len(context) // 64) for context in contexts]
-    # Blocks in reverse; block 0 belongs to nobody and is NaN: padding must not reach it.
-    numbers = iter(range(sum(counts), 0, -1))
+    # Block 0 belongs to nobody and is NaN: padding must not reach it.
+    in_order = range(1, sum(counts) + 1)
+    numbers = iter(in_order if neighbours else reversed(in_order))
     tables = [[next(numbers) for _ in range(count)] for count in counts]
     pool = torch.zeros(sum(counts) + 1, 64, contexts[0].shape[1])
     pool[0] = float("nan")

@@ -23,14 +23,27 @@ def mla_decode(
     Two batched products with a padded copy of the context: on a CPU twice as fast as
     `scaled_dot_product_attention`, whose tiles suit long queries.
     """
-    context = latents.index_select(0, block_tables.flatten()).view(
-        query.shape[0], -1, latents.shape[-1]
-    )
+    num_sequences = query.shape[0]
+    context = _rows(latents, block_tables).view(num_sequences, -1, latents.shape[-1])
     # In fp32: rounding scores of bf16 once cost half again the error of the whole model. Keys times
     # query, since MKL is up to three times slower on a product of few rows and many columns.
-    scores = torch.bmm(context.float(), query.float().transpose(1, 2)).transpose(1, 2).mul_(scale)
-    positions = torch.arange(context.shape[1], device=query.device)
-    outside = positions >= context_lens.unsqueeze(1)
-    scores.masked_fill_(outside.unsqueeze(1), float("-inf"))
+    columns = (query.float() * scale).transpose(1, 2)
+    scores = torch.bmm(context.float(), columns).transpose(1, 2)
+    if num_sequences == 1:
+        scores[..., int(context_lens) :] = float("-inf")
+    else:
+        positions = torch.arange(context.shape[1], device=query.device)
+        outside = positions >= context_lens.unsqueeze(1)
+        scores.masked_fill_(outside.unsqueeze(1), float("-inf"))
     attended = torch.bmm(scores.softmax(-1).to(query.dtype), context)
     return attended[..., :kv_lora_rank]
+
+
+def _rows(latents: Tensor, block_tables: Tensor) -> Tensor:
+    """The tables' blocks one after the other: a copy, but for one sequence's neighbours."""
+    if len(block_tables) == 1:
+        blocks: list[int] = block_tables[0].tolist()
+        first, end = blocks[0], blocks[0] + len(blocks)
+        if blocks == list(range(first, end)):
+            return latents[first:end]
+    return latents.index_select(0, block_tables.flatten())
