@@ -39,6 +39,7 @@ from tidemill.models.config import ModelConfig
 
 PROMPT_TOKENS = 128
 NEW_TOKENS = 33
+STEP_TOKENS = 2048  # of ours; the peer computes all prompts of a batch at once
 RESULTS = Path(__file__).parent / "results"
 # What is promised over transformers: decode throughput by batch, and prefill throughput at each.
 GOALS = {1: 2.0, 8: 3.0, 32: 6.0}
@@ -276,6 +277,7 @@ def write(rows: list[Row], bandwidth: float, arguments: argparse.Namespace) -> N
         "peer": f"transformers {transformers.__version__} generate, bfloat16, sdpa",
         "prompt_tokens": PROMPT_TOKENS,
         "new_tokens": NEW_TOKENS,
+        "step_tokens": STEP_TOKENS,
         "read_bandwidth_gb_s": round(bandwidth / 1e9, 1),
         "rows": [asdict(row) for row in rows],
     }
@@ -300,7 +302,9 @@ def main() -> None:
         model = DeepseekV3ForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
         model.generation_config.eos_token_id = None
         config = EngineConfig(
-            num_blocks=3 * max(arguments.batches), max_batch=max(arguments.batches)
+            num_blocks=3 * max(arguments.batches),
+            max_batch=max(arguments.batches),
+            step_tokens=STEP_TOKENS,
         )
         engine = Engine.load(path, config)
         rows = []
