@@ -28,7 +28,9 @@ class Attempt:
     """A process that is expected to fail: its settings are the stack's own with some changed."""
 
     def __init__(self, directory: Path, stack: Stack, service: str, changes: Any) -> None:
-        own = {"server": {"address": "127.0.0.1:0", "metrics_address": None}}
+        own: dict[str, Any] = {"server": {"address": "127.0.0.1:0", "metrics_address": None}}
+        if service == "cache":  # a folder of blocks has one owner
+            own["disk_path"] = str(directory / "blocks")
         section = merged(merged(stack.config[service], own), changes)
         path = directory / f"{service}.toml"
         path.write_text(toml.dumps({service: section}))
