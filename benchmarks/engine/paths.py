@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from tidemill.blocks import BLOCK_TOKENS, chain_hashes, max_hit_tokens, root_hash
-from tidemill.engine import Engine, EngineConfig, PrefilledOutput, SamplingParams, TokensOutput
+from tidemill.engine import (
+    Engine,
+    EngineConfig,
+    FinishedOutput,
+    PrefilledOutput,
+    SamplingParams,
+    TokensOutput,
+)
 from tidemill.engine import Sequence as Running
 from tidemill.kv.segments import from_bytes, to_bytes
 
@@ -86,18 +93,24 @@ def start(
     return seq
 
 
-def finish(engine: Engine, *seqs: Running) -> Answers:
-    """Step until nothing is left, release, and give each sequence's tokens."""
-    answers: Answers = {seq.seq_id: [] for seq in seqs}
+def step(engine: Engine, seqs: Sequence[Running], answers: Answers) -> None:
+    """One step: note the tokens, and give back at once what a sequence that has ended held."""
+    for output in engine.step():
+        if isinstance(output, TokensOutput):
+            answers.setdefault(output.seq_id, []).extend(output.token_ids)
+        elif isinstance(output, FinishedOutput):
+            (ended,) = [seq for seq in seqs if seq.seq_id == output.seq_id]
+            engine.pool.release(ended.block_table)
+
+
+def finish(engine: Engine, *seqs: Running, answers: Answers | None = None) -> Answers:
+    """Step until nothing is left, and give each sequence's tokens, after those noted before."""
+    noted: Answers = {} if answers is None else answers
     while engine.has_work:
-        for output in engine.step():
-            if isinstance(output, TokensOutput) and output.seq_id in answers:
-                answers[output.seq_id] += output.token_ids
-    for seq in seqs:
-        engine.pool.release(seq.block_table)
+        step(engine, seqs, noted)
     engine.pool.check_integrity()
     assert engine.pool.num_referenced == 0
-    return answers
+    return noted
 
 
 def alone(engines: Engines, requests: Sequence[Request]) -> Answers:
@@ -177,23 +190,15 @@ def batch(size: int) -> Path_:
                 Request(f"neighbour {i}", [*each.prompt[::-1], 5 + i], 3 + 5 * (i % 7))
                 for i, each in enumerate([*requests] * size)
             ][: size - len(group)]
-            seqs = []
+            seqs: list[Running] = []
+            noted: Answers = {}
             for request in [*group, *neighbours]:
                 seqs.append(start(engine, request))
-                answers = _collect(engine, answers)
-            finished = finish(engine, *seqs)
-            for name, tokens in finished.items():
-                answers[name] = answers.get(name, []) + tokens
+                step(engine, seqs, noted)
+            answers |= finish(engine, *seqs, answers=noted)
         return {request.name: answers[request.name] for request in requests}
 
     return run
-
-
-def _collect(engine: Engine, answers: Answers) -> Answers:
-    for output in engine.step():
-        if isinstance(output, TokensOutput):
-            answers.setdefault(output.seq_id, []).extend(output.token_ids)
-    return answers
 
 
 def swapped(engines: Engines, requests: Sequence[Request]) -> Answers:
@@ -205,11 +210,11 @@ def swapped(engines: Engines, requests: Sequence[Request]) -> Answers:
         num_blocks = sum(-(-(len(each.prompt) + 1) // BLOCK_TOKENS) for each in group)
         engine = engines.get(num_blocks=num_blocks, swap_blocks=NUM_BLOCKS)
         seqs = [start(engine, each, room=1) for each in group]
+        noted: Answers = {}
         while engine.has_work and not engine.load_snapshot().swapped:
-            answers = _collect(engine, answers)
+            step(engine, seqs, noted)
         assert engine.has_work, "nothing was swapped out"
-        for name, tokens in finish(engine, *seqs).items():
-            answers[name] = answers.get(name, []) + tokens
+        answers |= finish(engine, *seqs, answers=noted)
     return answers
 
 
