@@ -265,7 +265,8 @@ def document(rows: Sequence[Row], summary: dict[str, object]) -> str:
         "",
         "A request may be computed whole or in chunks, on one worker or two, alone or in a batch, "
         "from reused KV, after a swap or a failover. This page says by how much that changes "
-        "logits, and how often it changes tokens (X1 in [architecture.md](architecture.md)). `python -m "
+        "logits, and how often it changes tokens (X1 in [architecture.md](architecture.md)). "
+        "`python -m "
         "benchmarks.engine.numerics` measures it and writes this page; "
         f"the figures are of commit {summary['commit']}, {summary['device']}, "
         f"{summary['sequences']} sequences of 64 tokens of the demo model.",
