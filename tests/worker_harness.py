@@ -24,6 +24,7 @@ from tidemill.api.common.v1.logprobs_pb2 import TokenLogprobs
 from tidemill.api.common.v1.usage_pb2 import PromptUsage
 from tidemill.api.decode.v1 import decode_service_pb2 as pb
 from tidemill.api.decode.v1.decode_service_pb2_grpc import DecodeServiceStub
+from tidemill.blocks import max_hit_tokens
 from tidemill.engine import EngineConfig, Output
 from tidemill.errors import TidemillError
 from tidemill.kv.cache_client import CacheClientConfig
@@ -283,6 +284,50 @@ async def router_of(
         yield RouterSide(channel)
     finally:
         await channel.close()
+
+
+@asynccontextmanager
+async def both_roles(
+    model_dir: Path, tls: Tls, **settings: Any
+) -> AsyncIterator[tuple[RunningWorker, RouterSide]]:
+    """One worker that prefills in place, and a router's side of it; whole again at the end (R1)."""
+    async with (
+        worker_at(Role.BOTH, model_dir, tls, **settings) as worker,
+        router_of(worker, tls) as router,
+    ):
+        yield worker, router
+        await settled(worker)
+
+
+@asynccontextmanager
+async def split_roles(
+    model_dir: Path, tls: Tls, **settings: Any
+) -> AsyncIterator[tuple[RunningWorker, RunningWorker, RouterSide]]:
+    """A prefill and a decode worker, and a router's side of the latter; whole again at the end."""
+    async with (
+        worker_at(Role.PREFILL, model_dir, tls, **settings) as prefill,
+        worker_at(Role.DECODE, model_dir, tls, **settings) as decode,
+        router_of(decode, tls) as router,
+    ):
+        yield prefill, decode, router
+        await settled(prefill, decode)
+
+
+def split_of(usage: PromptUsage) -> dict[str, int]:
+    """The usage's non-zero parts; asserts U1 and that hits are whole blocks within U2's bound."""
+    parts = {
+        "computed": usage.computed_tokens,
+        "device": usage.reused_device_tokens,
+        "host": usage.reused_host_tokens,
+        "cache_ram": usage.reused_cache_ram_tokens,
+        "cache_disk": usage.reused_cache_disk_tokens,
+        "peer": usage.reused_peer_tokens,
+    }
+    assert sum(parts.values()) == usage.prompt_tokens
+    reused = usage.prompt_tokens - usage.computed_tokens
+    assert reused % 64 == 0
+    assert reused <= max_hit_tokens(usage.prompt_tokens)
+    return {name: count for name, count in parts.items() if count}
 
 
 async def settled(*workers: RunningWorker, within_s: float = 10.0) -> None:

@@ -41,6 +41,7 @@ from tidemill.engine import Sequence as Running
 from tidemill.engine.runner import ModelRunner
 from tidemill.engine.sampling import Drawn
 from tidemill.models.deepseek import Batch, PromptSpan
+from tidemill.models.fp8 import dequantize
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "models/demo"
@@ -361,9 +362,8 @@ def dequantise(source: Path, target: Path) -> None:
         scale = tensors.get(name + "_scale_inv")
         if scale is None:
             kept[name] = value.float()
-            continue
-        wide = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
-        kept[name] = value.float() * wide[: value.shape[0], : value.shape[1]]
+        else:
+            kept[name] = dequantize(value, scale, (128, 128), torch.float32)
     save_file(kept, target / "model.safetensors", metadata={"format": "pt"})
 
 

@@ -1,8 +1,7 @@
 """Several completions of one prompt on real workers: one prefill, shared blocks, one Final."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from tests.worker_harness import (
     Attempted,
     RouterSide,
     Tls,
+    both_roles,
     check_whole,
     eventually,
     make_start,
@@ -22,6 +22,7 @@ from tests.worker_harness import (
     router_of,
     settled,
     slow_down,
+    split_roles,
     worker_at,
 )
 from tidemill.api.common.v1.kv_pb2 import KvSegment
@@ -31,7 +32,6 @@ from tidemill.errors import FailedPrecondition, InvalidRequest
 from tidemill.kv.transport import GrpcKvTransport
 from tidemill.policy.seeds import choice_seed
 from tidemill.worker.config import Role
-from tidemill.worker.process import RunningWorker
 
 SEED = 20_260_101
 NUM_PROMPT_TOKENS = 150  # two whole blocks and a part of a third
@@ -40,31 +40,6 @@ NUM_PROMPT_TOKENS = 150  # two whole blocks and a part of a third
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
-
-
-@asynccontextmanager
-async def one_worker(
-    model_dir: Path, tls: Tls, **settings: Any
-) -> AsyncIterator[tuple[RunningWorker, RouterSide]]:
-    async with (
-        worker_at(Role.BOTH, model_dir, tls, **settings) as worker,
-        router_of(worker, tls) as router,
-    ):
-        yield worker, router
-        await settled(worker)
-
-
-@asynccontextmanager
-async def two_workers(
-    model_dir: Path, tls: Tls, **settings: Any
-) -> AsyncIterator[tuple[RunningWorker, RunningWorker, RouterSide]]:
-    async with (
-        worker_at(Role.PREFILL, model_dir, tls, **settings) as prefill,
-        worker_at(Role.DECODE, model_dir, tls, **settings) as decode,
-        router_of(decode, tls) as router,
-    ):
-        yield prefill, decode, router
-        await settled(prefill, decode)
 
 
 def ask(n: int, request_id: str = "n", **fields: Any) -> Any:
@@ -92,7 +67,7 @@ def check(answer: Answer, n: int) -> None:
 async def test_in_place_choices_are_what_single_requests_with_their_seeds_answer(
     model_dir: Path, tls_files: Tls
 ) -> None:
-    async with one_worker(model_dir, tls_files) as (worker, router):
+    async with both_roles(model_dir, tls_files) as (worker, router):
         answer = await router.ask(ask(3))
         check(answer, 3)
         assert len({tuple(tokens) for tokens in answer.choices}) == 3
@@ -105,7 +80,7 @@ async def test_in_place_choices_are_what_single_requests_with_their_seeds_answer
 async def test_handed_over_choices_are_what_single_requests_with_their_seeds_answer(
     model_dir: Path, tls_files: Tls
 ) -> None:
-    async with two_workers(model_dir, tls_files) as (prefill, decode, router):
+    async with split_roles(model_dir, tls_files) as (prefill, decode, router):
         answer = await router.ask(ask(3, prefill=prefill))
         check(answer, 3)
         assert metric(prefill, "computed_tokens_total") == NUM_PROMPT_TOKENS
@@ -114,7 +89,7 @@ async def test_handed_over_choices_are_what_single_requests_with_their_seeds_ans
 
 
 async def test_choices_share_the_blocks_of_their_prompt(model_dir: Path, tls_files: Tls) -> None:
-    async with one_worker(model_dir, tls_files, num_blocks=24) as (worker, router):
+    async with both_roles(model_dir, tls_files, num_blocks=24) as (worker, router):
         slow_down(worker, 0.01)
         attempted = await router.begin(ask(8, max_tokens=20))
         await attempted.until("chunk")
@@ -124,7 +99,7 @@ async def test_choices_share_the_blocks_of_their_prompt(model_dir: Path, tls_fil
 
 
 async def test_a_single_token_of_each_choice(model_dir: Path, tls_files: Tls) -> None:
-    async with two_workers(model_dir, tls_files) as (prefill, _, router):
+    async with split_roles(model_dir, tls_files) as (prefill, _, router):
         places: list[dict[str, Any]] = [{}, {"prefill": prefill}]
         for place in places:
             answer = await router.ask(ask(4, f"one-{len(place)}", max_tokens=1, **place))
@@ -137,7 +112,7 @@ async def test_a_single_token_of_each_choice(model_dir: Path, tls_files: Tls) ->
 async def test_a_choice_that_is_stopped_leaves_the_others_alone(
     model_dir: Path, tls_files: Tls, place: str
 ) -> None:
-    async with two_workers(model_dir, tls_files) as (prefill, decode, router):
+    async with split_roles(model_dir, tls_files) as (prefill, decode, router):
         where: dict[str, Any] = {"prefill": prefill} if place == "handed over" else {}
         whole = await one_by_one(router, 3, max_tokens=60, **where)
         slow_down(decode, 0.01)
@@ -155,7 +130,7 @@ async def test_a_choice_that_is_stopped_leaves_the_others_alone(
 async def test_when_every_choice_is_stopped_the_attempt_is_over(
     model_dir: Path, tls_files: Tls
 ) -> None:
-    async with one_worker(model_dir, tls_files) as (worker, router):
+    async with both_roles(model_dir, tls_files) as (worker, router):
         slow_down(worker, 0.01)
         attempted = await router.begin(ask(2, max_tokens=200))
         await attempted.until("chunk")
@@ -215,7 +190,7 @@ async def test_choices_may_be_stopped_before_the_latents_have_landed(
 async def test_funds_are_shared_and_what_a_choice_leaves_goes_to_the_others(
     model_dir: Path, tls_files: Tls
 ) -> None:
-    async with one_worker(model_dir, tls_files) as (_, router):
+    async with both_roles(model_dir, tls_files) as (_, router):
         whole = (await router.ask(ask(3, "free", max_tokens=30))).choices
         attempted = await router.begin(ask(3, max_tokens=30, funded_tokens=31))
         await eventually_said(attempted, 31)
@@ -238,7 +213,7 @@ async def eventually_said(attempted: Attempted, num_tokens: int) -> None:
 
 
 async def test_choices_without_more_funds_end_together(model_dir: Path, tls_files: Tls) -> None:
-    async with one_worker(model_dir, tls_files, fund_wait_s=0.2) as (_, router):
+    async with both_roles(model_dir, tls_files, fund_wait_s=0.2) as (_, router):
         answer = await router.ask(ask(3, max_tokens=30, funded_tokens=14))
         check(answer, 3)
         assert [len(tokens) for tokens in answer.choices] == [5, 5, 4]
@@ -246,7 +221,7 @@ async def test_choices_without_more_funds_end_together(model_dir: Path, tls_file
 
 
 async def test_a_cancel_ends_every_choice_and_frees_all(model_dir: Path, tls_files: Tls) -> None:
-    async with one_worker(model_dir, tls_files) as (worker, router):
+    async with both_roles(model_dir, tls_files) as (worker, router):
         slow_down(worker, 0.02)
         for event in ("chunk", None):  # while they decode, and while the prompt is computed
             attempted = await router.begin(ask(3, f"c{event}", max_tokens=300))
@@ -263,7 +238,7 @@ async def test_a_cancel_ends_every_choice_and_frees_all(model_dir: Path, tls_fil
 async def test_a_router_that_vanishes_leaves_no_choice_behind(
     model_dir: Path, tls_files: Tls
 ) -> None:
-    async with one_worker(model_dir, tls_files) as (worker, router):
+    async with both_roles(model_dir, tls_files) as (worker, router):
         slow_down(worker, 0.01)
         attempted = await router.begin(ask(4, max_tokens=500))
         await attempted.until("chunk")
@@ -275,10 +250,10 @@ async def test_a_router_that_vanishes_leaves_no_choice_behind(
 async def test_choices_that_outgrow_the_pool_are_swapped_and_answer_the_same(
     model_dir: Path, tls_files: Tls
 ) -> None:
-    async with one_worker(model_dir, tls_files) as (_, router):
+    async with both_roles(model_dir, tls_files) as (_, router):
         wanted = (await router.ask(ask(3, max_tokens=90))).choices
     # Two shared blocks and twice two of each choice's own would be needed at once.
-    async with one_worker(model_dir, tls_files, num_blocks=6) as (worker, router):
+    async with both_roles(model_dir, tls_files, num_blocks=6) as (worker, router):
         attempted = await router.begin(ask(3, max_tokens=90))
         swapped = 0
         while await attempted.next() is not None:
@@ -290,7 +265,7 @@ async def test_choices_that_outgrow_the_pool_are_swapped_and_answer_the_same(
 async def test_more_than_the_memory_can_hold_is_refused_by_name(
     model_dir: Path, tls_files: Tls
 ) -> None:
-    async with one_worker(model_dir, tls_files, num_blocks=4) as (_, router):
+    async with both_roles(model_dir, tls_files, num_blocks=4) as (_, router):
         refused = await router.ask(ask(16, max_tokens=100))
         assert isinstance(refused.error, FailedPrecondition)
         assert refused.error.reason == "KV_POOL_TOO_SMALL"
@@ -306,7 +281,7 @@ async def test_more_than_the_memory_can_hold_is_refused_by_name(
 async def test_what_cannot_be_said_of_several_choices_is_refused(
     model_dir: Path, tls_files: Tls, fields: dict[str, Any], field: str
 ) -> None:
-    async with one_worker(model_dir, tls_files) as (_, router):
+    async with both_roles(model_dir, tls_files) as (_, router):
         refused = await router.ask(ask(3, **fields))
         assert isinstance(refused.error, InvalidRequest)
         assert refused.error.violations[0][0] == field
@@ -315,7 +290,7 @@ async def test_what_cannot_be_said_of_several_choices_is_refused(
 async def test_a_stop_of_a_choice_that_there_is_not_ends_the_attempt(
     model_dir: Path, tls_files: Tls
 ) -> None:
-    async with one_worker(model_dir, tls_files) as (worker, router):
+    async with both_roles(model_dir, tls_files) as (worker, router):
         slow_down(worker, 0.01)
         attempted = await router.begin(ask(2, max_tokens=200))
         await attempted.until("chunk")
@@ -328,7 +303,7 @@ async def test_a_stop_of_a_choice_that_there_is_not_ends_the_attempt(
 async def test_log_probabilities_come_with_the_tokens_of_each_choice(
     model_dir: Path, tls_files: Tls
 ) -> None:
-    async with two_workers(model_dir, tls_files) as (prefill, _, router):
+    async with split_roles(model_dir, tls_files) as (prefill, _, router):
         places: list[dict[str, Any]] = [{}, {"prefill": prefill}]
         for place in places:
             fields = {"max_tokens": 4, "logprobs": 2, "prompt_logprobs": 1, **place}

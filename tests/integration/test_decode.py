@@ -2,8 +2,6 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from tests.worker_harness import (
     Answer,
     RouterSide,
     Tls,
+    both_roles,
     check_whole,
     eventually,
     make_start,
@@ -23,6 +22,7 @@ from tests.worker_harness import (
     router_of,
     settled,
     slow_down,
+    split_roles,
     worker_at,
 )
 from tidemill.api.common.v1.lifecycle_pb2 import AttemptId, FinishReason
@@ -46,31 +46,6 @@ from tidemill.worker.process import RunningWorker
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
-
-
-@asynccontextmanager
-async def both_roles(
-    model_dir: Path, tls: Tls, **settings: Any
-) -> AsyncIterator[tuple[RunningWorker, RouterSide]]:
-    async with (
-        worker_at(Role.BOTH, model_dir, tls, **settings) as worker,
-        router_of(worker, tls) as router,
-    ):
-        yield worker, router
-        await settled(worker)
-
-
-@asynccontextmanager
-async def split_roles(
-    model_dir: Path, tls: Tls, **settings: Any
-) -> AsyncIterator[tuple[RunningWorker, RunningWorker, RouterSide]]:
-    async with (
-        worker_at(Role.PREFILL, model_dir, tls, **settings) as prefill,
-        worker_at(Role.DECODE, model_dir, tls, **settings) as decode,
-        router_of(decode, tls) as router,
-    ):
-        yield prefill, decode, router
-        await settled(prefill, decode)
 
 
 async def error_of(call: Any) -> TidemillError:

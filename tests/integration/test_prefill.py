@@ -24,13 +24,12 @@ from tests.worker_harness import (
     router_of,
     settled,
     slow_down,
+    split_of,
     worker_at,
 )
-from tidemill.api.common.v1.usage_pb2 import PromptUsage
 from tidemill.api.decode.v1.decode_service_pb2_grpc import DecodeServiceStub
 from tidemill.api.prefill.v1 import prefill_service_pb2 as pb
 from tidemill.api.prefill.v1.prefill_service_pb2_grpc import PrefillServiceStub
-from tidemill.blocks import max_hit_tokens
 from tidemill.errors import (
     AlreadyExists,
     InvalidRequest,
@@ -52,23 +51,6 @@ OTHER_SCOPE = b"o" * 32
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
-
-
-def split_of(usage: PromptUsage) -> dict[str, int]:
-    """The usage's non-zero parts; asserts U1 and that hits are whole blocks within U2's bound."""
-    parts = {
-        "computed": usage.computed_tokens,
-        "device": usage.reused_device_tokens,
-        "host": usage.reused_host_tokens,
-        "cache_ram": usage.reused_cache_ram_tokens,
-        "cache_disk": usage.reused_cache_disk_tokens,
-        "peer": usage.reused_peer_tokens,
-    }
-    assert sum(parts.values()) == usage.prompt_tokens
-    reused = usage.prompt_tokens - usage.computed_tokens
-    assert reused % 64 == 0
-    assert reused <= max_hit_tokens(usage.prompt_tokens)
-    return {name: count for name, count in parts.items() if count}
 
 
 class Split:

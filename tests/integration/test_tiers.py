@@ -23,14 +23,13 @@ from tests.worker_harness import (
     prompt_of,
     router_of,
     settled,
+    split_of,
     worker_at,
 )
 from tidemill.api.cache.v1 import cache_service_pb2 as cache_pb
 from tidemill.api.cache.v1.cache_service_pb2_grpc import CacheServiceStub
 from tidemill.api.common.v1.lifecycle_pb2 import KvPeer
-from tidemill.api.common.v1.usage_pb2 import PromptUsage
 from tidemill.api.worker.v1 import worker_service_pb2 as worker_pb
-from tidemill.blocks import max_hit_tokens
 from tidemill.errors import InvalidRequest, PermissionDenied, TidemillError
 from tidemill.kv.cache_client import CacheClient
 from tidemill.rpc.channel import internal_channel
@@ -44,23 +43,6 @@ OTHER_SCOPE = b"o" * 32
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
-
-
-def split_of(usage: PromptUsage) -> dict[str, int]:
-    """The usage's non-zero parts; asserts U1 and U2."""
-    parts = {
-        "computed": usage.computed_tokens,
-        "device": usage.reused_device_tokens,
-        "host": usage.reused_host_tokens,
-        "cache_ram": usage.reused_cache_ram_tokens,
-        "cache_disk": usage.reused_cache_disk_tokens,
-        "peer": usage.reused_peer_tokens,
-    }
-    assert sum(parts.values()) == usage.prompt_tokens
-    reused = usage.prompt_tokens - usage.computed_tokens
-    assert reused % 64 == 0
-    assert reused <= max_hit_tokens(usage.prompt_tokens)
-    return {name: count for name, count in parts.items() if count}
 
 
 def evict_device(running: RunningWorker) -> None:
