@@ -27,7 +27,7 @@ class _ReceiptStateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._E
     RECEIPT_STATE_UNSPECIFIED: _ReceiptState.ValueType  # 0
     """Not known."""
     RECEIPT_STATE_PRICED: _ReceiptState.ValueType  # 1
-    """Priced; the deployment keeps no ledger, so nothing was charged."""
+    """Priced, and nothing was charged: there was nothing to pay for."""
     RECEIPT_STATE_PENDING: _ReceiptState.ValueType  # 2
     """Priced and not yet in the ledger."""
     RECEIPT_STATE_SETTLED: _ReceiptState.ValueType  # 3
@@ -39,7 +39,7 @@ class ReceiptState(_ReceiptState, metaclass=_ReceiptStateEnumTypeWrapper):
 RECEIPT_STATE_UNSPECIFIED: ReceiptState.ValueType  # 0
 """Not known."""
 RECEIPT_STATE_PRICED: ReceiptState.ValueType  # 1
-"""Priced; the deployment keeps no ledger, so nothing was charged."""
+"""Priced, and nothing was charged: there was nothing to pay for."""
 RECEIPT_STATE_PENDING: ReceiptState.ValueType  # 2
 """Priced and not yet in the ledger."""
 RECEIPT_STATE_SETTLED: ReceiptState.ValueType  # 3
@@ -125,6 +125,15 @@ class Receipt(google.protobuf.message.Message):
     BOOK_VERSION_FIELD_NUMBER: builtins.int
     TARIFF_FROM_MS_FIELD_NUMBER: builtins.int
     DECIDED_BY_FIELD_NUMBER: builtins.int
+    KEY_ID_FIELD_NUMBER: builtins.int
+    HOLD_NANO_FIELD_NUMBER: builtins.int
+    GRANTED_NANO_FIELD_NUMBER: builtins.int
+    TOPPED_UP_NANO_FIELD_NUMBER: builtins.int
+    POSITION_FIELD_NUMBER: builtins.int
+    PREVIOUS_CHAIN_FIELD_NUMBER: builtins.int
+    CHAIN_FIELD_NUMBER: builtins.int
+    SIGNATURE_FIELD_NUMBER: builtins.int
+    SIGNING_KEY_ID_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """The request's id."""
     tenant_id: builtins.str
@@ -167,6 +176,26 @@ class Receipt(google.protobuf.message.Message):
     """When the tariff that applied took effect, milliseconds since the Unix epoch."""
     decided_by: global___DecidingInstant.ValueType
     """Which instant picked the window."""
+    key_id: builtins.str
+    """Public part of the API key that asked."""
+    hold_nano: builtins.int
+    """Most that was held for the request, nano-units; the amount never exceeds it."""
+    granted_nano: builtins.int
+    """Paid from the granted balance, nano-units. 0 while the receipt is pending."""
+    topped_up_nano: builtins.int
+    """Paid from the topped-up balance, nano-units. 0 while the receipt is pending."""
+    position: builtins.int
+    """Place in the account's chain, from 1. 0 while the receipt is pending."""
+    previous_chain: builtins.bytes
+    """Chain value before this receipt, 32 bytes; 32 zero bytes before the first. Empty while pending."""
+    chain: builtins.bytes
+    """SHA-256 over previous_chain and content_sha256, 32 bytes. Empty while pending."""
+    signature: builtins.bytes
+    """Ed25519 signature, 64 bytes, over "tidemill.receipt.v1", a zero byte, content_sha256, chain (32 zero bytes
+    while pending) and position (8 bytes, big-endian).
+    """
+    signing_key_id: builtins.str
+    """Names the key that signed, see BillingService.ListSigningKeys."""
     @property
     def prices(self) -> global___UnitPrices:
         """Prices that applied."""
@@ -201,8 +230,17 @@ class Receipt(google.protobuf.message.Message):
         book_version: builtins.int = ...,
         tariff_from_ms: builtins.int = ...,
         decided_by: global___DecidingInstant.ValueType = ...,
+        key_id: builtins.str = ...,
+        hold_nano: builtins.int = ...,
+        granted_nano: builtins.int = ...,
+        topped_up_nano: builtins.int = ...,
+        position: builtins.int = ...,
+        previous_chain: builtins.bytes = ...,
+        chain: builtins.bytes = ...,
+        signature: builtins.bytes = ...,
+        signing_key_id: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["prices", b"prices", "usage", b"usage"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["admitted_at_ms", b"admitted_at_ms", "amount_nano", b"amount_nano", "attempts", b"attempts", "book_digest", b"book_digest", "book_id", b"book_id", "book_version", b"book_version", "content_sha256", b"content_sha256", "currency", b"currency", "decided_at_ms", b"decided_at_ms", "decided_by", b"decided_by", "hit_cost_pico", b"hit_cost_pico", "miss_cost_pico", b"miss_cost_pico", "model", b"model", "output_cost_pico", b"output_cost_pico", "price_model", b"price_model", "prices", b"prices", "request_id", b"request_id", "saved_nano", b"saved_nano", "state", b"state", "tariff_from_ms", b"tariff_from_ms", "tenant_id", b"tenant_id", "usage", b"usage", "window", b"window"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["admitted_at_ms", b"admitted_at_ms", "amount_nano", b"amount_nano", "attempts", b"attempts", "book_digest", b"book_digest", "book_id", b"book_id", "book_version", b"book_version", "chain", b"chain", "content_sha256", b"content_sha256", "currency", b"currency", "decided_at_ms", b"decided_at_ms", "decided_by", b"decided_by", "granted_nano", b"granted_nano", "hit_cost_pico", b"hit_cost_pico", "hold_nano", b"hold_nano", "key_id", b"key_id", "miss_cost_pico", b"miss_cost_pico", "model", b"model", "output_cost_pico", b"output_cost_pico", "position", b"position", "previous_chain", b"previous_chain", "price_model", b"price_model", "prices", b"prices", "request_id", b"request_id", "saved_nano", b"saved_nano", "signature", b"signature", "signing_key_id", b"signing_key_id", "state", b"state", "tariff_from_ms", b"tariff_from_ms", "tenant_id", b"tenant_id", "topped_up_nano", b"topped_up_nano", "usage", b"usage", "window", b"window"]) -> None: ...
 
 global___Receipt = Receipt

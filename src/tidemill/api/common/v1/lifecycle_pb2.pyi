@@ -357,6 +357,7 @@ class PrefillDone(google.protobuf.message.Message):
     FIRST_TOKEN_IDS_FIELD_NUMBER: builtins.int
     FIRST_LOGPROBS_FIELD_NUMBER: builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: builtins.int
+    BUSY_SECONDS_FIELD_NUMBER: builtins.int
     first_token_id: builtins.int
     """First completion token."""
     queued_us: builtins.int
@@ -367,6 +368,8 @@ class PrefillDone(google.protobuf.message.Message):
     """Microseconds of those that were spent fetching from the cache."""
     last_hidden: builtins.bytes
     """Last hidden state for the MTP layer, the layout's dtype. Empty: no MTP."""
+    busy_seconds: builtins.float
+    """Seconds of the prefilling worker's compute that this prompt used: its share of every step it was in."""
     @property
     def usage(self) -> tidemill.api.common.v1.usage_pb2.PromptUsage:
         """The prompt's split."""
@@ -395,8 +398,9 @@ class PrefillDone(google.protobuf.message.Message):
         first_token_ids: collections.abc.Iterable[builtins.int] | None = ...,
         first_logprobs: collections.abc.Iterable[tidemill.api.common.v1.logprobs_pb2.TokenLogprobs] | None = ...,
         prompt_logprobs: collections.abc.Iterable[tidemill.api.common.v1.logprobs_pb2.TokenLogprobs] | None = ...,
+        busy_seconds: builtins.float = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["usage", b"usage"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["fetch_us", b"fetch_us", "first_logprobs", b"first_logprobs", "first_token_id", b"first_token_id", "first_token_ids", b"first_token_ids", "last_hidden", b"last_hidden", "prefill_us", b"prefill_us", "prompt_logprobs", b"prompt_logprobs", "queued_us", b"queued_us", "usage", b"usage"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["busy_seconds", b"busy_seconds", "fetch_us", b"fetch_us", "first_logprobs", b"first_logprobs", "first_token_id", b"first_token_id", "first_token_ids", b"first_token_ids", "last_hidden", b"last_hidden", "prefill_us", b"prefill_us", "prompt_logprobs", b"prompt_logprobs", "queued_us", b"queued_us", "usage", b"usage"]) -> None: ...
 
 global___PrefillDone = PrefillDone

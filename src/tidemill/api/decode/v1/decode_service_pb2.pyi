@@ -282,6 +282,7 @@ class Final(google.protobuf.message.Message):
     ACCEPTED_TOKENS_FIELD_NUMBER: builtins.int
     BUSY_SECONDS_FIELD_NUMBER: builtins.int
     PROMPT_FIELD_NUMBER: builtins.int
+    PREFILL_BUSY_SECONDS_FIELD_NUMBER: builtins.int
     reason: tidemill.api.common.v1.lifecycle_pb2.FinishReason.ValueType
     """Why; of several choices, why the last one ended."""
     generated_tokens: builtins.int
@@ -291,7 +292,9 @@ class Final(google.protobuf.message.Message):
     accepted_tokens: builtins.int
     """Drafted tokens that were accepted."""
     busy_seconds: builtins.float
-    """Seconds of this worker's compute that this attempt used."""
+    """Seconds of this worker's compute that generating used: the attempt's share of every step it was in."""
+    prefill_busy_seconds: builtins.float
+    """Seconds of the prefilling worker's compute that the prompt used, whichever worker that was."""
     @property
     def id(self) -> tidemill.api.common.v1.lifecycle_pb2.AttemptId:
         """Which attempt."""
@@ -310,9 +313,10 @@ class Final(google.protobuf.message.Message):
         accepted_tokens: builtins.int = ...,
         busy_seconds: builtins.float = ...,
         prompt: tidemill.api.common.v1.usage_pb2.PromptUsage | None = ...,
+        prefill_busy_seconds: builtins.float = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["id", b"id", "prompt", b"prompt"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["accepted_tokens", b"accepted_tokens", "busy_seconds", b"busy_seconds", "drafted_tokens", b"drafted_tokens", "generated_tokens", b"generated_tokens", "id", b"id", "prompt", b"prompt", "reason", b"reason"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["accepted_tokens", b"accepted_tokens", "busy_seconds", b"busy_seconds", "drafted_tokens", b"drafted_tokens", "generated_tokens", b"generated_tokens", "id", b"id", "prefill_busy_seconds", b"prefill_busy_seconds", "prompt", b"prompt", "reason", b"reason"]) -> None: ...
 
 global___Final = Final
 

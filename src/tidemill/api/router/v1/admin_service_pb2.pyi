@@ -7,10 +7,54 @@ import builtins
 import collections.abc
 import google.protobuf.descriptor
 import google.protobuf.internal.containers
+import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
+import sys
+import tidemill.api.billing.v1.account_pb2
 import typing
 
+if sys.version_info >= (3, 10):
+    import typing as typing_extensions
+else:
+    import typing_extensions
+
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
+
+class _MarginDimension:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _MarginDimensionEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_MarginDimension.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    MARGIN_DIMENSION_UNSPECIFIED: _MarginDimension.ValueType  # 0
+    """Not allowed."""
+    MARGIN_DIMENSION_TENANT: _MarginDimension.ValueType  # 1
+    """The tenant."""
+    MARGIN_DIMENSION_MODEL: _MarginDimension.ValueType  # 2
+    """The served model."""
+    MARGIN_DIMENSION_HOUR: _MarginDimension.ValueType  # 3
+    """The UTC hour of the deciding instant."""
+    MARGIN_DIMENSION_PHASE: _MarginDimension.ValueType  # 4
+    """Prefill, decode and idle."""
+    MARGIN_DIMENSION_TIER: _MarginDimension.ValueType  # 5
+    """What a prompt token was: computed, or reused from which tier; output tokens are a row of their own."""
+
+class MarginDimension(_MarginDimension, metaclass=_MarginDimensionEnumTypeWrapper):
+    """By what margin is told apart."""
+
+MARGIN_DIMENSION_UNSPECIFIED: MarginDimension.ValueType  # 0
+"""Not allowed."""
+MARGIN_DIMENSION_TENANT: MarginDimension.ValueType  # 1
+"""The tenant."""
+MARGIN_DIMENSION_MODEL: MarginDimension.ValueType  # 2
+"""The served model."""
+MARGIN_DIMENSION_HOUR: MarginDimension.ValueType  # 3
+"""The UTC hour of the deciding instant."""
+MARGIN_DIMENSION_PHASE: MarginDimension.ValueType  # 4
+"""Prefill, decode and idle."""
+MARGIN_DIMENSION_TIER: MarginDimension.ValueType  # 5
+"""What a prompt token was: computed, or reused from which tier; output tokens are a row of their own."""
+global___MarginDimension = MarginDimension
 
 @typing.final
 class CreateTenantRequest(google.protobuf.message.Message):
@@ -220,3 +264,549 @@ class KeyInfo(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["created_at_ms", b"created_at_ms", "key_id", b"key_id", "label", b"label", "revoked", b"revoked", "tenant_id", b"tenant_id"]) -> None: ...
 
 global___KeyInfo = KeyInfo
+
+@typing.final
+class TopUpRequest(google.protobuf.message.Message):
+    """Adds money that was paid."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TENANT_ID_FIELD_NUMBER: builtins.int
+    OPERATION_ID_FIELD_NUMBER: builtins.int
+    AMOUNT_NANO_FIELD_NUMBER: builtins.int
+    NOTE_FIELD_NUMBER: builtins.int
+    tenant_id: builtins.str
+    """Tenant."""
+    operation_id: builtins.str
+    """The operator's idempotency key."""
+    amount_nano: builtins.int
+    """Nano-units of the account's currency."""
+    note: builtins.str
+    """For people."""
+    def __init__(
+        self,
+        *,
+        tenant_id: builtins.str = ...,
+        operation_id: builtins.str = ...,
+        amount_nano: builtins.int = ...,
+        note: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["amount_nano", b"amount_nano", "note", b"note", "operation_id", b"operation_id", "tenant_id", b"tenant_id"]) -> None: ...
+
+global___TopUpRequest = TopUpRequest
+
+@typing.final
+class TopUpResponse(google.protobuf.message.Message):
+    """The money is there."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    APPLIED_FIELD_NUMBER: builtins.int
+    BALANCE_FIELD_NUMBER: builtins.int
+    applied: builtins.bool
+    """Whether this call added it."""
+    @property
+    def balance(self) -> tidemill.api.billing.v1.account_pb2.Balance:
+        """The balances now."""
+
+    def __init__(
+        self,
+        *,
+        applied: builtins.bool = ...,
+        balance: tidemill.api.billing.v1.account_pb2.Balance | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["balance", b"balance"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["applied", b"applied", "balance", b"balance"]) -> None: ...
+
+global___TopUpResponse = TopUpResponse
+
+@typing.final
+class GrantRequest(google.protobuf.message.Message):
+    """Adds money that is given."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TENANT_ID_FIELD_NUMBER: builtins.int
+    OPERATION_ID_FIELD_NUMBER: builtins.int
+    AMOUNT_NANO_FIELD_NUMBER: builtins.int
+    NOTE_FIELD_NUMBER: builtins.int
+    tenant_id: builtins.str
+    """Tenant."""
+    operation_id: builtins.str
+    """The operator's idempotency key."""
+    amount_nano: builtins.int
+    """Nano-units of the account's currency."""
+    note: builtins.str
+    """For people."""
+    def __init__(
+        self,
+        *,
+        tenant_id: builtins.str = ...,
+        operation_id: builtins.str = ...,
+        amount_nano: builtins.int = ...,
+        note: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["amount_nano", b"amount_nano", "note", b"note", "operation_id", b"operation_id", "tenant_id", b"tenant_id"]) -> None: ...
+
+global___GrantRequest = GrantRequest
+
+@typing.final
+class GrantResponse(google.protobuf.message.Message):
+    """The money is there."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    APPLIED_FIELD_NUMBER: builtins.int
+    BALANCE_FIELD_NUMBER: builtins.int
+    applied: builtins.bool
+    """Whether this call added it."""
+    @property
+    def balance(self) -> tidemill.api.billing.v1.account_pb2.Balance:
+        """The balances now."""
+
+    def __init__(
+        self,
+        *,
+        applied: builtins.bool = ...,
+        balance: tidemill.api.billing.v1.account_pb2.Balance | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["balance", b"balance"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["applied", b"applied", "balance", b"balance"]) -> None: ...
+
+global___GrantResponse = GrantResponse
+
+@typing.final
+class RefundRequest(google.protobuf.message.Message):
+    """Gives a charge back."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TENANT_ID_FIELD_NUMBER: builtins.int
+    OPERATION_ID_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    AMOUNT_NANO_FIELD_NUMBER: builtins.int
+    NOTE_FIELD_NUMBER: builtins.int
+    tenant_id: builtins.str
+    """Tenant."""
+    operation_id: builtins.str
+    """The operator's idempotency key."""
+    request_id: builtins.str
+    """The request whose charge it is."""
+    amount_nano: builtins.int
+    """Nano-units of the account's currency. Unset: all that is left of the charge."""
+    note: builtins.str
+    """For people."""
+    def __init__(
+        self,
+        *,
+        tenant_id: builtins.str = ...,
+        operation_id: builtins.str = ...,
+        request_id: builtins.str = ...,
+        amount_nano: builtins.int | None = ...,
+        note: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_amount_nano", b"_amount_nano", "amount_nano", b"amount_nano"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_amount_nano", b"_amount_nano", "amount_nano", b"amount_nano", "note", b"note", "operation_id", b"operation_id", "request_id", b"request_id", "tenant_id", b"tenant_id"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_amount_nano", b"_amount_nano"]) -> typing.Literal["amount_nano"] | None: ...
+
+global___RefundRequest = RefundRequest
+
+@typing.final
+class RefundResponse(google.protobuf.message.Message):
+    """The charge is given back."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    APPLIED_FIELD_NUMBER: builtins.int
+    AMOUNT_NANO_FIELD_NUMBER: builtins.int
+    BALANCE_FIELD_NUMBER: builtins.int
+    applied: builtins.bool
+    """Whether this call gave it back."""
+    amount_nano: builtins.int
+    """What was given back, nano-units."""
+    @property
+    def balance(self) -> tidemill.api.billing.v1.account_pb2.Balance:
+        """The balances now."""
+
+    def __init__(
+        self,
+        *,
+        applied: builtins.bool = ...,
+        amount_nano: builtins.int = ...,
+        balance: tidemill.api.billing.v1.account_pb2.Balance | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["balance", b"balance"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["amount_nano", b"amount_nano", "applied", b"applied", "balance", b"balance"]) -> None: ...
+
+global___RefundResponse = RefundResponse
+
+@typing.final
+class SetLimitsRequest(google.protobuf.message.Message):
+    """Replaces limits."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TENANT_ID_FIELD_NUMBER: builtins.int
+    KEY_ID_FIELD_NUMBER: builtins.int
+    OPERATION_ID_FIELD_NUMBER: builtins.int
+    LIMITS_FIELD_NUMBER: builtins.int
+    tenant_id: builtins.str
+    """Tenant."""
+    key_id: builtins.str
+    """The one key that is bound. Unset: the tenant as a whole."""
+    operation_id: builtins.str
+    """The operator's idempotency key."""
+    @property
+    def limits(self) -> tidemill.api.billing.v1.account_pb2.Limits:
+        """The limits. Unset: none."""
+
+    def __init__(
+        self,
+        *,
+        tenant_id: builtins.str = ...,
+        key_id: builtins.str | None = ...,
+        operation_id: builtins.str = ...,
+        limits: tidemill.api.billing.v1.account_pb2.Limits | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_key_id", b"_key_id", "key_id", b"key_id", "limits", b"limits"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_key_id", b"_key_id", "key_id", b"key_id", "limits", b"limits", "operation_id", b"operation_id", "tenant_id", b"tenant_id"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_key_id", b"_key_id"]) -> typing.Literal["key_id"] | None: ...
+
+global___SetLimitsRequest = SetLimitsRequest
+
+@typing.final
+class SetLimitsResponse(google.protobuf.message.Message):
+    """The limits are in force."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    APPLIED_FIELD_NUMBER: builtins.int
+    applied: builtins.bool
+    """Whether this call changed them."""
+    def __init__(
+        self,
+        *,
+        applied: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["applied", b"applied"]) -> None: ...
+
+global___SetLimitsResponse = SetLimitsResponse
+
+@typing.final
+class GetAccountRequest(google.protobuf.message.Message):
+    """Asks for an account."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TENANT_ID_FIELD_NUMBER: builtins.int
+    tenant_id: builtins.str
+    """Tenant."""
+    def __init__(
+        self,
+        *,
+        tenant_id: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["tenant_id", b"tenant_id"]) -> None: ...
+
+global___GetAccountRequest = GetAccountRequest
+
+@typing.final
+class GetAccountResponse(google.protobuf.message.Message):
+    """An account."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class KeyLimitsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        @property
+        def value(self) -> tidemill.api.billing.v1.account_pb2.Limits: ...
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: tidemill.api.billing.v1.account_pb2.Limits | None = ...,
+        ) -> None: ...
+        def HasField(self, field_name: typing.Literal["value", b"value"]) -> builtins.bool: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    @typing.final
+    class HoldsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.int
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.int = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    BALANCE_FIELD_NUMBER: builtins.int
+    LIMITS_FIELD_NUMBER: builtins.int
+    KEY_LIMITS_FIELD_NUMBER: builtins.int
+    HOLDS_FIELD_NUMBER: builtins.int
+    @property
+    def balance(self) -> tidemill.api.billing.v1.account_pb2.Balance:
+        """Its balances."""
+
+    @property
+    def limits(self) -> tidemill.api.billing.v1.account_pb2.Limits:
+        """The tenant's limits."""
+
+    @property
+    def key_limits(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, tidemill.api.billing.v1.account_pb2.Limits]:
+        """Limits of its keys, by key id."""
+
+    @property
+    def holds(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
+        """Requests with a hold, by the hold's state."""
+
+    def __init__(
+        self,
+        *,
+        balance: tidemill.api.billing.v1.account_pb2.Balance | None = ...,
+        limits: tidemill.api.billing.v1.account_pb2.Limits | None = ...,
+        key_limits: collections.abc.Mapping[builtins.str, tidemill.api.billing.v1.account_pb2.Limits] | None = ...,
+        holds: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["balance", b"balance", "limits", b"limits"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["balance", b"balance", "holds", b"holds", "key_limits", b"key_limits", "limits", b"limits"]) -> None: ...
+
+global___GetAccountResponse = GetAccountResponse
+
+@typing.final
+class ListJournalRequest(google.protobuf.message.Message):
+    """Asks for a journal."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TENANT_ID_FIELD_NUMBER: builtins.int
+    PAGE_SIZE_FIELD_NUMBER: builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    tenant_id: builtins.str
+    """Tenant."""
+    page_size: builtins.int
+    """Most entries a page. Unset: 100."""
+    page_token: builtins.str
+    """From the last answer's next_page_token. Empty: the first page."""
+    def __init__(
+        self,
+        *,
+        tenant_id: builtins.str = ...,
+        page_size: builtins.int | None = ...,
+        page_token: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_page_size", b"_page_size", "page_size", b"page_size"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_page_size", b"_page_size", "page_size", b"page_size", "page_token", b"page_token", "tenant_id", b"tenant_id"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_page_size", b"_page_size"]) -> typing.Literal["page_size"] | None: ...
+
+global___ListJournalRequest = ListJournalRequest
+
+@typing.final
+class ListJournalResponse(google.protobuf.message.Message):
+    """A journal."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ENTRIES_FIELD_NUMBER: builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    next_page_token: builtins.str
+    """Empty: no more."""
+    @property
+    def entries(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___JournalEntry]:
+        """In order."""
+
+    def __init__(
+        self,
+        *,
+        entries: collections.abc.Iterable[global___JournalEntry] | None = ...,
+        next_page_token: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["entries", b"entries", "next_page_token", b"next_page_token"]) -> None: ...
+
+global___ListJournalResponse = ListJournalResponse
+
+@typing.final
+class JournalEntry(google.protobuf.message.Message):
+    """One entry: its postings add up to nothing."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class PostingsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.int
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.int = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    ENTRY_ID_FIELD_NUMBER: builtins.int
+    KIND_FIELD_NUMBER: builtins.int
+    SUBJECT_FIELD_NUMBER: builtins.int
+    AT_MS_FIELD_NUMBER: builtins.int
+    POSTINGS_FIELD_NUMBER: builtins.int
+    DETAIL_JSON_FIELD_NUMBER: builtins.int
+    entry_id: builtins.str
+    """The entry's id in the stream."""
+    kind: builtins.str
+    """"reserve", "extend", "settle", "release", "top_up", "grant" or "refund"."""
+    subject: builtins.str
+    """Request or operation."""
+    at_ms: builtins.int
+    """Milliseconds since the Unix epoch."""
+    detail_json: builtins.str
+    """What else it says, as JSON: the receipt of a settlement, the unbilled classes of a release."""
+    @property
+    def postings(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
+        """Nano-units by sub-account: "granted", "topped_up", "hold", "revenue", "adjustment", "paid_in"."""
+
+    def __init__(
+        self,
+        *,
+        entry_id: builtins.str = ...,
+        kind: builtins.str = ...,
+        subject: builtins.str = ...,
+        at_ms: builtins.int = ...,
+        postings: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
+        detail_json: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["at_ms", b"at_ms", "detail_json", b"detail_json", "entry_id", b"entry_id", "kind", b"kind", "postings", b"postings", "subject", b"subject"]) -> None: ...
+
+global___JournalEntry = JournalEntry
+
+@typing.final
+class GetMarginRequest(google.protobuf.message.Message):
+    """Asks for the margin."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    FROM_MS_FIELD_NUMBER: builtins.int
+    TO_MS_FIELD_NUMBER: builtins.int
+    BY_FIELD_NUMBER: builtins.int
+    CURRENCY_FIELD_NUMBER: builtins.int
+    ACCELERATOR_HOUR_NANO_FIELD_NUMBER: builtins.int
+    from_ms: builtins.int
+    """First instant, milliseconds since the Unix epoch."""
+    to_ms: builtins.int
+    """First instant that no longer counts."""
+    currency: builtins.str
+    """ISO 4217 code; only accounts of this currency count."""
+    accelerator_hour_nano: builtins.int
+    """Price of an accelerator-hour in that currency, nano-units. Unset: the router's configured one."""
+    @property
+    def by(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[global___MarginDimension.ValueType]:
+        """What rows are told apart by. Empty: one row in all, and one of idle time."""
+
+    def __init__(
+        self,
+        *,
+        from_ms: builtins.int = ...,
+        to_ms: builtins.int = ...,
+        by: collections.abc.Iterable[global___MarginDimension.ValueType] | None = ...,
+        currency: builtins.str = ...,
+        accelerator_hour_nano: builtins.int | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_accelerator_hour_nano", b"_accelerator_hour_nano", "accelerator_hour_nano", b"accelerator_hour_nano"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_accelerator_hour_nano", b"_accelerator_hour_nano", "accelerator_hour_nano", b"accelerator_hour_nano", "by", b"by", "currency", b"currency", "from_ms", b"from_ms", "to_ms", b"to_ms"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_accelerator_hour_nano", b"_accelerator_hour_nano"]) -> typing.Literal["accelerator_hour_nano"] | None: ...
+
+global___GetMarginRequest = GetMarginRequest
+
+@typing.final
+class GetMarginResponse(google.protobuf.message.Message):
+    """The margin."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ROWS_FIELD_NUMBER: builtins.int
+    CURRENCY_FIELD_NUMBER: builtins.int
+    ACCELERATOR_HOUR_NANO_FIELD_NUMBER: builtins.int
+    currency: builtins.str
+    """ISO 4217 code."""
+    accelerator_hour_nano: builtins.int
+    """Price of an accelerator-hour that was used, nano-units."""
+    @property
+    def rows(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___MarginRow]:
+        """In order of their dimensions."""
+
+    def __init__(
+        self,
+        *,
+        rows: collections.abc.Iterable[global___MarginRow] | None = ...,
+        currency: builtins.str = ...,
+        accelerator_hour_nano: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["accelerator_hour_nano", b"accelerator_hour_nano", "currency", b"currency", "rows", b"rows"]) -> None: ...
+
+global___GetMarginResponse = GetMarginResponse
+
+@typing.final
+class MarginRow(google.protobuf.message.Message):
+    """Cost and revenue of some work."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TENANT_ID_FIELD_NUMBER: builtins.int
+    MODEL_FIELD_NUMBER: builtins.int
+    HOUR_MS_FIELD_NUMBER: builtins.int
+    PHASE_FIELD_NUMBER: builtins.int
+    TIER_FIELD_NUMBER: builtins.int
+    TOKENS_FIELD_NUMBER: builtins.int
+    ACCELERATOR_US_FIELD_NUMBER: builtins.int
+    COST_NANO_FIELD_NUMBER: builtins.int
+    REVENUE_NANO_FIELD_NUMBER: builtins.int
+    MARGIN_NANO_FIELD_NUMBER: builtins.int
+    tenant_id: builtins.str
+    """The tenant. Empty: not told apart, or idle."""
+    model: builtins.str
+    """The model. Empty: not told apart."""
+    hour_ms: builtins.int
+    """The hour's first instant, milliseconds since the Unix epoch. 0: not told apart."""
+    phase: builtins.str
+    """"prefill", "decode", "unattributed" or "idle". Empty: not told apart."""
+    tier: builtins.str
+    """"computed", "device", "host", "cache_ram", "cache_disk", "peer" or "output". Empty: not told apart."""
+    tokens: builtins.int
+    """Tokens billed in it."""
+    accelerator_us: builtins.int
+    """Accelerator time, microseconds."""
+    cost_nano: builtins.int
+    """What that time costs, nano-units."""
+    revenue_nano: builtins.int
+    """What was charged less what was given back, nano-units."""
+    margin_nano: builtins.int
+    """revenue_nano - cost_nano."""
+    def __init__(
+        self,
+        *,
+        tenant_id: builtins.str = ...,
+        model: builtins.str = ...,
+        hour_ms: builtins.int = ...,
+        phase: builtins.str = ...,
+        tier: builtins.str = ...,
+        tokens: builtins.int = ...,
+        accelerator_us: builtins.int = ...,
+        cost_nano: builtins.int = ...,
+        revenue_nano: builtins.int = ...,
+        margin_nano: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["accelerator_us", b"accelerator_us", "cost_nano", b"cost_nano", "hour_ms", b"hour_ms", "margin_nano", b"margin_nano", "model", b"model", "phase", b"phase", "revenue_nano", b"revenue_nano", "tenant_id", b"tenant_id", "tier", b"tier", "tokens", b"tokens"]) -> None: ...
+
+global___MarginRow = MarginRow

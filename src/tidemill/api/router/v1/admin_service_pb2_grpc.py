@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class AdminServiceStub(object):
-    """Tenants and keys. Every call carries the operator's admin key in the metadata: "authorization: Bearer KEY".
+    """Tenants, keys and money. Every call carries the operator's admin key in the metadata: "authorization: Bearer KEY".
     """
 
     def __init__(self, channel):
@@ -55,10 +55,45 @@ class AdminServiceStub(object):
                 request_serializer=tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.ListKeysRequest.SerializeToString,
                 response_deserializer=tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.ListKeysResponse.FromString,
                 _registered_method=True)
+        self.TopUp = channel.unary_unary(
+                '/tidemill.api.router.v1.AdminService/TopUp',
+                request_serializer=tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.TopUpRequest.SerializeToString,
+                response_deserializer=tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.TopUpResponse.FromString,
+                _registered_method=True)
+        self.Grant = channel.unary_unary(
+                '/tidemill.api.router.v1.AdminService/Grant',
+                request_serializer=tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.GrantRequest.SerializeToString,
+                response_deserializer=tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.GrantResponse.FromString,
+                _registered_method=True)
+        self.Refund = channel.unary_unary(
+                '/tidemill.api.router.v1.AdminService/Refund',
+                request_serializer=tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.RefundRequest.SerializeToString,
+                response_deserializer=tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.RefundResponse.FromString,
+                _registered_method=True)
+        self.SetLimits = channel.unary_unary(
+                '/tidemill.api.router.v1.AdminService/SetLimits',
+                request_serializer=tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.SetLimitsRequest.SerializeToString,
+                response_deserializer=tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.SetLimitsResponse.FromString,
+                _registered_method=True)
+        self.GetAccount = channel.unary_unary(
+                '/tidemill.api.router.v1.AdminService/GetAccount',
+                request_serializer=tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.GetAccountRequest.SerializeToString,
+                response_deserializer=tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.GetAccountResponse.FromString,
+                _registered_method=True)
+        self.ListJournal = channel.unary_unary(
+                '/tidemill.api.router.v1.AdminService/ListJournal',
+                request_serializer=tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.ListJournalRequest.SerializeToString,
+                response_deserializer=tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.ListJournalResponse.FromString,
+                _registered_method=True)
+        self.GetMargin = channel.unary_unary(
+                '/tidemill.api.router.v1.AdminService/GetMargin',
+                request_serializer=tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.GetMarginRequest.SerializeToString,
+                response_deserializer=tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.GetMarginResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer(object):
-    """Tenants and keys. Every call carries the operator's admin key in the metadata: "authorization: Bearer KEY".
+    """Tenants, keys and money. Every call carries the operator's admin key in the metadata: "authorization: Bearer KEY".
     """
 
     def CreateTenant(self, request, context):
@@ -89,6 +124,56 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def TopUp(self, request, context):
+        """Adds money that the tenant has paid. Repeating an operation_id changes nothing; with another content it is
+        ALREADY_EXISTS. So it is with Grant, Refund and SetLimits.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Grant(self, request, context):
+        """Adds money that the operator gives; it is spent first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Refund(self, request, context):
+        """Gives back part or all of a settled charge; never more than what was charged.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetLimits(self, request, context):
+        """Replaces the limits of a tenant or of one of its keys.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetAccount(self, request, context):
+        """A tenant's balances and limits.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListJournal(self, request, context):
+        """An account's journal in order: every posting since it was made.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetMargin(self, request, context):
+        """Cost, revenue and margin.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -112,6 +197,41 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     request_deserializer=tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.ListKeysRequest.FromString,
                     response_serializer=tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.ListKeysResponse.SerializeToString,
             ),
+            'TopUp': grpc.unary_unary_rpc_method_handler(
+                    servicer.TopUp,
+                    request_deserializer=tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.TopUpRequest.FromString,
+                    response_serializer=tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.TopUpResponse.SerializeToString,
+            ),
+            'Grant': grpc.unary_unary_rpc_method_handler(
+                    servicer.Grant,
+                    request_deserializer=tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.GrantRequest.FromString,
+                    response_serializer=tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.GrantResponse.SerializeToString,
+            ),
+            'Refund': grpc.unary_unary_rpc_method_handler(
+                    servicer.Refund,
+                    request_deserializer=tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.RefundRequest.FromString,
+                    response_serializer=tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.RefundResponse.SerializeToString,
+            ),
+            'SetLimits': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetLimits,
+                    request_deserializer=tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.SetLimitsRequest.FromString,
+                    response_serializer=tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.SetLimitsResponse.SerializeToString,
+            ),
+            'GetAccount': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetAccount,
+                    request_deserializer=tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.GetAccountRequest.FromString,
+                    response_serializer=tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.GetAccountResponse.SerializeToString,
+            ),
+            'ListJournal': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListJournal,
+                    request_deserializer=tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.ListJournalRequest.FromString,
+                    response_serializer=tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.ListJournalResponse.SerializeToString,
+            ),
+            'GetMargin': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetMargin,
+                    request_deserializer=tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.GetMarginRequest.FromString,
+                    response_serializer=tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.GetMarginResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'tidemill.api.router.v1.AdminService', rpc_method_handlers)
@@ -121,7 +241,7 @@ def add_AdminServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdminService(object):
-    """Tenants and keys. Every call carries the operator's admin key in the metadata: "authorization: Bearer KEY".
+    """Tenants, keys and money. Every call carries the operator's admin key in the metadata: "authorization: Bearer KEY".
     """
 
     @staticmethod
@@ -222,6 +342,195 @@ class AdminService(object):
             '/tidemill.api.router.v1.AdminService/ListKeys',
             tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.ListKeysRequest.SerializeToString,
             tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.ListKeysResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TopUp(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tidemill.api.router.v1.AdminService/TopUp',
+            tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.TopUpRequest.SerializeToString,
+            tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.TopUpResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Grant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tidemill.api.router.v1.AdminService/Grant',
+            tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.GrantRequest.SerializeToString,
+            tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.GrantResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Refund(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tidemill.api.router.v1.AdminService/Refund',
+            tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.RefundRequest.SerializeToString,
+            tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.RefundResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetLimits(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tidemill.api.router.v1.AdminService/SetLimits',
+            tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.SetLimitsRequest.SerializeToString,
+            tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.SetLimitsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetAccount(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tidemill.api.router.v1.AdminService/GetAccount',
+            tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.GetAccountRequest.SerializeToString,
+            tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.GetAccountResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListJournal(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tidemill.api.router.v1.AdminService/ListJournal',
+            tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.ListJournalRequest.SerializeToString,
+            tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.ListJournalResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetMargin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tidemill.api.router.v1.AdminService/GetMargin',
+            tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.GetMarginRequest.SerializeToString,
+            tidemill_dot_api_dot_router_dot_v1_dot_admin__service__pb2.GetMarginResponse.FromString,
             options,
             channel_credentials,
             insecure,

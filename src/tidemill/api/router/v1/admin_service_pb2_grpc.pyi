@@ -18,7 +18,7 @@ class _ServicerContext(grpc.ServicerContext, grpc.aio.ServicerContext):  # type:
     ...
 
 class AdminServiceStub:
-    """Tenants and keys. Every call carries the operator's admin key in the metadata: "authorization: Bearer KEY"."""
+    """Tenants, keys and money. Every call carries the operator's admin key in the metadata: "authorization: Bearer KEY"."""
 
     def __init__(self, channel: typing.Union[grpc.Channel, grpc.aio.Channel]) -> None: ...
     CreateTenant: grpc.UnaryUnaryMultiCallable[
@@ -45,8 +45,52 @@ class AdminServiceStub:
     ]
     """Lists keys without their secrets."""
 
+    TopUp: grpc.UnaryUnaryMultiCallable[
+        tidemill.api.router.v1.admin_service_pb2.TopUpRequest,
+        tidemill.api.router.v1.admin_service_pb2.TopUpResponse,
+    ]
+    """Adds money that the tenant has paid. Repeating an operation_id changes nothing; with another content it is
+    ALREADY_EXISTS. So it is with Grant, Refund and SetLimits.
+    """
+
+    Grant: grpc.UnaryUnaryMultiCallable[
+        tidemill.api.router.v1.admin_service_pb2.GrantRequest,
+        tidemill.api.router.v1.admin_service_pb2.GrantResponse,
+    ]
+    """Adds money that the operator gives; it is spent first."""
+
+    Refund: grpc.UnaryUnaryMultiCallable[
+        tidemill.api.router.v1.admin_service_pb2.RefundRequest,
+        tidemill.api.router.v1.admin_service_pb2.RefundResponse,
+    ]
+    """Gives back part or all of a settled charge; never more than what was charged."""
+
+    SetLimits: grpc.UnaryUnaryMultiCallable[
+        tidemill.api.router.v1.admin_service_pb2.SetLimitsRequest,
+        tidemill.api.router.v1.admin_service_pb2.SetLimitsResponse,
+    ]
+    """Replaces the limits of a tenant or of one of its keys."""
+
+    GetAccount: grpc.UnaryUnaryMultiCallable[
+        tidemill.api.router.v1.admin_service_pb2.GetAccountRequest,
+        tidemill.api.router.v1.admin_service_pb2.GetAccountResponse,
+    ]
+    """A tenant's balances and limits."""
+
+    ListJournal: grpc.UnaryUnaryMultiCallable[
+        tidemill.api.router.v1.admin_service_pb2.ListJournalRequest,
+        tidemill.api.router.v1.admin_service_pb2.ListJournalResponse,
+    ]
+    """An account's journal in order: every posting since it was made."""
+
+    GetMargin: grpc.UnaryUnaryMultiCallable[
+        tidemill.api.router.v1.admin_service_pb2.GetMarginRequest,
+        tidemill.api.router.v1.admin_service_pb2.GetMarginResponse,
+    ]
+    """Cost, revenue and margin."""
+
 class AdminServiceAsyncStub:
-    """Tenants and keys. Every call carries the operator's admin key in the metadata: "authorization: Bearer KEY"."""
+    """Tenants, keys and money. Every call carries the operator's admin key in the metadata: "authorization: Bearer KEY"."""
 
     CreateTenant: grpc.aio.UnaryUnaryMultiCallable[
         tidemill.api.router.v1.admin_service_pb2.CreateTenantRequest,
@@ -72,8 +116,52 @@ class AdminServiceAsyncStub:
     ]
     """Lists keys without their secrets."""
 
+    TopUp: grpc.aio.UnaryUnaryMultiCallable[
+        tidemill.api.router.v1.admin_service_pb2.TopUpRequest,
+        tidemill.api.router.v1.admin_service_pb2.TopUpResponse,
+    ]
+    """Adds money that the tenant has paid. Repeating an operation_id changes nothing; with another content it is
+    ALREADY_EXISTS. So it is with Grant, Refund and SetLimits.
+    """
+
+    Grant: grpc.aio.UnaryUnaryMultiCallable[
+        tidemill.api.router.v1.admin_service_pb2.GrantRequest,
+        tidemill.api.router.v1.admin_service_pb2.GrantResponse,
+    ]
+    """Adds money that the operator gives; it is spent first."""
+
+    Refund: grpc.aio.UnaryUnaryMultiCallable[
+        tidemill.api.router.v1.admin_service_pb2.RefundRequest,
+        tidemill.api.router.v1.admin_service_pb2.RefundResponse,
+    ]
+    """Gives back part or all of a settled charge; never more than what was charged."""
+
+    SetLimits: grpc.aio.UnaryUnaryMultiCallable[
+        tidemill.api.router.v1.admin_service_pb2.SetLimitsRequest,
+        tidemill.api.router.v1.admin_service_pb2.SetLimitsResponse,
+    ]
+    """Replaces the limits of a tenant or of one of its keys."""
+
+    GetAccount: grpc.aio.UnaryUnaryMultiCallable[
+        tidemill.api.router.v1.admin_service_pb2.GetAccountRequest,
+        tidemill.api.router.v1.admin_service_pb2.GetAccountResponse,
+    ]
+    """A tenant's balances and limits."""
+
+    ListJournal: grpc.aio.UnaryUnaryMultiCallable[
+        tidemill.api.router.v1.admin_service_pb2.ListJournalRequest,
+        tidemill.api.router.v1.admin_service_pb2.ListJournalResponse,
+    ]
+    """An account's journal in order: every posting since it was made."""
+
+    GetMargin: grpc.aio.UnaryUnaryMultiCallable[
+        tidemill.api.router.v1.admin_service_pb2.GetMarginRequest,
+        tidemill.api.router.v1.admin_service_pb2.GetMarginResponse,
+    ]
+    """Cost, revenue and margin."""
+
 class AdminServiceServicer(metaclass=abc.ABCMeta):
-    """Tenants and keys. Every call carries the operator's admin key in the metadata: "authorization: Bearer KEY"."""
+    """Tenants, keys and money. Every call carries the operator's admin key in the metadata: "authorization: Bearer KEY"."""
 
     @abc.abstractmethod
     def CreateTenant(
@@ -106,5 +194,63 @@ class AdminServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[tidemill.api.router.v1.admin_service_pb2.ListKeysResponse, collections.abc.Awaitable[tidemill.api.router.v1.admin_service_pb2.ListKeysResponse]]:
         """Lists keys without their secrets."""
+
+    @abc.abstractmethod
+    def TopUp(
+        self,
+        request: tidemill.api.router.v1.admin_service_pb2.TopUpRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[tidemill.api.router.v1.admin_service_pb2.TopUpResponse, collections.abc.Awaitable[tidemill.api.router.v1.admin_service_pb2.TopUpResponse]]:
+        """Adds money that the tenant has paid. Repeating an operation_id changes nothing; with another content it is
+        ALREADY_EXISTS. So it is with Grant, Refund and SetLimits.
+        """
+
+    @abc.abstractmethod
+    def Grant(
+        self,
+        request: tidemill.api.router.v1.admin_service_pb2.GrantRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[tidemill.api.router.v1.admin_service_pb2.GrantResponse, collections.abc.Awaitable[tidemill.api.router.v1.admin_service_pb2.GrantResponse]]:
+        """Adds money that the operator gives; it is spent first."""
+
+    @abc.abstractmethod
+    def Refund(
+        self,
+        request: tidemill.api.router.v1.admin_service_pb2.RefundRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[tidemill.api.router.v1.admin_service_pb2.RefundResponse, collections.abc.Awaitable[tidemill.api.router.v1.admin_service_pb2.RefundResponse]]:
+        """Gives back part or all of a settled charge; never more than what was charged."""
+
+    @abc.abstractmethod
+    def SetLimits(
+        self,
+        request: tidemill.api.router.v1.admin_service_pb2.SetLimitsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[tidemill.api.router.v1.admin_service_pb2.SetLimitsResponse, collections.abc.Awaitable[tidemill.api.router.v1.admin_service_pb2.SetLimitsResponse]]:
+        """Replaces the limits of a tenant or of one of its keys."""
+
+    @abc.abstractmethod
+    def GetAccount(
+        self,
+        request: tidemill.api.router.v1.admin_service_pb2.GetAccountRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[tidemill.api.router.v1.admin_service_pb2.GetAccountResponse, collections.abc.Awaitable[tidemill.api.router.v1.admin_service_pb2.GetAccountResponse]]:
+        """A tenant's balances and limits."""
+
+    @abc.abstractmethod
+    def ListJournal(
+        self,
+        request: tidemill.api.router.v1.admin_service_pb2.ListJournalRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[tidemill.api.router.v1.admin_service_pb2.ListJournalResponse, collections.abc.Awaitable[tidemill.api.router.v1.admin_service_pb2.ListJournalResponse]]:
+        """An account's journal in order: every posting since it was made."""
+
+    @abc.abstractmethod
+    def GetMargin(
+        self,
+        request: tidemill.api.router.v1.admin_service_pb2.GetMarginRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[tidemill.api.router.v1.admin_service_pb2.GetMarginResponse, collections.abc.Awaitable[tidemill.api.router.v1.admin_service_pb2.GetMarginResponse]]:
+        """Cost, revenue and margin."""
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -181,7 +181,9 @@ class GenerateRequest(google.protobuf.message.Message):
 
     @property
     def max_cost(self) -> global___MaxCost:
-        """Refuse the request if it could cost more than this. Unset: no bound but the account's."""
+        """Never bill more than this: generation ends with FINISH_REASON_BUDGET where the next token could. Refused
+        if it does not pay for the prompt and one token. Unset: no bound but the account's.
+        """
 
     @property
     def response_format(self) -> global___ResponseFormat:
@@ -465,10 +467,13 @@ class Completed(google.protobuf.message.Message):
     RECEIPT_FIELD_NUMBER: builtins.int
     SEED_FIELD_NUMBER: builtins.int
     TIMING_FIELD_NUMBER: builtins.int
+    TEXT_REPLAYED_FIELD_NUMBER: builtins.int
     finish_reason: tidemill.api.common.v1.lifecycle_pb2.FinishReason.ValueType
     """Why; of several choices, why the last one ended."""
     seed: builtins.int
     """Seed that was used."""
+    text_replayed: builtins.bool
+    """Set where the request id had been settled before; then false, as texts are not stored."""
     @property
     def usage(self) -> tidemill.api.common.v1.usage_pb2.Usage:
         """The whole usage, all choices together; the prompt counts once."""
@@ -489,9 +494,11 @@ class Completed(google.protobuf.message.Message):
         receipt: tidemill.api.billing.v1.receipt_pb2.Receipt | None = ...,
         seed: builtins.int = ...,
         timing: global___Timing | None = ...,
+        text_replayed: builtins.bool | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["receipt", b"receipt", "timing", b"timing", "usage", b"usage"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["finish_reason", b"finish_reason", "receipt", b"receipt", "seed", b"seed", "timing", b"timing", "usage", b"usage"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_text_replayed", b"_text_replayed", "receipt", b"receipt", "text_replayed", b"text_replayed", "timing", b"timing", "usage", b"usage"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_text_replayed", b"_text_replayed", "finish_reason", b"finish_reason", "receipt", b"receipt", "seed", b"seed", "text_replayed", b"text_replayed", "timing", b"timing", "usage", b"usage"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_text_replayed", b"_text_replayed"]) -> typing.Literal["text_replayed"] | None: ...
 
 global___Completed = Completed
 

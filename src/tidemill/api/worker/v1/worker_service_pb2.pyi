@@ -99,6 +99,7 @@ class DescribeWorkerResponse(google.protobuf.message.Message):
     KV_TRANSPORTS_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
     VOCAB_SIZE_FIELD_NUMBER: builtins.int
+    ACCELERATORS_FIELD_NUMBER: builtins.int
     worker_id: builtins.str
     """The worker's id, unique in its fleet."""
     epoch: builtins.int
@@ -113,6 +114,8 @@ class DescribeWorkerResponse(google.protobuf.message.Message):
     """Tidemill version."""
     vocab_size: builtins.int
     """Vocabulary size of the model."""
+    accelerators: builtins.int
+    """Accelerators that the worker occupies, which its owner pays for by the hour; 1 for a worker on CPU."""
     @property
     def layout(self) -> tidemill.api.common.v1.kv_pb2.KvLayout:
         """How its KV lies in memory."""
@@ -133,9 +136,10 @@ class DescribeWorkerResponse(google.protobuf.message.Message):
         kv_transports: collections.abc.Iterable[builtins.str] | None = ...,
         version: builtins.str = ...,
         vocab_size: builtins.int = ...,
+        accelerators: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["layout", b"layout"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "kv_transports", b"kv_transports", "layout", b"layout", "max_context_tokens", b"max_context_tokens", "model", b"model", "role", b"role", "version", b"version", "vocab_size", b"vocab_size", "worker_id", b"worker_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["accelerators", b"accelerators", "epoch", b"epoch", "kv_transports", b"kv_transports", "layout", b"layout", "max_context_tokens", b"max_context_tokens", "model", b"model", "role", b"role", "version", b"version", "vocab_size", b"vocab_size", "worker_id", b"worker_id"]) -> None: ...
 
 global___DescribeWorkerResponse = DescribeWorkerResponse
 
@@ -176,6 +180,9 @@ class WatchLoadResponse(google.protobuf.message.Message):
     STEP_AGE_MS_FIELD_NUMBER: builtins.int
     DRAINING_FIELD_NUMBER: builtins.int
     SWAPPED_FIELD_NUMBER: builtins.int
+    PREFILL_BUSY_US_FIELD_NUMBER: builtins.int
+    DECODE_BUSY_US_FIELD_NUMBER: builtins.int
+    UPTIME_US_FIELD_NUMBER: builtins.int
     epoch: builtins.int
     """The worker's epoch."""
     sequence: builtins.int
@@ -196,6 +203,12 @@ class WatchLoadResponse(google.protobuf.message.Message):
     """Whether the worker refuses new work and finishes what it has."""
     swapped: builtins.int
     """Requests whose KV is swapped out to host memory."""
+    prefill_busy_us: builtins.int
+    """Microseconds of this epoch that went into prompts."""
+    decode_busy_us: builtins.int
+    """Microseconds of this epoch that went into generating."""
+    uptime_us: builtins.int
+    """Microseconds of this epoch; what neither busy figure holds was idle."""
     @property
     def tiers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___KvTierLoad]:
         """KV blocks by tier."""
@@ -214,8 +227,11 @@ class WatchLoadResponse(google.protobuf.message.Message):
         step_age_ms: builtins.int = ...,
         draining: builtins.bool = ...,
         swapped: builtins.int = ...,
+        prefill_busy_us: builtins.int = ...,
+        decode_busy_us: builtins.int = ...,
+        uptime_us: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["draining", b"draining", "epoch", b"epoch", "open_handovers", b"open_handovers", "prefilling", b"prefilling", "queued_uncached_tokens", b"queued_uncached_tokens", "running", b"running", "sequence", b"sequence", "step_age_ms", b"step_age_ms", "swapped", b"swapped", "tiers", b"tiers", "waiting", b"waiting"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["decode_busy_us", b"decode_busy_us", "draining", b"draining", "epoch", b"epoch", "open_handovers", b"open_handovers", "prefill_busy_us", b"prefill_busy_us", "prefilling", b"prefilling", "queued_uncached_tokens", b"queued_uncached_tokens", "running", b"running", "sequence", b"sequence", "step_age_ms", b"step_age_ms", "swapped", b"swapped", "tiers", b"tiers", "uptime_us", b"uptime_us", "waiting", b"waiting"]) -> None: ...
 
 global___WatchLoadResponse = WatchLoadResponse
 
