@@ -10,10 +10,9 @@ from services.router.config import LimitsConfig
 from services.router.fleet import Fleet, ModelIdentity
 from services.router.keys import Tenant
 from services.router.models import Catalogue, ServedModel
-from services.router.quote import worst_case_nano
 from services.router.response_format import ResponseFormat
 from services.router.sampling import Sampling, Wanted, resolve
-from tidemill.billing import PriceBook
+from tidemill.billing import PriceBook, worst_case_nano
 from tidemill.blocks import BLOCK_TOKENS, chain_hashes, root_hash
 from tidemill.errors import FailedPrecondition, InvalidRequest, Unavailable
 from tidemill.text import ChatMessage
@@ -177,7 +176,7 @@ class Admission:
             )
         worst = worst_case_nano(
             self.book,
-            price_model=admitted.model.config.price_model,
+            model=admitted.model.config.price_model,
             currency=currency,
             num_prompt_tokens=len(admitted.token_ids),
             max_tokens=admitted.sampling.n * admitted.sampling.max_tokens,

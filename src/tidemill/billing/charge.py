@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from tidemill.billing.integers import require_int, round_half_up
 from tidemill.billing.prices import Decides, PriceBook
 from tidemill.billing.usage import Usage
-from tidemill.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,9 +67,7 @@ def compute_charge(
     tariff = book.tariff_at(model, admitted_at_ms)
     at_completion = tariff.decides is Decides.COMPLETION
     window = tariff.window_at(decided_at_ms if at_completion else admitted_at_ms)
-    if currency not in window.prices:
-        raise ConfigError(f"price book {book.id} has no prices in {currency!r}")
-    prices = window.prices[currency]
+    prices = window.prices_in(currency)
     hit_cost_pico = usage.cache_hit_tokens * require_int(prices.hit, "hit price")
     miss_cost_pico = usage.cache_miss_tokens * require_int(prices.miss, "miss price")
     output_cost_pico = usage.completion_tokens * require_int(prices.output, "output price")

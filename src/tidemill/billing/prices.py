@@ -61,6 +61,12 @@ class Window:
             return self.start <= local < self.end
         return local >= self.start or local < self.end
 
+    def prices_in(self, currency: str) -> Prices:
+        """The prices in a currency; ConfigError if nothing is sold in it here."""
+        if currency not in self.prices:
+            raise ConfigError(f"window {self.name!r} has no prices in {currency!r}")
+        return self.prices[currency]
+
 
 @dataclass(frozen=True, slots=True)
 class Tariff:
