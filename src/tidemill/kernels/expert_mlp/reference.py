@@ -9,6 +9,8 @@ from torch.nn.functional import silu
 
 from tidemill.kernels.linear import Linear
 
+_TILE_TOKENS = 128  # summed at once: their rows in fp32 stay in the cache
+
 
 @dataclass(frozen=True)
 class Expert:
@@ -50,14 +52,17 @@ def gather_rows(x: Tensor, ids: Tensor, num_experts: int) -> SortedRows:
 
 
 def expert_mlp(tokens: SortedRows, experts: Sequence[Expert]) -> Tensor:
-    """Each expert's output on its rows, [T * K, D] in the order of `tokens.runs`."""
+    """Each expert's output on its rows, [T * K, D] in the order of `tokens.runs`.
+
+    Sorted rows are overwritten by it: their memory is at hand, and new memory costs page faults.
+    """
     if tokens.order is None:
         row = experts[0].gate_up.filled(tokens.rows)  # once for all of them
         return torch.cat([experts[expert](row)[:1] for expert, _ in tokens.runs])
     parts = tokens.rows.split_with_sizes([count for _, count in tokens.runs])
-    return torch.cat(
-        [experts[expert](part) for (expert, _), part in zip(tokens.runs, parts, strict=True)]
-    )
+    for (expert, _), part in zip(tokens.runs, parts, strict=True):
+        part.copy_(experts[expert](part))
+    return tokens.rows
 
 
 def scatter_rows(rows: Tensor, order: Tensor | None, weights: Tensor) -> Tensor:
@@ -67,6 +72,11 @@ def scatter_rows(rows: Tensor, order: Tensor | None, weights: Tensor) -> Tensor:
     """
     if order is None:
         return torch.mm(weights, rows.float()).to(rows.dtype)
-    unsorted = torch.empty_like(rows).index_copy_(0, order, rows)
-    choices = unsorted.view(*weights.shape, -1)
-    return torch.bmm(weights.unsqueeze(1), choices.float()).squeeze(1).to(rows.dtype)
+    num_tokens, top_k = weights.shape
+    where = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+    out = rows.new_empty(num_tokens, rows.shape[-1])
+    tiles = (each.split(_TILE_TOKENS) for each in (where.view(-1, top_k), weights, out))
+    for sources, shares, sums in zip(*tiles, strict=True):
+        choices = rows.index_select(0, sources.flatten()).view(*sources.shape, -1)
+        sums.copy_(torch.bmm(shares.unsqueeze(1), choices.float()).squeeze(1))
+    return out
