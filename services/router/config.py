@@ -1,11 +1,14 @@
 """The router's configuration: section [router]."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tidemill.policy import BalancerConfig, QueueLimits
 from tidemill.rpc.server import ServerConfig
 from tidemill.rpc.tls import TlsFiles
+
+_ROUTER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,30 @@ class LedgerConfig:
     def __post_init__(self) -> None:
         if not 0 < self.key_cache_s <= 2.0:
             raise ValueError("key_cache_s must be above 0 and at most 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoneyConfig:
+    """How this router holds and settles money.
+
+    `router_id` unset: one of its own for each process. `spool_dir` keeps, in a folder for each
+    router, what could not be settled while the ledger was away; it must outlive the process, and
+    routers that share it settle for those that died. A hold is let go to other routers `lease_s`
+    seconds after its router was last heard of. `signing_key_file` is a private key (PEM, PKCS8,
+    Ed25519), `signing_keys_dir` holds older public ones.
+    """
+
+    spool_dir: Path = Path("spool")
+    router_id: str | None = None
+    lease_s: float = 15.0
+    signing_key_file: Path | None = None
+    signing_keys_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not self.lease_s >= 0.2:
+            raise ValueError("lease_s must be at least 0.2")
+        if self.router_id is not None and not _ROUTER_ID.fullmatch(self.router_id):
+            raise ValueError("router_id must be 1 to 64 letters, digits, dots, dashes, underscores")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +129,7 @@ class RouterConfig:
     fleet: FleetConfig
     models: tuple[ModelConfig, ...]
     price_book: Path
+    money: MoneyConfig = field(default_factory=MoneyConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     queue: QueueLimits = field(default_factory=QueueLimits)
