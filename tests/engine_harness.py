@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from tidemill.blocks import chain_hashes, max_hit_tokens, root_hash
+from tidemill.blocks import chain_hashes, root_hash
 from tidemill.engine import (
     Engine,
     EngineConfig,
@@ -44,8 +44,7 @@ def make_sequence_with_reuse(
     engine: Engine, seq_id: str, prompt: list[int], sampling: SamplingParams = GREEDY
 ) -> Sequence:
     """As `make_sequence`, starting from the longest committed prefix."""
-    hashes = prompt_hashes(engine, prompt)[: max_hit_tokens(len(prompt)) // 64]
-    claimed = engine.pool.claim(hashes)
+    claimed = engine.pool.claim(prompt_hashes(engine, prompt))
     needed = -(-(len(prompt) + sampling.max_tokens) // 64)
     try:
         blocks = claimed + engine.pool.allocate(needed - len(claimed))

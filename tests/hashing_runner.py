@@ -44,7 +44,7 @@ def salt_of(seq: Sequence) -> int:
 
 
 class HashingRunner:
-    """One layer of latents with one value each."""
+    """One layer of latents with one value each. Whatever is findable must never be written."""
 
     def __init__(self, num_blocks: int) -> None:
         self.pool = BlockPool(
@@ -53,11 +53,14 @@ class HashingRunner:
         self.steps: list[Step] = []
 
     def forward(self, step: Step) -> Tensor:
-        """Writes every row's latent, then hashes what each row can see: [T, 1]."""
+        """Writes the rows' latents, then hashes what each row can see: [T, 1]."""
         self.steps.append(step)
         spans = [(seq, len(seq.token_ids) - 1, len(seq.token_ids)) for seq in step.decodes]
+        writes = spans + [(chunk.seq, chunk.write_start, chunk.end) for chunk in step.chunks]
         spans += [(chunk.seq, chunk.start, chunk.end) for chunk in step.chunks]
-        for seq, start, end in spans:
+        for seq, start, end in writes:
+            written = seq.block_table[start // BLOCK_TOKENS : blocks_up_to(end)]
+            assert start == end or self.pool._hash_of.keys().isdisjoint(written)
             values = latents_of(seq.token_ids[:end], salt_of(seq), start)
             if end - start == 1:
                 block, offset = divmod(start, BLOCK_TOKENS)

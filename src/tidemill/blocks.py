@@ -48,8 +48,9 @@ def chain_hashes(root: bytes, token_ids: Sequence[int]) -> list[bytes]:
 
 
 def max_hit_tokens(num_prompt_tokens: int) -> int:
-    """Most tokens of a prompt that may be reused: whole blocks, and never its last token.
+    """Most tokens of a prompt that are billed as hits: whole blocks, and never its last token.
 
-    The last token is always computed, since its logits choose the first token of the answer.
+    The last token is always computed, since its logits choose the first token of the answer. Its
+    latent may be reused all the same (ADR 14): usage then says one token less than its block has.
     """
     return max(num_prompt_tokens - 1, 0) // BLOCK_TOKENS * BLOCK_TOKENS

@@ -18,7 +18,6 @@ from tests.tiny_model import make_tiny_checkpoint
 from tests.worker_harness import PATIENT, Tls, make_start, prompt_of, worker_at
 from tidemill.api.common.v1.lifecycle_pb2 import KvPeer
 from tidemill.api.common.v1.usage_pb2 import PREFILL_SITE_PREFILL_WORKER, PromptUsage
-from tidemill.blocks import max_hit_tokens
 from tidemill.engine import BlockPool
 from tidemill.kv.segments import to_bytes
 from tidemill.worker.config import CacheConfig, Role
@@ -61,7 +60,7 @@ class Scene:
             for index in range(blocks.num_cached_tokens // 64):
                 latents = self.pool.read_block(blocks.block_table[index])
                 assert to_bytes(latents) == payloads[index]
-            assert blocks.num_computed_tokens == blocks.num_cached_tokens
+            assert blocks.num_computed_tokens == min(blocks.num_cached_tokens, num_tokens - 1)
             return blocks.usage(PREFILL_SITE_PREFILL_WORKER, "asker")
         finally:
             blocks.release()
@@ -147,6 +146,10 @@ def scene(tmp_path_factory: pytest.TempPathFactory, tls_files: Tls) -> Iterator[
 @example(tiers=["device", "host", "cache_ram", "host", "peer", "cache_ram"], num_tokens=400)
 @example(tiers=["peer", "cache_ram", "peer", "cache_ram", "device"], num_tokens=321)
 @example(tiers=["device"] * 8, num_tokens=512)
+@example(tiers=["device", "host"], num_tokens=128)
+@example(tiers=["host", "cache_ram"], num_tokens=128)
+@example(tiers=["cache_ram", "peer"], num_tokens=128)
+@example(tiers=["peer"], num_tokens=64)
 @example(tiers=["none", "device"], num_tokens=200)
 @settings(
     max_examples=40,
@@ -157,10 +160,11 @@ def test_every_token_is_counted_once_in_the_tier_where_its_block_lay(
     scene: Scene, tiers: list[str], num_tokens: int
 ) -> None:
     usage = scene.loop.run_until_complete(scene.usage_of(tiers, num_tokens))
-    most = max_hit_tokens(num_tokens) // 64
-    found = tiers[:most]
+    found = tiers[: num_tokens // 64]
     found = found[: found.index("none")] if "none" in found else found
     expected = {tier: 64 * len(list(same)) for tier, same in groupby(sorted(found))}
+    if 64 * len(found) == num_tokens:  # the last token's latent was there, but it was computed
+        expected[found[-1]] -= 1
     split = {
         "device": usage.reused_device_tokens,
         "host": usage.reused_host_tokens,

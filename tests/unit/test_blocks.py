@@ -64,7 +64,7 @@ def test_a_token_outside_u32_is_refused(token: int) -> None:
     ("num_prompt_tokens", "hit"),
     [(0, 0), (1, 0), (64, 0), (65, 64), (128, 64), (129, 128), (1000, 960)],
 )
-def test_most_reusable_tokens_are_whole_blocks_without_the_last_token(
+def test_most_billed_hits_are_whole_blocks_without_the_last_token(
     num_prompt_tokens: int, hit: int
 ) -> None:
     assert max_hit_tokens(num_prompt_tokens) == hit

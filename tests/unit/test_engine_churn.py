@@ -9,7 +9,6 @@ import pytest
 
 from tests.engine_harness import generated, load_engine, prompt_hashes, prompt_root
 from tests.tiny_model import make_tiny_checkpoint
-from tidemill.blocks import max_hit_tokens
 from tidemill.engine import (
     Engine,
     FinishedOutput,
@@ -32,7 +31,7 @@ def admitted(
     engine: Engine, seq_id: str, prompt: list[int], sampling: SamplingParams, num_forks: int
 ) -> Sequence:
     """As a decode worker takes a request on: promised, claimed, allocated; tries until it may."""
-    hashes = prompt_hashes(engine, prompt)[: max_hit_tokens(len(prompt)) // 64]
+    hashes = prompt_hashes(engine, prompt)
     while True:
         if engine.admit(seq_id, len(prompt), sampling.max_tokens, choices=1 + num_forks):
             claimed = engine.pool.claim(hashes)

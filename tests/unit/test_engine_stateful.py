@@ -29,7 +29,7 @@ from tests.hashing_runner import (
     salt_of,
     undisturbed,
 )
-from tidemill.blocks import BLOCK_TOKENS, chain_hashes, max_hit_tokens
+from tidemill.blocks import BLOCK_TOKENS, chain_hashes
 from tidemill.engine import (
     FinishedOutput,
     Output,
@@ -116,8 +116,6 @@ class EngineMachine(RuleBasedStateMachine):
             return
         most = blocks_up_to(min(length + max_tokens - 1, length + BLOCK_TOKENS))
         hashes = chain_hashes(root, prompt)
-        if not handed_over:
-            hashes = hashes[: max_hit_tokens(length) // BLOCK_TOKENS]
         claimed = self.engine.pool.claim(hashes)
         try:
             table = claimed + self.engine.pool.allocate(most - len(claimed))

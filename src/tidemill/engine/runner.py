@@ -14,7 +14,10 @@ from tidemill.models.deepseek import Batch, DecodeRows, DeepseekModel, PromptSpa
 
 
 class Runner(Protocol):
-    """What computes a step: it reads and writes latents in `pool` by the sequences' tables."""
+    """What computes a step: it reads and writes latents in `pool` by the sequences' tables.
+
+    Of a chunk it writes positions [write_start, end) only.
+    """
 
     pool: BlockPool
 
@@ -38,17 +41,22 @@ class ModelRunner:
         token_ids = [seq.token_ids[-1] for seq in step.decodes]
         positions = [len(seq.token_ids) - 1 for seq in step.decodes]
         slots = [seq.slot(len(seq.token_ids) - 1) for seq in step.decodes]
+        written = list(range(len(slots)))
         spans: list[PromptSpan] = []
         for chunk in step.chunks:
             row = len(token_ids)
             token_ids += chunk.seq.token_ids[chunk.start : chunk.end]
             positions += range(chunk.start, chunk.end)
-            slots += [chunk.seq.slot(position) for position in range(chunk.start, chunk.end)]
+            slots += [chunk.seq.slot(position) for position in range(chunk.write_start, chunk.end)]
+            written += range(row + chunk.write_start - chunk.start, len(token_ids))
             blocks = chunk.seq.block_table[: -(-chunk.end // BLOCK_TOKENS)]
             spans.append(PromptSpan(row, len(token_ids), chunk.start, torch.tensor(blocks)))
         batch = Batch(
             positions=torch.tensor(positions),
-            slots=torch.tensor(slots),
+            slots=torch.tensor(slots, dtype=torch.int64),
+            written=None
+            if len(written) == len(token_ids)
+            else torch.tensor(written, dtype=torch.int64),
             decodes=_decode_rows(step.decodes) if step.decodes else None,
             spans=spans,
         )

@@ -21,6 +21,11 @@ class PrefillChunk:
         return self.end - self.start
 
     @property
+    def write_start(self) -> int:
+        """Latents before this position are there already, perhaps for others too: not written."""
+        return max(self.start, self.seq.num_cached_tokens)
+
+    @property
     def completes_prompt(self) -> bool:
         """Whether the first token can be drawn after it."""
         return self.end == self.seq.num_prompt_tokens

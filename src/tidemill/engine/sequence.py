@@ -29,10 +29,12 @@ class Sequence:
     `block_table` is what the caller has allocated: at least 64-token blocks for the prompt. From
     submission to the sequence's last output it belongs to the engine, which grows it block by block
     and empties it while the sequence is swapped out; what it holds after that is the caller's to
-    release. `num_cached_tokens` prompt tokens are already in these blocks (reused) and are not
-    computed again. With `first_token_id` the whole prompt is: the sequence was prefilled elsewhere
-    and that token is the first generated one. The last `num_relayed_tokens` of the prompt are
-    completion that earlier attempts have generated. `constraint` is this sequence's own.
+    release. `num_cached_tokens` prompt tokens are already in these blocks (reused): their latents
+    are never written again. They are not computed either, but for the last token of a prompt that
+    is there whole: its logits are wanted. With `first_token_id` the whole prompt is computed: the
+    sequence was prefilled elsewhere and that token is the first generated one. The last
+    `num_relayed_tokens` of the prompt are completion that earlier attempts have generated.
+    `constraint` is this sequence's own.
 
     With `root`, the hash that the prompt's chain hangs on, the engine commits every full block that
     it computes: the first `num_committed` blocks are findable under `block_hashes`. What precedes
@@ -66,7 +68,7 @@ class Sequence:
         self.num_prompt_tokens = len(self.token_ids)
         self.num_cached_tokens = num_cached_tokens
         self.num_relayed_tokens = num_relayed_tokens
-        self.num_computed_tokens = num_cached_tokens
+        self.num_computed_tokens = min(num_cached_tokens, self.num_prompt_tokens - 1)
         self.block_table = list(block_table)
         self.sampling = sampling
         self.num_funded_tokens = num_funded_tokens
@@ -85,7 +87,7 @@ class Sequence:
         if first_token_id is not None:
             self.token_ids.append(first_token_id)
             self.num_computed_tokens = self.num_prompt_tokens
-        self.num_committed = self.num_computed_tokens // BLOCK_TOKENS
+        self.num_committed = max(self.num_computed_tokens, num_cached_tokens) // BLOCK_TOKENS
 
     @property
     def num_generated(self) -> int:

@@ -1,6 +1,6 @@
 """What the engine refuses, whoever asked: the last check before tokens reach the model."""
 
-from tidemill.blocks import BLOCK_TOKENS, max_hit_tokens
+from tidemill.blocks import BLOCK_TOKENS
 from tidemill.engine.sampling_rules import sampling_violations
 from tidemill.engine.sequence import Sequence
 from tidemill.errors import InvalidRequest
@@ -46,7 +46,7 @@ def _block_violations(seq: Sequence) -> list[tuple[str, str]]:
         violations.append(
             ("block_table", f"has {len(seq.block_table)} blocks, {needed} are needed")
         )
-    most = max_hit_tokens(seq.num_prompt_tokens)
+    most = seq.num_prompt_tokens // BLOCK_TOKENS * BLOCK_TOKENS
     if seq.sampling.prompt_logprobs is not None:
         most = 0
     if not 0 <= seq.num_cached_tokens <= most:

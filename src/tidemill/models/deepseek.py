@@ -53,9 +53,10 @@ class Batch:
     """
 
     positions: Tensor  # [T] int64, absolute
-    slots: Tensor  # [T] int64, block * 64 + offset where each token's latent goes
+    slots: Tensor  # [W] int64, block * 64 + offset where each written row's latent goes
     decodes: DecodeRows | None = None
     spans: Sequence[PromptSpan] = ()
+    written: Tensor | None = None  # [W] int64 rows whose latents are stored; None: all T
 
 
 @dataclass(frozen=True)
@@ -248,6 +249,8 @@ class DeepseekModel:
             query, latent = layer.attention.project(
                 rms_norm(hidden, layer.input_norm, eps), rotation
             )
+            if batch.written is not None:
+                latent = latent[batch.written]
             pool.view(-1, pool.shape[-1]).index_copy_(0, batch.slots, latent)
             if on_layer is not None:
                 on_layer(index)

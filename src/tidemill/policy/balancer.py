@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
-from tidemill.blocks import BLOCK_TOKENS, max_hit_tokens
+from tidemill.blocks import BLOCK_TOKENS
 from tidemill.policy.load import InFlight, WorkerLoad
 
 
@@ -61,9 +61,9 @@ class Placement:
         return -(-self.num_prompt_tokens // BLOCK_TOKENS)
 
     def cached_tokens(self, worker_id: str) -> int:
-        """Prompt tokens that the worker need not compute."""
+        """Prompt tokens that the worker need not compute: never the last."""
         held = self.overlap_blocks.get(worker_id, 0) * BLOCK_TOKENS
-        return min(held, max_hit_tokens(self.num_prompt_tokens))
+        return min(held, self.num_prompt_tokens - 1)
 
     def uncached_tokens(self, worker_id: str) -> int:
         """Prompt tokens that the worker would compute."""
@@ -72,7 +72,8 @@ class Placement:
     def new_blocks(self, worker_id: str, *, extra_tokens: int = 0) -> int:
         """Blocks that the worker would have to allocate."""
         total = -(-(self.num_prompt_tokens + extra_tokens) // BLOCK_TOKENS)
-        return total - self.cached_tokens(worker_id) // BLOCK_TOKENS
+        held = min(self.overlap_blocks.get(worker_id, 0), self.num_prompt_tokens // BLOCK_TOKENS)
+        return total - held
 
 
 def pick_prefill(

@@ -149,7 +149,7 @@ class PrefillJob:
     @property
     def num_computed_tokens(self) -> int:
         """Prompt tokens computed so far, reused ones excluded."""
-        return self._blocks.num_computed_tokens - self._blocks.num_cached_tokens
+        return self._blocks.num_computed_tokens - self._blocks.num_reused_tokens
 
     def start(self) -> None:
         """Open the hand-over and begin to compute."""
@@ -231,7 +231,7 @@ class PrefillJob:
         self._loop.call_soon_threadsafe(self._layer_ready, layer, start, end)
 
     def _layer_ready(self, layer: int, start: int, end: int) -> None:
-        self.handover.ready(layer, start, end)
+        self.handover.ready(layer, max(start, self._blocks.num_cached_tokens), end)
         if layer == self._worker.engine.layout.num_layers - 1 and self._computing:
             self._worker.reuse.computed(self._blocks, to=end)
 

@@ -10,7 +10,7 @@ from itertools import takewhile
 
 from tidemill.api.common.v1.lifecycle_pb2 import KvPeer, WorkerTask
 from tidemill.api.common.v1.usage_pb2 import PrefillSite, PromptUsage
-from tidemill.blocks import BLOCK_TOKENS, chain_hashes, max_hit_tokens, root_hash
+from tidemill.blocks import BLOCK_TOKENS, chain_hashes, root_hash
 from tidemill.engine import BlockPool, Engine, PoolTier, Reservation
 from tidemill.engine import Sequence as SequenceInEngine
 from tidemill.errors import InvalidRequest
@@ -46,8 +46,9 @@ class Prompt:
 class PromptBlocks:
     """Blocks of one prompt and of what is generated after it; `release` gives them back, once.
 
-    The lengths grow: num_ready_tokens <= num_held_tokens <= num_cached_tokens <=
-    num_computed_tokens <= num_tokens. Everything here happens on the event loop.
+    The lengths grow: num_ready_tokens <= num_held_tokens <= num_cached_tokens <= num_tokens, where
+    the first three are whole blocks, and num_reused_tokens <= num_computed_tokens <= num_tokens.
+    Everything here happens on the event loop.
     """
 
     def __init__(self, pool: BlockPool, prompt: Prompt, reservation: Reservation) -> None:
@@ -56,10 +57,10 @@ class PromptBlocks:
         self.owed = reservation
         self.num_ready_tokens = _num_leading(reservation.tiers, PoolTier.DEVICE) * BLOCK_TOKENS
         self.num_held_tokens = len(reservation.tiers) * BLOCK_TOKENS
-        self.num_reused: Counter[PoolTier | CacheTier] = Counter()
         self.num_computed_tokens = 0
         self.fetch_seconds = 0.0
         self._pool = pool
+        self._tiers: list[PoolTier | CacheTier] = []
         self._num_committed = 0
         self._offered: list[tuple[SequenceInEngine, int]] = []
         self._released = False
@@ -67,18 +68,24 @@ class PromptBlocks:
 
     @property
     def num_cached_tokens(self) -> int:
-        """Tokens reused, from whichever tier."""
-        return self.num_reused.total()
+        """Tokens whose latents were found, in whichever tier: nobody writes these again."""
+        return len(self._tiers) * BLOCK_TOKENS
+
+    @property
+    def num_reused_tokens(self) -> int:
+        """Tokens that need not be computed (U1): never the last, whose logits are wanted."""
+        return min(self.num_cached_tokens, self.prompt.num_tokens - 1)
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        """Prompt tokens whose latents are not there yet."""
+        """Prompt tokens that are still to be computed."""
         return self.prompt.num_tokens - self.num_computed_tokens
 
     def landed(self, block_index: int, tier: CacheTier) -> None:
         """A block was fetched whole: `block_index` counts from the prompt's start."""
-        self.num_reused[tier] += BLOCK_TOKENS
+        self._tiers.append(tier)
         self.commit(to=(block_index + 1) * BLOCK_TOKENS)
+        self.num_computed_tokens = self.num_reused_tokens
 
     def adopt(self, reservation: Reservation) -> None:
         """The pool holds what follows the cached start: its blocks take the fresh ones' places."""
@@ -133,24 +140,26 @@ class PromptBlocks:
 
     def usage(self, site: "PrefillSite.ValueType", worker_id: str) -> PromptUsage:
         """The prompt's split by U1, once it is computed."""
+        reused = {tier: count * BLOCK_TOKENS for tier, count in Counter(self._tiers).items()}
+        if self._tiers:
+            reused[self._tiers[-1]] -= self.num_cached_tokens - self.num_reused_tokens
         return PromptUsage(
             prompt_tokens=self.prompt.num_tokens,
-            computed_tokens=self.prompt.num_tokens - self.num_cached_tokens,
-            reused_device_tokens=self.num_reused[PoolTier.DEVICE],
-            reused_host_tokens=self.num_reused[PoolTier.HOST],
-            reused_cache_ram_tokens=self.num_reused[CacheTier.RAM],
-            reused_cache_disk_tokens=self.num_reused[CacheTier.DISK],
-            reused_peer_tokens=self.num_reused[CacheTier.PEER],
+            computed_tokens=self.prompt.num_tokens - self.num_reused_tokens,
+            reused_device_tokens=reused.get(PoolTier.DEVICE, 0),
+            reused_host_tokens=reused.get(PoolTier.HOST, 0),
+            reused_cache_ram_tokens=reused.get(CacheTier.RAM, 0),
+            reused_cache_disk_tokens=reused.get(CacheTier.DISK, 0),
+            reused_peer_tokens=reused.get(CacheTier.PEER, 0),
             prefill_site=site,
             prefill_worker_id=worker_id,
         )
 
     def _found(self, tiers: Sequence[PoolTier]) -> None:
         """The pool holds so many more blocks, committed already or as soon as they are settled."""
-        for tier in tiers:
-            self.num_reused[tier] += BLOCK_TOKENS
+        self._tiers += tiers
         self._num_committed += len(tiers)
-        self.num_computed_tokens = self.num_cached_tokens
+        self.num_computed_tokens = self.num_reused_tokens
 
 
 class PromptReuse:
@@ -202,13 +211,11 @@ class PromptReuse:
         )
 
     def reusable(self, prompt: Prompt) -> tuple[bytes, ...]:
-        """Hashes that may be hits (U2): whole blocks, never the last token's.
+        """Hashes of blocks that may be reused: the full ones.
 
         None of a prompt whose own tokens are scored: all of its logits are wanted.
         """
-        if prompt.scored:
-            return ()
-        return prompt.hashes[: max_hit_tokens(prompt.num_tokens) // BLOCK_TOKENS]
+        return () if prompt.scored else prompt.hashes
 
     def take(self, prompt: Prompt, hashes: Sequence[bytes], *, num_positions: int) -> PromptBlocks:
         """Claim the held start of `hashes` and allocate the rest up to `num_positions`.
@@ -314,7 +321,7 @@ class Backlog:
         if blocks not in self._prompts:
             return
         self._prompts.remove(blocks)
-        num_tokens = blocks.num_computed_tokens - blocks.num_cached_tokens
+        num_tokens = blocks.num_computed_tokens - blocks.num_reused_tokens
         if busy_seconds > 0 and num_tokens > 0:
             self._policy.computed(num_tokens / BLOCK_TOKENS, busy_seconds)
 

@@ -219,6 +219,6 @@ def test_a_pick_fits_is_near_the_best_and_repeats_with_its_seed(
 
 def test_cached_tokens_never_reach_the_last_token() -> None:
     request = Placement(num_prompt_tokens=128, overlap_blocks={"a": 2, "b": 99})
-    assert (request.cached_tokens("a"), request.uncached_tokens("a")) == (64, 64)
-    assert (request.cached_tokens("b"), request.cached_tokens("c")) == (64, 0)
-    assert (request.num_blocks, request.new_blocks("a"), request.new_blocks("c")) == (2, 1, 2)
+    assert (request.cached_tokens("a"), request.uncached_tokens("a")) == (127, 1)
+    assert (request.cached_tokens("b"), request.cached_tokens("c")) == (127, 0)
+    assert (request.num_blocks, request.new_blocks("a"), request.new_blocks("c")) == (2, 0, 2)
