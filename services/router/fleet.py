@@ -18,7 +18,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Description:
-    """What a worker says it is; `roles` is a subset of {prefill, decode}."""
+    """What a worker says it is; `roles` is a subset of {prefill, decode}.
+
+    Its owner pays for `accelerators` of them by the hour.
+    """
 
     worker_id: str
     epoch: int
@@ -29,6 +32,7 @@ class Description:
     kv_format: str
     context_tokens: int
     vocab_size: int
+    accelerators: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -215,6 +215,7 @@ def _description(answer: worker_pb2.DescribeWorkerResponse, address: str) -> Des
         kv_format=_kv_format(answer.layout),
         context_tokens=answer.max_context_tokens,
         vocab_size=answer.vocab_size,
+        accelerators=max(answer.accelerators, 1),
     )
 
 

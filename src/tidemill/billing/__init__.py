@@ -2,6 +2,7 @@
 
 from tidemill.billing.charge import Charge, clamp_decided_at, compute_charge
 from tidemill.billing.integers import format_amount
+from tidemill.billing.margin import BusyPart
 from tidemill.billing.price_file import load_price_book, parse_price_book
 from tidemill.billing.prices import Decides, PriceBook, Prices, Rounding, Tariff, Window
 from tidemill.billing.quote import (
@@ -19,6 +20,7 @@ from tidemill.billing.receipt import Receipt, issue_receipt, verify
 from tidemill.billing.usage import Reuse, Unbilled, Usage
 
 __all__ = [
+    "BusyPart",
     "Charge",
     "Cheaper",
     "Decides",
