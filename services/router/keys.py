@@ -14,16 +14,18 @@ import secrets
 import string
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from redis.asyncio import Redis
 
-from services.router.ledger import Ledger
+from services.router.money.ledger import Ledger
 from tidemill.errors import AlreadyExists, NotFound
 
 SALT_BYTES = 32
 SECRET_BYTES = 24  # 192 bits
 _KEY_ID_CHARS = 12
+_SCRIPTS = Path(__file__).parent
 _ALPHABET = string.ascii_letters + string.digits
 
 Arguments = list[str | bytes | int]
@@ -65,9 +67,9 @@ class KeyStore:
         self._ledger = ledger
         self._pepper = pepper
         self._now_ms = now_ms
-        self._create_tenant = ledger.script("create_tenant")
-        self._create_key = ledger.script("create_key")
-        self._revoke_key = ledger.script("revoke_key")
+        self._create_tenant = ledger.script(_SCRIPTS / "create_tenant.lua")
+        self._create_key = ledger.script(_SCRIPTS / "create_key.lua")
+        self._revoke_key = ledger.script(_SCRIPTS / "revoke_key.lua")
 
     def digest(self, api_key: str) -> bytes:
         """What is stored in place of the key [32 bytes]."""

@@ -18,9 +18,9 @@ from services.router.config import RouterConfig
 from services.router.dispatch import Dispatcher
 from services.router.fleet import Expected, Fleet
 from services.router.keys import KeyStore
-from services.router.ledger import Ledger, LedgerProbe
 from services.router.metrics import RouterMetrics
 from services.router.models import Catalogue, load_model
+from services.router.money.ledger import Ledger, LedgerProbe
 from services.router.registry import Registry
 from services.router.requests import RequestBook
 from services.router.router import Router

@@ -27,7 +27,7 @@ REQUIRED_SETTINGS = {
     "appendonly": "yes",
     "appendfsync": "always",
 }
-_SCRIPTS = Path(__file__).parent
+_UP_SINCE_S = 7 * 86_400  # when forgotten, the wait after a restart is only repeated
 
 
 class Ledger:
@@ -50,11 +50,22 @@ class Ledger:
         """Run `command` to its end even if the caller is cancelled meanwhile."""
         return await asyncio.shield(self._tasks.spawn(self._guarded(command), name="ledger"))
 
-    def script(self, name: str) -> AsyncScript:
-        """The Lua script `name`.lua of this folder, for use inside `run`."""
-        source = (_SCRIPTS / f"{name}.lua").read_text(encoding="utf-8")
+    def script(self, *parts: Path) -> AsyncScript:
+        """One Lua script of these files, one after the other, for use inside `run`."""
+        source = "\n".join(part.read_text(encoding="utf-8") for part in parts)
         script: AsyncScript = self._redis.register_script(source)
         return script
+
+    async def up_since_ms(self, now_ms: int) -> int:
+        """When a router first reached the ledger's present process; `now_ms` if none did yet.
+
+        Not when that process started: owners cannot renew while it loads its file either.
+        """
+        return await self.run(lambda redis: _up_since_ms(redis, now_ms))
+
+    async def clock_offset_ms(self, now_ms: Callable[[], int]) -> int:
+        """How far `now_ms` is ahead of the ledger's clock, to half a round trip."""
+        return await self.run(lambda redis: _clock_offset_ms(redis, now_ms))
 
     async def check_settings(self) -> None:
         """Refuse a Redis that may lose or evict money; ConfigError names the setting.
@@ -90,6 +101,21 @@ class Ledger:
 async def _settings(redis: Redis) -> dict[str, str]:
     answer: dict[Any, Any] = await redis.config_get(*REQUIRED_SETTINGS)
     return {_text(name): _text(value) for name, value in answer.items()}
+
+
+async def _up_since_ms(redis: Redis, now_ms: int) -> int:
+    server: dict[str, Any] = await redis.info("server")
+    name = f"tm:up:{server['run_id']}"
+    await redis.set(name, now_ms, nx=True, ex=_UP_SINCE_S)
+    since = await redis.get(name)
+    return now_ms if since is None else int(since)
+
+
+async def _clock_offset_ms(redis: Redis, now_ms: Callable[[], int]) -> int:
+    before = now_ms()
+    seconds, microseconds = await redis.time()
+    after = now_ms()
+    return (before + after) // 2 - (seconds * 1000 + microseconds // 1000)
 
 
 def _text(value: bytes | str) -> str:
