@@ -23,7 +23,15 @@ from tidemill.api.router.v1.router_service_pb2_grpc import (
     RouterServiceServicer,
     add_RouterServiceServicer_to_server,
 )
-from tidemill.billing import PriceBook, Reuse, Usage, issue_receipt, load_price_book
+from tidemill.billing import (
+    PriceBook,
+    Reuse,
+    Usage,
+    issue_receipt,
+    load_price_book,
+    next_chain,
+)
+from tidemill.billing.chain import FIRST_CHAIN
 from tidemill.errors import TidemillError
 from tidemill.rpc.options import PUBLIC_SERVER
 from tidemill.rpc.status import abort
@@ -31,6 +39,7 @@ from tidemill.rpc.status import abort
 BOOK_PATH = Path(__file__).parents[1] / "prices" / "deepseek-2025-02.toml"
 ADMITTED_AT_MS = 1_750_000_000_000
 NUM_PROMPT_TOKENS = 130
+HOLD_NANO = 10**9
 REUSE = Reuse(device=64, cache_ram=64)
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -112,12 +121,14 @@ class ScriptedRouter(RouterServiceServicer):
             self.book,
             request_id=request_id,
             tenant_id="acme",
+            key_id="k1",
             model="demo",
             price_model="deepseek-chat",
             currency="USD",
             usage=usage,
             admitted_at_ms=ADMITTED_AT_MS,
             decided_at_ms=ADMITTED_AT_MS + 50,
+            hold_nano=HOLD_NANO,
         )
         charge = asdict(receipt.charge)
         same = ("book_id", "book_version", "currency", "window", "tariff_from_ms")
@@ -125,6 +136,7 @@ class ScriptedRouter(RouterServiceServicer):
         return receipt_pb2.Receipt(
             request_id=request_id,
             tenant_id="acme",
+            key_id="k1",
             model="demo",
             price_model="deepseek-chat",
             book_digest=bytes.fromhex(charge["book_digest"]),
@@ -138,8 +150,13 @@ class ScriptedRouter(RouterServiceServicer):
             decided_by=receipt_pb2.DECIDING_INSTANT_COMPLETION,
             usage=usage_message(usage),
             attempts=receipt.attempts,
+            hold_nano=HOLD_NANO,
             state=receipt_pb2.RECEIPT_STATE_SETTLED,
             content_sha256=bytes.fromhex(receipt.content_sha256),
+            position=1,
+            previous_chain=bytes.fromhex(FIRST_CHAIN),
+            chain=bytes.fromhex(next_chain(FIRST_CHAIN, receipt.content_sha256)),
+            topped_up_nano=charge["amount_nano"],
             **{name: charge[name] for name in (*same, *costs)},
         )
 

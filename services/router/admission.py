@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from services.router.config import LimitsConfig
 from services.router.fleet import Fleet, ModelIdentity
-from services.router.keys import Tenant
+from services.router.keys import Caller, Tenant
 from services.router.models import Catalogue, ServedModel
 from services.router.response_format import ResponseFormat
 from services.router.sampling import Sampling, Wanted, resolve
@@ -51,6 +51,7 @@ class Admitted:
 
     ask: Ask
     tenant: Tenant
+    key_id: str
     model: ServedModel
     identity: ModelIdentity
     token_ids: Sequence[int]
@@ -96,7 +97,7 @@ class Admission:
     rng: random.Random
     now_ms: Callable[[], int]
 
-    async def admit(self, ask: Ask, tenant: Tenant, *, call_timeout_s: float | None) -> Admitted:
+    async def admit(self, ask: Ask, caller: Caller, *, call_timeout_s: float | None) -> Admitted:
         """Raise what is wrong with `ask`, else return it ready for the queue.
 
         `call_timeout_s` is what the call's own deadline leaves.
@@ -120,11 +121,12 @@ class Admission:
         )
         if ask.response_format is not None:
             ask.response_format.check_end(sampling)
-        root = root_hash(identity.digest, identity.kv_format, tenant.salt)
+        root = root_hash(identity.digest, identity.kv_format, caller.tenant.salt)
         hashes = await loop.run_in_executor(self.pool, chain_hashes, root, token_ids)
         admitted = Admitted(
             ask=ask,
-            tenant=tenant,
+            tenant=caller.tenant,
+            key_id=caller.key_id,
             model=model,
             identity=identity,
             token_ids=token_ids,

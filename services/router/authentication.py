@@ -6,7 +6,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from contextvars import ContextVar
 from enum import Enum
 
-from services.router.keys import KeyRecord, KeyStore, Tenant
+from services.router.keys import Caller, KeyRecord, KeyStore, Tenant
 from tidemill.errors import PermissionDenied, Unauthenticated
 from tidemill.rpc.interceptors import Call
 
@@ -14,7 +14,7 @@ _AUTHORIZATION = "authorization"
 _SCHEME = "bearer "
 _MAX_KEY_CHARS = 128
 
-_tenant: ContextVar[Tenant] = ContextVar("tenant")
+_caller: ContextVar[Caller] = ContextVar("caller")
 
 
 class Authenticator:
@@ -38,8 +38,8 @@ class Authenticator:
         self._max_entries = max_entries
         self._cache: dict[str, tuple[float, KeyRecord]] = {}
 
-    async def tenant_of(self, api_key: str | None) -> Tenant:
-        """The key's tenant; Unauthenticated for a missing, unknown, wrong or revoked key."""
+    async def caller_of(self, api_key: str | None) -> Caller:
+        """Who has the key; Unauthenticated for a missing, unknown, wrong or revoked key."""
         if not api_key:
             raise Unauthenticated("no API key was sent", reason="API_KEY_MISSING")
         key_id = _key_id_of(api_key)
@@ -50,7 +50,7 @@ class Authenticator:
             raise Unauthenticated("this API key is not known", reason="API_KEY_UNKNOWN")
         if record.key.revoked:
             raise Unauthenticated("this API key was revoked", reason="API_KEY_REVOKED")
-        return record.tenant
+        return Caller(record.tenant, record.key.id)
 
     async def _record(self, key_id: str) -> KeyRecord | None:
         asked_at = self._clock()
@@ -73,9 +73,14 @@ class Access(Enum):
     ADMIN = "admin"
 
 
+def current_caller() -> Caller:
+    """Whose key opened the call that is being handled."""
+    return _caller.get()
+
+
 def current_tenant() -> Tenant:
-    """The tenant whose key opened the call that is being handled."""
-    return _tenant.get()
+    """The tenant whose key it is."""
+    return _caller.get().tenant
 
 
 class KeyGuard:
@@ -105,7 +110,7 @@ class KeyGuard:
             raise PermissionDenied(f"{call.method} is open to nobody")
         key = _bearer(call)
         if access is Access.TENANT:
-            _tenant.set(await self._authenticator.tenant_of(key))
+            _caller.set(await self._authenticator.caller_of(key))
         elif not key or not hmac.compare_digest(key.encode(), self._admin_key):
             raise Unauthenticated("this call needs the admin key", reason="ADMIN_KEY_REQUIRED")
         yield

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from enum import IntEnum
 
-from tidemill.billing import Receipt, Usage
+from tidemill.billing import Chained, Receipt, Usage
 
 
 class Finish(IntEnum):
@@ -39,7 +39,12 @@ class PrefillSite:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Completed:
-    """The last word on a request: why its last choice ended, its usage and its bill."""
+    """The last word on a request: why its last choice ended, its usage and its bill.
+
+    `chained` is where the ledger put the receipt, None while it waits for that or where there was
+    nothing to charge; `signature` [64 bytes] is over what is known, by the key `signing_key_id`.
+    `again`: the request had been settled before this call.
+    """
 
     finish: Finish
     usage: Usage
@@ -48,3 +53,8 @@ class Completed:
     seed: int
     timing: Timing
     num_choices: int = 1
+    chained: Chained | None = None
+    pending: bool = False
+    signature: bytes = b""
+    signing_key_id: str = ""
+    again: bool = False

@@ -52,6 +52,14 @@ class ApiKey:
 
 
 @dataclass(frozen=True, slots=True)
+class Caller:
+    """Who calls: a tenant by one of its keys."""
+
+    tenant: Tenant
+    key_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class KeyRecord:
     """What authentication needs to know of a key."""
 

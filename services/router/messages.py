@@ -133,9 +133,10 @@ def completed_message(completed: Completed) -> router_pb2.GenerateResponse:
         completed=router_pb2.Completed(
             finish_reason=lifecycle_pb2.FinishReason.ValueType(completed.finish.value),
             usage=usage_message(completed.usage, completed.site),
-            receipt=receipt_message(completed.receipt, completed.site),
+            receipt=receipt_message(completed),
             seed=completed.seed,
             timing=_timing(completed.timing),
+            text_replayed=False if completed.again else None,
         )
     )
 
@@ -178,12 +179,29 @@ def usage_message(usage: Usage, site: PrefillSite) -> usage_pb2.Usage:
     return message
 
 
-def receipt_message(receipt: Receipt, site: PrefillSite) -> receipt_pb2.Receipt:
-    """The proto form; without a ledger a receipt is PRICED and no more."""
+def receipt_message(completed: Completed) -> receipt_pb2.Receipt:
+    """The bill; PRICED and no more where it is neither in the ledger nor on the way there."""
+    message = _receipt_content(completed.receipt, completed.site)
+    message.signature = completed.signature
+    message.signing_key_id = completed.signing_key_id
+    if (chained := completed.chained) is not None:
+        message.state = receipt_pb2.RECEIPT_STATE_SETTLED
+        message.position = chained.position
+        message.previous_chain = bytes.fromhex(chained.previous_chain)
+        message.chain = bytes.fromhex(chained.chain)
+        message.granted_nano = chained.granted_nano
+        message.topped_up_nano = chained.topped_up_nano
+    elif completed.pending:
+        message.state = receipt_pb2.RECEIPT_STATE_PENDING
+    return message
+
+
+def _receipt_content(receipt: Receipt, site: PrefillSite) -> receipt_pb2.Receipt:
     charge = receipt.charge
     return receipt_pb2.Receipt(
         request_id=receipt.request_id,
         tenant_id=receipt.tenant_id,
+        key_id=receipt.key_id,
         model=receipt.model,
         price_model=charge.model,
         book_id=charge.book_id,
@@ -207,6 +225,7 @@ def receipt_message(receipt: Receipt, site: PrefillSite) -> receipt_pb2.Receipt:
         amount_nano=charge.amount_nano,
         saved_nano=charge.saved_nano,
         attempts=receipt.attempts,
+        hold_nano=receipt.hold_nano,
         state=receipt_pb2.RECEIPT_STATE_PRICED,
         content_sha256=bytes.fromhex(receipt.content_sha256),
     )

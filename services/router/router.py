@@ -7,7 +7,7 @@ from services.router.config import LimitsConfig
 from services.router.dispatch import Dispatcher
 from services.router.finish import Completed, Finish
 from services.router.generation import Generation
-from services.router.keys import Tenant
+from services.router.keys import Caller, Tenant
 from services.router.metrics import RouterMetrics
 from services.router.requests import RequestBook
 from services.router.settle import Settler
@@ -41,7 +41,7 @@ class Router:
         self._closing = False
 
     async def generate(
-        self, ask: Ask, tenant: Tenant, *, call_timeout_s: float | None
+        self, ask: Ask, caller: Caller, *, call_timeout_s: float | None
     ) -> Generation | Completed:
         """A generation with a place in the queue, or how this request ended before.
 
@@ -50,7 +50,7 @@ class Router:
         try:
             if self._closing:
                 raise Unavailable("the router is stopping", reason="ROUTER_STOPPING")
-            return await self._let_in(ask, tenant, call_timeout_s)
+            return await self._let_in(ask, caller, call_timeout_s)
         except TidemillError as error:
             error.request_id = ask.request_id
             self._metrics.refused(error.reason)
@@ -73,15 +73,15 @@ class Router:
             await self._book.idle_within(self._limits.final_wait_s + 1.0)
 
     async def _let_in(
-        self, ask: Ask, tenant: Tenant, call_timeout_s: float | None
+        self, ask: Ask, caller: Caller, call_timeout_s: float | None
     ) -> Generation | Completed:
         self._admission.catalogue.get(ask.model)
-        key = request_key(tenant.id, ask.request_id)
+        key = request_key(caller.tenant.id, ask.request_id)
         ended = self._book.begin(key, ask.body_sha256)
         if ended is not None:
             return ended
         try:
-            admitted = await self._admission.admit(ask, tenant, call_timeout_s=call_timeout_s)
+            admitted = await self._admission.admit(ask, caller, call_timeout_s=call_timeout_s)
             generation = Generation(
                 admitted,
                 dispatcher=self._dispatchers[ask.model],

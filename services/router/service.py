@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 
 from services.router.admission import Admission
-from services.router.authentication import current_tenant
+from services.router.authentication import current_caller, current_tenant
 from services.router.finish import Completed, Finish
 from services.router.fleet import DECODE, PREFILL
 from services.router.messages import EventWriter, ask_of, completed_message, unit_prices
@@ -49,7 +49,7 @@ class RouterService(router_service_pb2_grpc.RouterServiceServicer):
         left: float | None = context.time_remaining()
         generation = await self._router.generate(
             ask_of(request),
-            current_tenant(),
+            current_caller(),
             call_timeout_s=None if left is None else max(left - _REPLY_RESERVE_S, left / 2),
         )
         if isinstance(generation, Completed):

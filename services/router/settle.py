@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from services.router.admission import Admitted
 from services.router.finish import Completed, Finish, PrefillSite, Timing
 from services.router.metrics import RouterMetrics
-from tidemill.billing import PriceBook, Usage, clamp_decided_at, issue_receipt
+from tidemill.billing import PriceBook, Usage, clamp_decided_at, issue_receipt, worst_case_nano
 from tidemill.errors import TidemillError
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,7 @@ class Settler:
             self.book,
             request_id=admitted.ask.request_id,
             tenant_id=admitted.tenant.id,
+            key_id=admitted.key_id,
             model=admitted.model.name,
             price_model=admitted.model.config.price_model,
             currency=admitted.tenant.currency,
@@ -48,6 +49,15 @@ class Settler:
             admitted_at_ms=admitted.admitted_at_ms,
             decided_at_ms=decided_at_ms,
             attempts=attempts,
+            hold_nano=worst_case_nano(
+                self.book,
+                model=admitted.model.config.price_model,
+                currency=admitted.tenant.currency,
+                num_prompt_tokens=len(admitted.token_ids),
+                max_tokens=admitted.sampling.n * admitted.sampling.max_tokens,
+                admitted_at_ms=admitted.admitted_at_ms,
+                deadline_ms=admitted.deadline_ms,
+            ),
         )
         completed = Completed(
             finish=finish,

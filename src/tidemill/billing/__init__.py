@@ -1,5 +1,6 @@
 """Usage, price books, charges and receipts: pure, and integers only (M1)."""
 
+from tidemill.billing.chain import Chained, next_chain
 from tidemill.billing.charge import Charge, clamp_decided_at, compute_charge
 from tidemill.billing.integers import format_amount
 from tidemill.billing.margin import BusyPart
@@ -21,6 +22,7 @@ from tidemill.billing.usage import Reuse, Unbilled, Usage
 
 __all__ = [
     "BusyPart",
+    "Chained",
     "Charge",
     "Cheaper",
     "Decides",
@@ -43,6 +45,7 @@ __all__ = [
     "hold_nano",
     "issue_receipt",
     "load_price_book",
+    "next_chain",
     "parse_price_book",
     "payable_output_tokens",
     "reachable_windows",

@@ -3,7 +3,8 @@
 Canonical bytes: `canonical.canonical_bytes` of the flat `to_fields` object, that is UTF-8
 JSON with sorted keys, no white space, only strings and integers. `content_sha256` is their
 SHA-256 in hexadecimal. Together with the public price book of `book_digest` the counts and the
-two instants give every price and amount again.
+two instants give every price and amount again. The place in the account's chain, the signature
+and the balances that paid are no content: the ledger adds them to what it is given.
 """
 
 from __future__ import annotations
@@ -18,22 +19,25 @@ from tidemill.billing.prices import PriceBook
 from tidemill.billing.usage import Reuse, Unbilled, Usage
 from tidemill.errors import ConfigError, ReceiptError, UsageError
 
-FORMAT = "tidemill.receipt.v1"
+FORMAT = "tidemill.receipt.v2"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Receipt:
     """One settled request. `model` is the served name, `charge.model` the price book's.
 
+    `key_id` is the API key's public part, `hold_nano` the most that was held for the request.
     `content_sha256` is as claimed; `verify` says whether it is true.
     """
 
     request_id: str
     tenant_id: str
+    key_id: str
     model: str
     admitted_at_ms: int
     decided_at_ms: int
     attempts: int
+    hold_nano: int
     usage: Usage
     charge: Charge
     content_sha256: str
@@ -45,10 +49,12 @@ class Receipt:
             "format": FORMAT,
             "request_id": self.request_id,
             "tenant_id": self.tenant_id,
+            "key_id": self.key_id,
             "model": self.model,
             "admitted_at_ms": self.admitted_at_ms,
             "decided_at_ms": self.decided_at_ms,
             "attempts": self.attempts,
+            "hold_nano": self.hold_nano,
             "prompt_tokens": usage.prompt_tokens,
             "computed_tokens": usage.computed_tokens,
             **{f"reused_{tier}_tokens": count for tier, count in asdict(usage.reused).items()},
@@ -75,21 +81,11 @@ class Receipt:
         ReceiptError if a field is missing, unknown, of the wrong type or at odds with another.
         """
         try:
-            receipt = cls(
-                request_id=_text(content, "request_id"),
-                tenant_id=_text(content, "tenant_id"),
-                model=_text(content, "model"),
-                admitted_at_ms=_int(content, "admitted_at_ms"),
-                decided_at_ms=_int(content, "decided_at_ms"),
-                attempts=_int(content, "attempts"),
-                usage=_usage(content),
-                charge=_charge(content),
-                content_sha256=content_sha256,
-            )
+            receipt = _parse(content, content_sha256)
         except (KeyError, TypeError, UsageError) as error:
             raise ReceiptError(f"not a receipt: {error}") from error
         if differing := _differences(content, receipt.to_fields()):
-            raise ReceiptError(f"receipt is at odds with itself: {'; '.join(differing)}")
+            raise ReceiptError(f"receipt is at odds with itself: {_phrase(differing)}")
         return receipt
 
 
@@ -98,12 +94,14 @@ def issue_receipt(
     *,
     request_id: str,
     tenant_id: str,
+    key_id: str,
     model: str,
     price_model: str,
     currency: str,
     usage: Usage,
     admitted_at_ms: int,
     decided_at_ms: int,
+    hold_nano: int,
     attempts: int = 1,
 ) -> Receipt:
     """Price a finished request and write its receipt; errors are `compute_charge`'s."""
@@ -118,10 +116,12 @@ def issue_receipt(
     receipt = Receipt(
         request_id=request_id,
         tenant_id=tenant_id,
+        key_id=key_id,
         model=model,
         admitted_at_ms=admitted_at_ms,
         decided_at_ms=decided_at_ms,
         attempts=attempts,
+        hold_nano=hold_nano,
         usage=usage,
         charge=charge,
         content_sha256="",
@@ -135,28 +135,71 @@ def verify(receipt: Receipt, book: PriceBook) -> None:
     ReceiptError names every field that differs with the value it should have. The book must be
     the one that the receipt's digest names.
     """
-    found = receipt.to_fields()
+    if faults := content_faults(receipt.to_fields(), receipt.content_sha256, book):
+        raise ReceiptError(f"receipt does not verify: {_phrase(faults)}")
+
+
+def content_faults(
+    content: Mapping[str, str | int], content_sha256: str, book: PriceBook
+) -> dict[str, str]:
+    """What is wrong with a flat content that claims this hash, by field; empty: it verifies."""
     try:
-        expected = issue_receipt(
-            book,
-            request_id=receipt.request_id,
-            tenant_id=receipt.tenant_id,
-            model=receipt.model,
-            price_model=receipt.charge.model,
-            currency=receipt.charge.currency,
-            usage=receipt.usage,
-            admitted_at_ms=receipt.admitted_at_ms,
-            decided_at_ms=receipt.decided_at_ms,
-            attempts=receipt.attempts,
-        ).to_fields()
+        receipt = _parse(content, content_sha256)
+    except KeyError as error:
+        return {str(error.args[0]): "is missing"}
+    except TypeError as error:
+        return {"content": str(error)}
+    except UsageError as error:
+        return {"usage": str(error)} | _hash_faults(content, content_sha256)
+    try:
+        faults = _differences(content, _issued_again(receipt, book).to_fields())
     except (ConfigError, ValueError) as error:
-        raise ReceiptError(f"receipt cannot be recomputed: {error}") from error
-    differing = _differences(found, expected)
-    true_hash = sha256_hex(receipt.canonical_bytes())
-    if receipt.content_sha256 != true_hash:
-        differing.append(f"content_sha256 is {receipt.content_sha256!r}, should be {true_hash!r}")
-    if differing:
-        raise ReceiptError(f"receipt does not verify: {'; '.join(differing)}")
+        faults = {"content": f"cannot be recomputed: {error}"}
+    if receipt.charge.amount_nano > receipt.hold_nano:
+        faults["hold_nano"] = (
+            f"is {receipt.hold_nano}, below the amount of {receipt.charge.amount_nano} (M3)"
+        )
+    return faults | _hash_faults(content, content_sha256)
+
+
+def _issued_again(receipt: Receipt, book: PriceBook) -> Receipt:
+    return issue_receipt(
+        book,
+        request_id=receipt.request_id,
+        tenant_id=receipt.tenant_id,
+        key_id=receipt.key_id,
+        model=receipt.model,
+        price_model=receipt.charge.model,
+        currency=receipt.charge.currency,
+        usage=receipt.usage,
+        admitted_at_ms=receipt.admitted_at_ms,
+        decided_at_ms=receipt.decided_at_ms,
+        attempts=receipt.attempts,
+        hold_nano=receipt.hold_nano,
+    )
+
+
+def _hash_faults(content: Mapping[str, str | int], claimed: str) -> dict[str, str]:
+    true_hash = sha256_hex(canonical_bytes(dict(content)))
+    if claimed == true_hash:
+        return {}
+    return {"content_sha256": f"is {claimed!r}, should be {true_hash!r}"}
+
+
+def _parse(content: Mapping[str, str | int], content_sha256: str) -> Receipt:
+    return Receipt(
+        request_id=_text(content, "request_id"),
+        tenant_id=_text(content, "tenant_id"),
+        key_id=_text(content, "key_id"),
+        model=_text(content, "model"),
+        admitted_at_ms=_int(content, "admitted_at_ms"),
+        decided_at_ms=_int(content, "decided_at_ms"),
+        attempts=_int(content, "attempts"),
+        hold_nano=_int(content, "hold_nano"),
+        usage=_usage(content),
+        charge=_charge(content),
+        content_sha256=content_sha256,
+    )
 
 
 def _usage(content: Mapping[str, str | int]) -> Usage:
@@ -212,10 +255,16 @@ def _text(content: Mapping[str, str | int], name: str) -> str:
     return value
 
 
-def _differences(found: Mapping[str, str | int], expected: Mapping[str, str | int]) -> list[str]:
-    """One phrase for each field whose value is not the expected one."""
-    return [
-        f"{name} is {found.get(name)!r}, should be {expected.get(name)!r}"
+def _differences(
+    found: Mapping[str, str | int], expected: Mapping[str, str | int]
+) -> dict[str, str]:
+    """What is wrong with each field whose value is not the expected one."""
+    return {
+        name: f"is {found.get(name)!r}, should be {expected.get(name)!r}"
         for name in sorted(found.keys() | expected.keys())
         if found.get(name) != expected.get(name)
-    ]
+    }
+
+
+def _phrase(faults: Mapping[str, str]) -> str:
+    return "; ".join(f"{name} {problem}" for name, problem in faults.items())

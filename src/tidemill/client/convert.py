@@ -130,14 +130,16 @@ def receipt(message: receipt_pb2.Receipt) -> Receipt:
     reuse, unbilled = counts.reuse, counts.unbilled
     return Receipt(
         content={
-            "format": "tidemill.receipt.v1",
+            "format": "tidemill.receipt.v2",
             "request_id": message.request_id,
             "tenant_id": message.tenant_id,
+            "key_id": message.key_id,
             "model": message.model,
             "price_model": message.price_model,
             "admitted_at_ms": message.admitted_at_ms,
             "decided_at_ms": message.decided_at_ms,
             "attempts": message.attempts,
+            "hold_nano": message.hold_nano,
             "prompt_tokens": counts.prompt_tokens,
             "computed_tokens": counts.computed_tokens,
             "reused_device_tokens": reuse.device,
@@ -174,6 +176,13 @@ def receipt(message: receipt_pb2.Receipt) -> Receipt:
         },
         state=_STATES.get(message.state, ""),
         content_sha256=message.content_sha256.hex(),
+        position=message.position,
+        previous_chain=message.previous_chain.hex(),
+        chain=message.chain.hex(),
+        granted_nano=message.granted_nano,
+        topped_up_nano=message.topped_up_nano,
+        signature=message.signature.hex(),
+        signing_key_id=message.signing_key_id,
     )
 
 

@@ -122,12 +122,21 @@ class Receipt:
     """A request's bill, as received.
 
     `content` is the flat form of tidemill.billing (names, counts, prices in pico-units a token,
-    amounts in nano-units); `state` is "priced", "pending" or "settled".
+    amounts in nano-units); `state` is "priced", "pending" or "settled". Only a settled receipt
+    has a place in the account's chain, and balances that paid. Hashes and `signature` are in
+    hexadecimal.
     """
 
     content: Mapping[str, str | int]
     state: str
     content_sha256: str
+    position: int = 0
+    previous_chain: str = ""
+    chain: str = ""
+    granted_nano: int = 0
+    topped_up_nano: int = 0
+    signature: str = ""
+    signing_key_id: str = ""
 
     @property
     def amount_nano(self) -> int:
@@ -171,8 +180,19 @@ class Receipt:
         billing.verify(self.to_billing(), book)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values: the flat content with `state` and `content_sha256`."""
-        return {**self.content, "state": self.state, "content_sha256": self.content_sha256}
+        """Plain values, one object a receipt: the form of exports (tidemill.billing)."""
+        return {
+            **self.content,
+            "content_sha256": self.content_sha256,
+            "state": self.state,
+            "position": self.position,
+            "previous_chain": self.previous_chain,
+            "chain": self.chain,
+            "granted_nano": self.granted_nano,
+            "topped_up_nano": self.topped_up_nano,
+            "signature": self.signature,
+            "signing_key_id": self.signing_key_id,
+        }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -262,7 +262,6 @@ class Attempt:
                 generated_tokens=self.outbox.num_generated,
                 busy_seconds=ending.busy_seconds,
                 prompt=self._prompt_usage,
-                relayed_tokens=self.start.relayed_tokens,
             )
             self._worker.metrics.finals.labels(name_of(ending.reason)).inc()
             self._worker.metrics.generated_tokens.inc(self.outbox.num_generated)

@@ -54,6 +54,7 @@ async def test_the_receipt_can_be_recomputed_from_its_counts(router: RouterHarne
         load_price_book(BOOK_PATH),
         request_id="r1",
         tenant_id="acme",
+        key_id=receipt.key_id,
         model=MODEL,
         price_model="deepseek-chat",
         currency="USD",
@@ -67,6 +68,7 @@ async def test_the_receipt_can_be_recomputed_from_its_counts(router: RouterHarne
         ),
         admitted_at_ms=receipt.admitted_at_ms,
         decided_at_ms=receipt.decided_at_ms,
+        hold_nano=receipt.hold_nano,
         attempts=1,
     )
     assert receipt.content_sha256.hex() == again.content_sha256

@@ -65,6 +65,7 @@ def receipts(draw: st.DrawFn) -> Receipt:
         BOOK,
         request_id=draw(st.text(min_size=1, max_size=20)),
         tenant_id=draw(st.text(min_size=1, max_size=20)),
+        key_id="k1",
         model="demo",
         price_model=draw(st.sampled_from(["deepseek-chat", "deepseek-reasoner"])),
         currency=draw(st.sampled_from(["USD", "CNY"])),
@@ -72,6 +73,7 @@ def receipts(draw: st.DrawFn) -> Receipt:
         admitted_at_ms=admitted,
         decided_at_ms=admitted + draw(st.integers(0, 30 * 60 * 1000)),
         attempts=draw(st.integers(1, 3)),
+        hold_nano=10**12,
     )
 
 
@@ -80,6 +82,7 @@ def sample() -> Receipt:
         BOOK,
         request_id="r-1",
         tenant_id="acme",
+        key_id="k1",
         model="demo",
         price_model="deepseek-chat",
         currency="USD",
@@ -96,6 +99,7 @@ def sample() -> Receipt:
         ),
         admitted_at_ms=BOOK_FROM_MS + 40_000_000,
         decided_at_ms=BOOK_FROM_MS + 40_001_234,
+        hold_nano=90_000,
     )
 
 
@@ -110,8 +114,9 @@ def test_canonical_bytes_are_pinned() -> None:
         b'"book_digest":"' + BOOK.digest.encode() + b'","book_id":"deepseek-2025-02",'
         b'"book_version":1,"cache_hit_tokens":128,"cache_miss_tokens":72,"completion_tokens":50,'
         b'"computed_tokens":72,"currency":"USD","decided_at_ms":1740539201234,'
-        b'"decided_by":"completion","drafted_tokens":4,"format":"tidemill.receipt.v1",'
-        b'"generated_tokens":53,"hit_cost_pico":8960000,"miss_cost_pico":19440000,"model":"demo",'
+        b'"decided_by":"completion","drafted_tokens":4,"format":"tidemill.receipt.v2",'
+        b'"generated_tokens":53,"hit_cost_pico":8960000,"hold_nano":90000,"key_id":"k1",'
+        b'"miss_cost_pico":19440000,"model":"demo",'
         b'"output_cost_pico":55000000,"price_hit_pico":70000,"price_miss_pico":270000,'
         b'"price_model":"deepseek-chat","price_output_pico":1100000,"prompt_tokens":200,'
         b'"reasoning_tokens":10,"request_id":"r-1","reused_cache_disk_tokens":0,'
@@ -146,6 +151,8 @@ NOT_RECOMPUTABLE = {
     "tenant_id",
     "model",
     "attempts",
+    "hold_nano",
+    "key_id",
     "reasoning_tokens",
     "drafted_tokens",
     "accepted_tokens",
@@ -172,6 +179,11 @@ def test_the_error_names_the_field_with_both_values() -> None:
         verify(cheaper, BOOK)
 
 
+def test_a_charge_above_the_hold_is_named() -> None:
+    with pytest.raises(ReceiptError, match="hold_nano is 83399, below the amount of 83400"):
+        verify(replace(sample(), hold_nano=83_399), BOOK)
+
+
 def test_a_forged_hash_is_named() -> None:
     with pytest.raises(ReceiptError, match="content_sha256 is '00', should be"):
         verify(replace(sample(), content_sha256="00"), BOOK)
@@ -193,7 +205,7 @@ def test_another_book_does_not_verify_it() -> None:
         ({"vat": 19}, "vat is 19, should be None"),
         ({"prompt_tokens": 200.0}, "prompt_tokens must be an int"),
         ({"window": 7}, "window must be a string"),
-        ({"format": "tidemill.receipt.v2"}, "format is 'tidemill.receipt.v2'"),
+        ({"format": "tidemill.receipt.v1"}, "format is 'tidemill.receipt.v1'"),
         ({"computed_tokens": 73}, "U1 does not hold"),
         ({"cache_hit_tokens": 64}, "cache_hit_tokens is 64, should be 128"),
     ],

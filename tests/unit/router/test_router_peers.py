@@ -28,6 +28,7 @@ FULL = 100_000
 ADMITTED = Admitted(
     ask=Ask(request_id="r1", body_sha256=b"b" * 32, model="tiny", input="hello"),
     tenant=Tenant("alice", "USD", b"s" * 32),
+    key_id="k1",
     model=cast(Any, None),  # read for a grammar alone
     identity=ModelIdentity(b"d" * 32, "f", 4096),
     token_ids=[1, 2, 3],

@@ -191,7 +191,7 @@ class Receipt(google.protobuf.message.Message):
     chain: builtins.bytes
     """SHA-256 over previous_chain and content_sha256, 32 bytes. Empty while pending."""
     signature: builtins.bytes
-    """Ed25519 signature, 64 bytes, over "tidemill.receipt.v1", a zero byte, content_sha256, chain (32 zero bytes
+    """Ed25519 signature, 64 bytes, over "tidemill.receipt.v2", a zero byte, content_sha256, chain (32 zero bytes
     while pending) and position (8 bytes, big-endian).
     """
     signing_key_id: builtins.str
