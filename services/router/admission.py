@@ -164,9 +164,10 @@ class Admission:
 
     def _check_cost(self, admitted: Admitted) -> None:
         currency = admitted.tenant.currency
-        if currency not in self.book.currencies:
+        price_model = admitted.model.config.price_model
+        if currency not in self.book.tariff_at(price_model, admitted.admitted_at_ms).currencies:
             raise FailedPrecondition(
-                f"nothing is sold in {currency} here", reason="CURRENCY_NOT_SOLD"
+                f"{admitted.model.name} is not sold in {currency}", reason="CURRENCY_NOT_SOLD"
             )
         if admitted.ask.max_cost is None:
             return
@@ -178,7 +179,7 @@ class Admission:
             )
         worst = worst_case_nano(
             self.book,
-            model=admitted.model.config.price_model,
+            model=price_model,
             currency=currency,
             num_prompt_tokens=len(admitted.token_ids),
             max_tokens=admitted.sampling.n * admitted.sampling.max_tokens,

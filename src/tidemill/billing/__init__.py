@@ -1,11 +1,21 @@
 """Usage, price books, charges and receipts: pure, and integers only (M1)."""
 
+from tidemill.billing.calendars import Calendar, Day
 from tidemill.billing.chain import Chained, next_chain
 from tidemill.billing.charge import Charge, clamp_decided_at, compute_charge
 from tidemill.billing.integers import format_amount
 from tidemill.billing.margin import BusyPart
 from tidemill.billing.price_file import load_price_book, parse_price_book
-from tidemill.billing.prices import Decides, PriceBook, Prices, Rounding, Tariff, Window
+from tidemill.billing.price_json import decode_book
+from tidemill.billing.prices import (
+    Decides,
+    PriceBook,
+    Prices,
+    Rounding,
+    Tariff,
+    Turn,
+    Window,
+)
 from tidemill.billing.quote import (
     Cheaper,
     Tokens,
@@ -22,9 +32,11 @@ from tidemill.billing.usage import Reuse, Unbilled, Usage
 
 __all__ = [
     "BusyPart",
+    "Calendar",
     "Chained",
     "Charge",
     "Cheaper",
+    "Day",
     "Decides",
     "PriceBook",
     "Prices",
@@ -33,6 +45,7 @@ __all__ = [
     "Rounding",
     "Tariff",
     "Tokens",
+    "Turn",
     "Unbilled",
     "Usage",
     "Window",
@@ -40,6 +53,7 @@ __all__ = [
     "clamp_decided_at",
     "compute_charge",
     "dearest",
+    "decode_book",
     "expected_nano",
     "format_amount",
     "hold_nano",

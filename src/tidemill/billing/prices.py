@@ -1,4 +1,4 @@
-"""The price book: effective-dated tariffs with daily windows in a time zone, as data (M1, M6).
+"""The price book: effective-dated tariffs with windows of the week in a time zone (M1, M6).
 
 `price_file` reads and checks the TOML form; see `prices/` in the repository for books.
 Instants are integer milliseconds since the Unix epoch.
@@ -11,13 +11,16 @@ from enum import StrEnum
 from functools import cached_property
 from zoneinfo import ZoneInfo
 
+from tidemill.billing.calendars import Calendar, Day, weekday
 from tidemill.billing.canonical import canonical_bytes, sha256_hex
 from tidemill.billing.integers import require_int
 from tidemill.errors import ConfigError
 
-SCHEMA = 1
+SCHEMA = 2
 
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
+_MS = dt.timedelta(milliseconds=1)
+_HORIZON_MS = 366 * 24 * 3_600_000
 
 
 class Decides(StrEnum):
@@ -44,22 +47,10 @@ class Prices:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """A daily span of local time, half-open: `start` belongs to it, `end` does not.
-
-    It wraps midnight when `end` lies before `start`; equal ends mean the whole day.
-    `prices` is keyed by currency.
-    """
+    """Prices that hold at certain times of the week, by currency."""
 
     name: str
-    start: dt.time
-    end: dt.time
     prices: Mapping[str, Prices]
-
-    def covers(self, local: dt.time) -> bool:
-        """Whether the wall-clock time `local` lies in the window."""
-        if self.start < self.end:
-            return self.start <= local < self.end
-        return local >= self.start or local < self.end
 
     def prices_in(self, currency: str) -> Prices:
         """The prices in a currency; ConfigError if nothing is sold in it here."""
@@ -69,35 +60,88 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True)
+class Turn:
+    """From `start` on, by the clock on the wall, the window of that name is in force."""
+
+    start: dt.time
+    window: str
+
+
+@dataclass(frozen=True, slots=True)
 class Tariff:
     """One model's prices from `effective_from_ms` until its next tariff.
 
-    The windows cover the local day of `zone` exactly once. A wall-clock time that a zone's
-    clock change skips or repeats is priced by what the clock on the wall shows.
+    `week` says for each type of day which window takes over when; the first turn is at midnight,
+    and a turn's own instant belongs to it. An instant is read as the date and time that clocks in
+    `zone` show, so a time that a clock change skips has no price and one that it repeats has the
+    same price twice. Without a calendar no date is a holiday.
     """
 
     effective_from_ms: int
     decides: Decides
     zone: str
     windows: tuple[Window, ...]
+    week: Mapping[Day, tuple[Turn, ...]]
+    calendar: Calendar | None = None
+
+    @property
+    def currencies(self) -> frozenset[str]:
+        """What it is sold in; the same in every window."""
+        return frozenset(self.windows[0].prices)
+
+    def knows(self, instant_ms: int) -> bool:
+        """Whether the calendar, if there is one, covers the local date of an instant."""
+        return self.calendar is None or self.calendar.covers(self._local(instant_ms).date())
 
     def window_at(self, instant_ms: int) -> Window:
-        """The window in force at an instant."""
-        local = self._local(instant_ms).time()
-        return next(window for window in self.windows if window.covers(local))
+        """The window in force at an instant; ConfigError for a date the calendar does not cover."""
+        local = self._local(instant_ms)
+        now = local.time()
+        turns = self._turns(local.date())
+        name = next(turn.window for turn in reversed(turns) if turn.start <= now)
+        return next(window for window in self.windows if window.name == name)
 
     def window_ends_at(self, instant_ms: int) -> int | None:
-        """When the window in force at an instant ends; None if it is the only one."""
-        if len(self.windows) == 1:
+        """The next instant at which another window is in force, or the calendar knows no further.
+
+        None if there is no such instant for 366 days.
+        """
+        if len(self.windows) == 1 and self.calendar is None:
             return None
-        local, end = self._local(instant_ms), self.window_at(instant_ms).end
-        days_ahead = 0 if local.time() < end else 1
-        day = local.date() + dt.timedelta(days=days_ahead)
-        instant = dt.datetime.combine(day, end, tzinfo=ZoneInfo(self.zone))
-        return (instant - _EPOCH) // dt.timedelta(milliseconds=1)
+        name = self.window_at(instant_ms).name
+        instant, horizon = instant_ms, instant_ms + _HORIZON_MS
+        while instant < horizon:
+            instant = self._next_edge(instant)
+            if not self.knows(instant) or self.window_at(instant).name != name:
+                return instant
+        return None
+
+    def _next_edge(self, instant_ms: int) -> int:
+        """The first later instant at which wall clocks reach a turn or midnight, or are changed."""
+        local = self._local(instant_ms)
+        date, now = local.date(), local.time()
+        later = [turn.start for turn in self._turns(date) if turn.start > now]
+        if later:
+            wall = dt.datetime.combine(date, later[0])
+        else:
+            wall = dt.datetime.combine(date + dt.timedelta(days=1), dt.time())
+        edge = instant_ms + (wall - local.replace(tzinfo=None)) // _MS
+        if self._local(edge).utcoffset() == local.utcoffset():
+            return edge
+        before = instant_ms
+        while edge - before > 1:  # no zone changes its clocks twice within a day
+            middle = (before + edge) // 2
+            if self._local(middle).utcoffset() == local.utcoffset():
+                before = middle
+            else:
+                edge = middle
+        return edge
+
+    def _turns(self, date: dt.date) -> tuple[Turn, ...]:
+        return self.week[weekday(date) if self.calendar is None else self.calendar.day(date)]
 
     def _local(self, instant_ms: int) -> dt.datetime:
-        elapsed = dt.timedelta(milliseconds=require_int(instant_ms, "instant_ms"))
+        elapsed = require_int(instant_ms, "instant_ms") * _MS
         return (_EPOCH + elapsed).astimezone(ZoneInfo(self.zone))
 
 
@@ -135,19 +179,33 @@ class PriceBook:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 in hexadecimal over the canonical form: equal for equal meaning."""
-        return sha256_hex(canonical_bytes(self._canonical()))
+        """SHA-256 of `canonical_bytes` in hexadecimal."""
+        return sha256_hex(self.canonical_bytes)
+
+    @cached_property
+    def canonical_bytes(self) -> bytes:
+        """All that the book means, equal for equal meaning; `price_json` reads it back."""
+        return canonical_bytes(self._canonical())
 
     def _canonical(self) -> dict[str, object]:
+        tariffs = [tariff for rows in self.models.values() for tariff in rows]
+        calendars = [tariff.calendar for tariff in tariffs if tariff.calendar is not None]
         return {
             "schema": SCHEMA,
             "id": self.id,
             "version": self.version,
             "rounding": self.rounding.value,
             "currencies": sorted(self.currencies),
+            "calendars": {
+                calendar.name: {
+                    "covers": sorted(calendar.years),
+                    "holidays": [date.isoformat() for date in sorted(calendar.holidays)],
+                }
+                for calendar in calendars
+            },
             "models": {
-                model: [_canonical_tariff(tariff) for tariff in tariffs]
-                for model, tariffs in self.models.items()
+                model: [_canonical_tariff(tariff) for tariff in rows]
+                for model, rows in self.models.items()
             },
         }
 
@@ -157,16 +215,16 @@ def _canonical_tariff(tariff: Tariff) -> dict[str, object]:
         "effective_from_ms": tariff.effective_from_ms,
         "decides": tariff.decides.value,
         "zone": tariff.zone,
-        "windows": [
-            {
-                "name": window.name,
-                "start": window.start.isoformat(),
-                "end": window.end.isoformat(),
-                "prices": {
-                    currency: {"hit": prices.hit, "miss": prices.miss, "output": prices.output}
-                    for currency, prices in window.prices.items()
-                },
+        "calendar": "" if tariff.calendar is None else tariff.calendar.name,
+        "windows": {
+            window.name: {
+                currency: {"hit": prices.hit, "miss": prices.miss, "output": prices.output}
+                for currency, prices in window.prices.items()
             }
-            for window in sorted(tariff.windows, key=lambda window: window.start)
-        ],
+            for window in tariff.windows
+        },
+        "week": {
+            day.value: [[turn.start.isoformat(), turn.window] for turn in turns]
+            for day, turns in tariff.week.items()
+        },
     }

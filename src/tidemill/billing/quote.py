@@ -111,13 +111,19 @@ def expected_nano(book: PriceBook, *, model: str, currency: str, tokens: Tokens,
 def cheaper_window(
     book: PriceBook, *, model: str, currency: str, tokens: Tokens, at_ms: int, horizon_ms: int
 ) -> Cheaper | None:
-    """The first window after `at_ms`, by `horizon_ms`, in which `tokens` cost less than now."""
+    """The first window after `at_ms`, by `horizon_ms`, in which `tokens` cost less than now.
+
+    None if there is none, or none is known: where a calendar ends, so does the search.
+    """
     now_nano = expected_nano(book, model=model, currency=currency, tokens=tokens, at_ms=at_ms)
     instant = at_ms
     while (end := book.window_ends_at(model, instant)) is not None and end <= horizon_ms:
         tariff = book.tariff_at(model, end)
-        amount = expected_nano(book, model=model, currency=currency, tokens=tokens, at_ms=end)
+        if not tariff.knows(end) or currency not in tariff.currencies:
+            return None
+        window = tariff.window_at(end)
+        amount = round_half_up(tokens.cost_pico(window.prices_in(currency)))
         if amount < now_nano:
-            return Cheaper(starts_at_ms=end, window=tariff.window_at(end).name, amount_nano=amount)
+            return Cheaper(starts_at_ms=end, window=window.name, amount_nano=amount)
         instant = end
     return None

@@ -24,7 +24,7 @@ BOOK = load_price_book(Path(__file__).parents[3] / "prices" / "deepseek-2025-02.
 BEIJING = dt.timezone(dt.timedelta(hours=8))
 
 TWO_TARIFFS = """
-schema = 1
+schema = 2
 id = "rising"
 version = 1
 rounding = "half-up-nano"
@@ -36,13 +36,11 @@ decides = "{decides}"
 zone = "UTC"
 [[models.m.tariffs.windows]]
 name = "day"
-start = 06:00:00
-end = 18:00:00
+spans = [{{ start = 06:00:00, end = 18:00:00 }}]
 prices.USD = {{ hit = 0, miss = 1_000, output = 1_000 }}
 [[models.m.tariffs.windows]]
 name = "night"
-start = 18:00:00
-end = 06:00:00
+spans = [{{ start = 18:00:00, end = 06:00:00 }}]
 prices.USD = {{ hit = 0, miss = 0, output = 500 }}
 
 [[models.m.tariffs]]
@@ -51,8 +49,7 @@ decides = "{decides}"
 zone = "UTC"
 [[models.m.tariffs.windows]]
 name = "always"
-start = 00:00:00
-end = 00:00:00
+spans = [{{ start = 00:00:00, end = 00:00:00 }}]
 prices.USD = {{ hit = 0, miss = 9_000, output = 9_000 }}
 """
 
