@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from services.router.fleet import DECODE, PREFILL, Fleet, Worker
+from tidemill.blocks import BLOCK_TOKENS, max_hit_tokens
 from tidemill.policy import (
     BalancerConfig,
     FairQueue,
@@ -116,6 +117,11 @@ class Dispatcher:
         ticket.placed = asyncio.get_running_loop().create_future()
         self._returned.append(ticket)
         self._wake.set()
+
+    def expected_hit_tokens(self, num_prompt_tokens: int, block_hashes: Sequence[bytes]) -> int:
+        """What would be billed as hits if the prompt met the worker that holds most of it."""
+        held = self._affinity.overlap(block_hashes)
+        return min(max(held.values(), default=0) * BLOCK_TOKENS, max_hit_tokens(num_prompt_tokens))
 
     def withdraw(self, ticket: Ticket) -> None:
         """Give the place up; nothing happens to a ticket that has none."""
