@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from services.router.finish import Completed, Finish, PrefillSite, Timing
-from tidemill.billing import BusyPart, Chained, Receipt
+from tidemill.billing import BusyPart, Chained, Receipt, Unbilled
 from tidemill.billing.ledger import Posted
 
 _BESIDE = ("content_sha256", "finish", "site", "timing", "seed", "num_choices", "busy")
@@ -36,6 +36,21 @@ def encode(completed: Completed, *, busy: Sequence[BusyPart]) -> str:
             "timing": asdict(completed.timing),
             "seed": completed.seed,
             "num_choices": completed.num_choices,
+            "busy": [part.to_json() for part in busy],
+        },
+        separators=(",", ":"),
+    )
+
+
+def encode_release(
+    unbilled: Unbilled, *, model: str, decided_at_ms: int, busy: Sequence[BusyPart]
+) -> str:
+    """What is told of a request that nothing is billed for: its unbilled tokens by class."""
+    return json.dumps(
+        {
+            **asdict(unbilled),
+            "model": model,
+            "decided_at_ms": decided_at_ms,
             "busy": [part.to_json() for part in busy],
         },
         separators=(",", ":"),

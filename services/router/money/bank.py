@@ -1,0 +1,88 @@
+"""What all holds of one router share."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from services.router.finish import Completed
+from services.router.metrics import RouterMetrics
+from services.router.money.accounts import Accounts
+from services.router.money.cashier import Cashier
+from services.router.money.leases import Leases
+from services.router.money.metrics import MoneyMetrics
+from services.router.tasks import OwnedTasks
+from tidemill.billing import PriceBook, Usage, decode_book
+from tidemill.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bank:
+    """The ledger's accounts, this router's name and lease there, and who signs and counts."""
+
+    accounts: Accounts
+    cashier: Cashier
+    leases: Leases
+    tasks: OwnedTasks
+    signed: Callable[[Completed], Completed]
+    metrics: MoneyMetrics
+    requests: RouterMetrics
+    router_id: str
+    lease_ms: int
+    now_ms: Callable[[], int]
+
+    def report(self, completed: Completed) -> None:
+        """A request was settled, or waits to be: tell log and metrics."""
+        receipt, timing = completed.receipt, completed.timing
+        self.requests.completed(receipt.model, completed)
+        fields = {**receipt.to_fields(), "content_sha256": receipt.content_sha256}
+        logger.info(
+            "pending" if completed.pending else "settled",
+            extra={
+                "request_id": receipt.request_id,
+                "finish_reason": completed.finish.name,
+                "ttft_s": timing.first_token_us / 1e6,
+                "total_s": timing.total_us / 1e6,
+                "receipt": fields,
+            },
+        )
+
+    def report_unbilled(
+        self, tenant_id: str, request_id: str, *, model: str, usage: Usage, reason: str
+    ) -> None:
+        """A request was written off: tell what nobody pays for."""
+        self.requests.failed(model, usage, reason)
+        logger.warning(
+            "written off",
+            extra={
+                "request_id": request_id,
+                "tenant_id": tenant_id,
+                "reason": reason,
+                "generated_tokens": usage.generated_tokens,
+                "unbilled_lost_tokens": usage.unbilled.lost,
+                "unbilled_server_fault_tokens": usage.unbilled.server_fault,
+            },
+        )
+
+
+class Books:
+    """Price books by digest: this router's own, and those that older requests were let in under."""
+
+    def __init__(self, accounts: Accounts, own: PriceBook) -> None:
+        self._accounts = accounts
+        self.own = own
+        self._known = {own.digest: own}
+
+    async def publish(self) -> None:
+        """Keep this router's book in the ledger, for whoever has to price by it later."""
+        await self._accounts.put_book(self.own.digest, self.own.canonical_bytes)
+
+    async def get(self, digest: str) -> PriceBook:
+        """The book; ConfigError if the ledger has none of that digest."""
+        if digest not in self._known:
+            content = await self._accounts.get_book(digest)
+            if content is None:
+                raise ConfigError(f"the ledger has no price book {digest}")
+            self._known[digest] = decode_book(content, digest=digest)
+        return self._known[digest]

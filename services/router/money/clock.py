@@ -1,0 +1,73 @@
+"""Whether the ledger is there, since when, and how far this router's clock is from its (M6)."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from redis.asyncio import Redis
+
+from services.router.money.ledger import Ledger
+from tidemill.errors import LedgerUnavailable
+
+MAX_OFFSET_MS = 500
+
+
+class LedgerWatch:
+    """Asks the ledger every `period_s` seconds.
+
+    `offset_ms` is by how much this router's clock is ahead of the ledger's, as of the last answer,
+    as little as the answer's time on the way leaves open.
+    """
+
+    def __init__(self, ledger: Ledger, *, now_ms: Callable[[], int], period_s: float = 0.5) -> None:
+        self._ledger = ledger
+        self._now_ms = now_ms
+        self._period_s = period_s
+        self.answers = True
+        self.offset_ms = 0
+        self.up_since_ms = 0
+
+    @property
+    def readiness(self) -> str | None:
+        """Why no request may be let in; None if the ledger is there and the clocks agree."""
+        if not self.answers:
+            return "the ledger does not answer"
+        if abs(self.offset_ms) > MAX_OFFSET_MS:
+            return f"this router's clock is {self.offset_ms} ms off the ledger's"
+        return None
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            await self.look()
+            await asyncio.sleep(self._period_s)
+
+    async def look(self) -> None:
+        """Ask once."""
+        asked_ms = self._now_ms()
+        try:
+            ledger_ms, uptime_s = await self._ledger.run(_times)
+        except LedgerUnavailable:
+            self.answers = False
+            return
+        answered_ms = self._now_ms()
+        self.answers = True
+        self.offset_ms = offset_ms(asked_ms, ledger_ms, answered_ms)
+        # On this router's clock, like every instant in its commands; whole seconds, rounded up.
+        self.up_since_ms = answered_ms - 1000 * uptime_s
+
+
+def offset_ms(asked_ms: int, ledger_ms: int, answered_ms: int) -> int:
+    """By how much the asker's clock is ahead at least, negative if behind; 0 if it may be right."""
+    if asked_ms > ledger_ms:
+        return asked_ms - ledger_ms
+    if answered_ms < ledger_ms:
+        return answered_ms - ledger_ms
+    return 0
+
+
+async def _times(redis: Redis) -> tuple[int, int]:
+    """The ledger's clock in milliseconds, and how many whole seconds it has been up."""
+    seconds, microseconds = await redis.time()
+    server: dict[str, Any] = await redis.info("server")
+    return seconds * 1000 + microseconds // 1000, int(server["uptime_in_seconds"])

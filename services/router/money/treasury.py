@@ -1,0 +1,178 @@
+"""Where a request's money comes from: a hold for it, or how it was settled before."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+
+from services.router.admission import Admitted
+from services.router.crash_points import crash_point
+from services.router.finish import Completed
+from services.router.money import record
+from services.router.money.bank import Bank, Books
+from services.router.money.hold import Hold
+from services.router.money.intent import Intent
+from services.router.money.refusals import refusal
+from services.router.money.terms import Terms
+from services.router.worker_task import wire_id
+from tidemill.billing import PriceBook
+from tidemill.billing import ledger as rules
+from tidemill.billing.hold_size import HoldSize, hold_size
+from tidemill.errors import AlreadyExists, FailedPrecondition, RequestInProgress, TidemillError
+
+_MIN_RETRY_S = 0.5
+
+
+class Treasury:
+    """Opens holds in the ledger. `up_since_ms` is since when the ledger has been up."""
+
+    def __init__(self, bank: Bank, books: Books, *, up_since_ms: Callable[[], int]) -> None:
+        self._bank = bank
+        self._books = books
+        self._up_since_ms = up_since_ms
+
+    async def open(self, admitted: Admitted) -> Hold | Completed:
+        """Hold what the request may cost, or say how the same request was settled before.
+
+        Raises FailedPrecondition MAX_COST_EXCEEDED, InsufficientBalance, LimitExceeded,
+        RequestInProgress, AlreadyExists for an id used with another body, LedgerUnavailable. If
+        the caller is cancelled meanwhile, the hold is released.
+        """
+        if (intent := self._bank.cashier.pending(admitted.tenant.id, admitted.ask.request_id)) and (
+            isinstance(intent.command, rules.Settle)
+        ):
+            return self._settled_here(intent, admitted)
+        opening = self._bank.tasks.spawn(self._open(admitted), name="open hold")
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(self._let_go)
+            raise
+
+    def pending(self, tenant_id: str, request_id: str) -> Completed | None:
+        """How a request ended that waits for the ledger here."""
+        intent = self._bank.cashier.pending(tenant_id, request_id)
+        if intent is None or not isinstance(intent.command, rules.Settle):
+            return None
+        completed = record.decode(intent.command.record).completed
+        return self._bank.signed(replace(completed, pending=True))
+
+    async def _open(self, admitted: Admitted) -> Hold | Completed:
+        now_ms = self._bank.now_ms()
+        admitted = replace(admitted, admitted_at_ms=now_ms)
+        terms = terms_of(admitted, self._books.own)
+        size = self._size(terms, self._books.own, now_ms)
+        command = rules.Reserve(
+            request_id=admitted.ask.request_id,
+            key_id=admitted.key_id,
+            body_sha256=admitted.ask.body_sha256.hex(),
+            owner=self._bank.router_id,
+            now_ms=now_ms,
+            lease_ms=self._bank.lease_ms,
+            full_nano=size.full_nano,
+            least_nano=size.least_nano,
+            prompt_tokens=size.prompt_tokens,
+            max_tokens=size.max_tokens,
+            deadline_ms=terms.deadline_ms,
+            terms=terms.encode(),
+        )
+        crash_point("hold.before")
+        answer = await self._bank.accounts.reserve(admitted.tenant.id, command)
+        crash_point("hold.after")
+        match answer:
+            case rules.Held():
+                return await self._hold(admitted, answer)
+            case rules.Settled():
+                completed = record.settled(answer.posted).completed
+                return self._bank.signed(replace(completed, again=True))
+            case rules.InProgress():
+                left_s = (answer.lease_until_ms - now_ms) / 1000
+                raise RequestInProgress(
+                    "a router is serving this request", retry_after_s=max(left_s, _MIN_RETRY_S)
+                )
+            case rules.OtherBody():
+                raise _other_body()
+            case rules.Refused():
+                self._bank.metrics.refused(answer.reason.value)
+                raise refusal(answer, admitted.tenant, now_ms)
+
+    async def _hold(self, admitted: Admitted, held: rules.Held) -> Hold:
+        """The hold, on the terms of its first owner where that is another."""
+        terms = Terms.decode(held.terms)
+        book = await self._books.get(terms.book_digest)
+        if held.checkpoint or terms != terms_of(admitted, self._books.own):
+            crash_point("takeover.after")
+        sampling = replace(admitted.sampling, seed=terms.seed, max_tokens=terms.max_tokens)
+        return Hold(
+            replace(admitted, admitted_at_ms=held.admitted_at_ms, sampling=sampling),
+            terms,
+            held=held,
+            size=self._size(terms, book, held.admitted_at_ms),
+            book=book,
+            bank=self._bank,
+        )
+
+    def _size(self, terms: Terms, book: PriceBook, admitted_at_ms: int) -> HoldSize:
+        size = size_of(terms, book, admitted_at_ms)
+        if not size.sufficient_cap:
+            raise FailedPrecondition(
+                "max_cost does not pay for the prompt and a first token",
+                reason="MAX_COST_EXCEEDED",
+                metadata={
+                    "currency": terms.currency,
+                    "least_nano": str(size.first_nano),
+                    "max_cost_nano": str(terms.cap_nano),
+                },
+            )
+        return size
+
+    def _settled_here(self, intent: Intent, admitted: Admitted) -> Completed:
+        if intent.body_sha256 != admitted.ask.body_sha256.hex():
+            raise _other_body()
+        completed = self.pending(*intent.key)
+        assert completed is not None
+        return replace(completed, again=True)
+
+    def _let_go(self, opening: "asyncio.Task[Hold | Completed]") -> None:
+        """Nobody waits for this hold any more."""
+        if opening.cancelled() or opening.exception() is not None:
+            return
+        if isinstance(hold := opening.result(), Hold):
+            self._bank.tasks.spawn(hold.abandon(), name="abandon hold")
+
+
+def terms_of(admitted: Admitted, book: PriceBook) -> Terms:
+    """On what terms the request is let in now."""
+    ask, sampling = admitted.ask, admitted.sampling
+    return Terms(
+        key_id=admitted.key_id,
+        model=admitted.model.name,
+        price_model=admitted.model.config.price_model,
+        currency=admitted.tenant.currency,
+        book_digest=book.digest,
+        wire_id=wire_id(admitted.tenant.id, ask.request_id),
+        seed=sampling.seed,
+        choices=sampling.n,
+        prompt_tokens=len(admitted.token_ids),
+        max_tokens=sampling.max_tokens,
+        cap_nano=ask.max_cost[1] if ask.max_cost else None,
+        deadline_ms=admitted.deadline_ms,
+    )
+
+
+def size_of(terms: Terms, book: PriceBook, admitted_at_ms: int) -> HoldSize:
+    """What may be held on these terms."""
+    return hold_size(
+        book,
+        price_model=terms.price_model,
+        currency=terms.currency,
+        prompt_tokens=terms.prompt_tokens,
+        max_tokens=terms.max_tokens,
+        choices=terms.choices,
+        cap_nano=terms.cap_nano,
+        admitted_at_ms=admitted_at_ms,
+        deadline_ms=terms.deadline_ms,
+    )
+
+
+def _other_body() -> TidemillError:
+    return AlreadyExists("this request id was used for another request")
