@@ -8,6 +8,7 @@ from torch.nn.functional import silu
 from tidemill.kernels.cases import EXPERT_CASES, ROUTE_CASES, ExpertCase, RouteCase
 from tidemill.kernels.expert_mlp import Expert, expert_mlp, gather_rows, scatter_rows
 from tidemill.kernels.linear import make_linear
+from tidemill.kernels.linear.onednn import can_pack
 from tidemill.kernels.moe_route import moe_route
 
 
@@ -102,3 +103,27 @@ def test_sorted_experts_equal_the_sum_over_choices(case: ExpertCase, dtype: torc
             expected[token] += weights[token, choice] * (down @ (silu(gate @ row) * (up @ row)))
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(out.float(), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_an_experts_output_ignores_the_neighbours_that_fill_up_its_product() -> None:
+    generator = torch.manual_seed(1)
+    gate_up, down = (torch.randn(64, 32, generator=generator).to(torch.bfloat16) for _ in range(2))
+    experts = [Expert(make_linear(gate_up), make_linear(down[:32])) for _ in range(3)]
+    counts = [1, 21, 18]
+    x = torch.randn(sum(counts), 32, generator=generator).to(torch.bfloat16)
+    x[0] = math.nan  # all that the first expert gets; the last fill up theirs with rows before them
+    ids = torch.repeat_interleave(torch.tensor(counts)).unsqueeze(1)
+    out = expert_mlp(gather_rows(x, ids, len(experts)), experts)
+    assert out[0].isnan().all()
+    torch.testing.assert_close(out[1:], experts[0](x[1:]), atol=2e-2, rtol=2e-2)
+
+
+def test_rows_of_any_number_meet_few_sizes_of_a_packed_product() -> None:
+    """Without steps each of these 1,024 numbers has a product prepared for it."""
+    weight = torch.zeros(8, 8, dtype=torch.bfloat16)
+    if not can_pack(weight):
+        pytest.skip("this build or CPU has no bf16 products to pack for")
+    product = make_linear(weight)
+    sizes = [product.enough(count) for count in range(1, 1025)]
+    assert all(size >= count for count, size in enumerate(sizes, 1))
+    assert len(set(sizes)) <= 80

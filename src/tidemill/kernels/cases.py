@@ -61,4 +61,5 @@ EXPERT_CASES = (
     ExpertCase(1, 16, 4, 64, 32),
     ExpertCase(5, 8, 2, 48, 40),
     ExpertCase(70, 16, 4, 64, 32),
+    ExpertCase(300, 8, 2, 64, 32),  # runs longer than a product's step, more than a tile
 )

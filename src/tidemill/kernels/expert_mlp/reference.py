@@ -59,10 +59,15 @@ def expert_mlp(tokens: SortedRows, experts: Sequence[Expert]) -> Tensor:
     if tokens.order is None:
         row = experts[0].gate_up.filled(tokens.rows)  # once for all of them
         return torch.cat([experts[expert](row)[:1] for expert, _ in tokens.runs])
-    parts = tokens.rows.split_with_sizes([count for _, count in tokens.runs])
-    for (expert, _), part in zip(tokens.runs, parts, strict=True):
-        part.copy_(experts[expert](part))
-    return tokens.rows
+    rows, num_rows, start = tokens.rows, tokens.rows.shape[0], 0
+    for expert, count in tokens.runs:
+        # Neighbours' rows fill up a product that likes to have more: nobody looks at their output.
+        width = min(experts[expert].gate_up.enough(count), num_rows)
+        first = min(start, num_rows - width)
+        out = experts[expert](rows[first : first + width])
+        rows[start : start + count] = out[start - first : start - first + count]
+        start += count
+    return rows
 
 
 def scatter_rows(rows: Tensor, order: Tensor | None, weights: Tensor) -> Tensor:
@@ -73,9 +78,12 @@ def scatter_rows(rows: Tensor, order: Tensor | None, weights: Tensor) -> Tensor:
     if order is None:
         return torch.mm(weights, rows.float()).to(rows.dtype)
     num_tokens, top_k = weights.shape
-    where = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+    where = torch.empty_like(order).scatter_(
+        0, order, torch.arange(len(order), device=order.device)
+    )
     out = rows.new_empty(num_tokens, rows.shape[-1])
-    tiles = (each.split(_TILE_TOKENS) for each in (where.view(-1, top_k), weights, out))
+    num_tiles = -(-num_tokens // _TILE_TOKENS)
+    tiles = (each.chunk(num_tiles) for each in (where.view(-1, top_k), weights, out))
     for sources, shares, sums in zip(*tiles, strict=True):
         choices = rows.index_select(0, sources.flatten()).view(*sources.shape, -1)
         sums.copy_(torch.bmm(shares.unsqueeze(1), choices.float()).squeeze(1))

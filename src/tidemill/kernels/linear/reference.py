@@ -24,6 +24,10 @@ class PlainLinear:
         """x [T, D] as it is: any number of rows will do."""
         return x
 
+    def enough(self, num_rows: int) -> int:
+        """num_rows as it is."""
+        return num_rows
+
 
 class PlainHeads:
     """weight [H, N, K], one matrix a head."""

@@ -1,5 +1,7 @@
 """Prefill attention in plain torch: expand latents to keys and values, then masked attention."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,7 @@ def mla_prefill(
     rounded, query = query.dtype, query.transpose(0, 1).float()
 
     rows = min(_MOST_ROWS, max(1, _MOST_SCORES // (num_heads * len(latents))))
-    unseen = torch.full((rows, rows), float("-inf"), device=query.device).triu(1)
+    unseen = _unseen(rows, query.device)
     parts = []
     for first in range(0, num_tokens, rows):
         last = min(first + rows, num_tokens)
@@ -39,3 +41,10 @@ def mla_prefill(
         parts.append(torch.bmm(weights, value[:, : start + last]))
     attended = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     return attended.transpose(0, 1)
+
+
+@cache
+def _unseen(rows: int, device: torch.device) -> Tensor:
+    """[rows, rows]: -inf where a column comes after its row, else 0; made once for all layers."""
+    with torch.inference_mode(False):
+        return torch.full((rows, rows), float("-inf"), device=device).triu(1)

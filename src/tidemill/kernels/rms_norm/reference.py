@@ -22,8 +22,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if num_elements < _MANY:
         return torch.rms_norm(x, weight.shape, weight, eps)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rows = max(1, _TILE * len(x) // num_elements)
-    for part, normed in zip(x.split(rows), out.split(rows), strict=True):
+    num_tiles = -(-num_elements // _TILE)
+    for part, normed in zip(x.chunk(num_tiles), out.chunk(num_tiles), strict=True):
         wide = part.float()
         scales = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         normed.copy_((wide * scales).mul_(weight))
