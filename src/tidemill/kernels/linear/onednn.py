@@ -15,7 +15,8 @@ FEWEST_ROWS = 4
 # 256 hold what a step meets; preparing one anew takes 0.3 ms.
 for _limit in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_limit, "256")
-# Experts meet hundreds of numbers of rows, more than are kept; multiples of this, a few dozen.
+# Experts meet hundreds of numbers of rows, more than are kept; powers of two up to this and
+# multiples of it are a few dozen.
 ROWS_STEP = 16
 _POINTWISE = ([0, 0], [1, 1], [1, 1])  # padding, stride, dilation
 
@@ -60,9 +61,10 @@ class PackedLinear:
 
     def enough(self, num_rows: int) -> int:
         """The number of rows to multiply, at least num_rows, where others can fill them up."""
-        if num_rows <= ROWS_STEP:
-            return max(num_rows, FEWEST_ROWS)
-        return -(-num_rows // ROWS_STEP) * ROWS_STEP
+        size = FEWEST_ROWS
+        while size < min(num_rows, ROWS_STEP):
+            size *= 2
+        return size if num_rows <= size else -(-num_rows // ROWS_STEP) * ROWS_STEP
 
 
 class PackedHeads:
