@@ -17,9 +17,11 @@ from services.router.config import (
     LedgerConfig,
     LimitsConfig,
     ModelConfig,
+    MoneyConfig,
     RouterConfig,
 )
 from services.router.wiring import RouterProcess
+from services.stack.state import SIGNING_KEY, new_signing_key
 from tests.redis_process import RedisProcess
 from tests.scripted_worker import ScriptedWorker
 from tidemill.api.router.v1 import admin_service_pb2 as admin_pb2
@@ -203,8 +205,10 @@ def router_config(
     **limits: Any,
 ) -> RouterConfig:
     """A configuration for tests, with secrets in `folder`, which is also the model's."""
-    for name, secret in (("pepper", "p" * 40), ("admin", ADMIN_KEY)):
-        (folder / name).write_text(secret)
+    secrets = {"pepper": "p" * 40, "admin": ADMIN_KEY, SIGNING_KEY: new_signing_key()}
+    for name, secret in secrets.items():
+        if not (folder / name).exists():
+            (folder / name).write_text(secret)
     return RouterConfig(
         ledger=LedgerConfig(
             url=ledger.url,
@@ -221,6 +225,7 @@ def router_config(
             ),
         ),
         price_book=BOOK_PATH,
+        money=MoneyConfig(signing_key_file=folder / SIGNING_KEY, spool_dir=folder / "spool"),
         server=ServerConfig(drain_s=drain_s),
         queue=QueueLimits(max_requests=queue_requests),
         limits=replace(LimitsConfig(), **limits),

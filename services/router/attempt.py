@@ -11,6 +11,7 @@ from services.router.finish import Finish
 from services.router.fleet import Worker
 from services.router.reports import Report, ReportReader
 from services.router.response_format import SCHEMA_FIELD
+from services.router.tally import Ended
 from tidemill.api.common.v1 import lifecycle_pb2
 from tidemill.api.decode.v1 import decode_service_pb2 as decode_pb2
 from tidemill.errors import (
@@ -31,6 +32,8 @@ _GRAMMAR_INVALID = "GRAMMAR_INVALID"
 # the choices together need more blocks than the worker has.
 _PASSED_ON = frozenset({"GRAMMAR_UNAVAILABLE", "GRAMMAR_DEAD_END", "KV_POOL_TOO_SMALL"})
 _MAX_WHY = 500
+_GONE = frozenset({grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED})
+_FAILED = frozenset({grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN})
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +46,6 @@ class Attempt:
 
     def __init__(self, worker: Worker, start: decode_pb2.Start, *, final_wait_s: float) -> None:
         self.worker = worker
-        self.prefill_worker_id = start.prefill.worker_id or worker.id
         self._start = start
         self._final_wait_s = final_wait_s
         self._id = start.task.id
@@ -60,19 +62,24 @@ class Attempt:
         """Send Start and yield what the worker answers, Ended last.
 
         Raises what the worker refused with (DecodeFull, PrefillFull, InvalidRequest for a schema
-        that cannot be compiled), WorkerLost when it or the prefill worker vanished, and Internal
-        when it broke the contract or failed. When it failed after generating, Ended comes first.
+        that cannot be compiled), WorkerLost when it or the prefill worker vanished, failed or gave
+        the attempt up, and Internal when it broke the contract. When that was after it had begun,
+        and it could still say so, Ended comes first.
         """
         await self._write(decode_pb2.DecodeRequest(start=self._start))
         self._started.set()
         reader = ReportReader(self._start.task)
+        report: Report | None = None
         while (response := await self._read()) is not None:
             if response.HasField("final"):
                 self._ended = True
                 await self._hang_up()
-            yield reader.read(response)
-        if not self._ended:
+            report = reader.read(response)
+            yield report
+        if not isinstance(report, Ended):
             raise WorkerLost(f"decode worker {self.worker.id} closed its stream without Final")
+        if report.finish is Finish.SERVER_FAULT and not self._stopped:
+            raise WorkerLost(f"decode worker {self.worker.id} gave the attempt up")
 
     async def stop(
         self, finish: Finish, keep_tokens: int | None = None, *, choice: int | None = None
@@ -97,6 +104,17 @@ class Attempt:
             await self._write(decode_pb2.DecodeRequest(stop=stop))
         except TidemillError as error:
             logger.info("Stop did not reach %s: %s", self.worker.id, error)
+
+    async def fund(self, total_tokens: int) -> None:
+        """More completion tokens are paid for: so many of this attempt's choices in all."""
+        if self._stopped or self._ended:
+            return
+        fund = decode_pb2.Fund(total_tokens=total_tokens)
+        await self._started.wait()
+        try:
+            await self._write(decode_pb2.DecodeRequest(fund=fund))
+        except TidemillError as error:
+            logger.info("Fund did not reach %s: %s", self.worker.id, error)
 
     async def acknowledge(self) -> None:
         """Let the worker forget its Final, which has been settled."""
@@ -159,10 +177,10 @@ class Attempt:
             return InvalidRequest(why, reason=_GRAMMAR_INVALID, violations=[(SCHEMA_FIELD, why)])
         if isinstance(found, FailedPrecondition) and found.reason in _PASSED_ON:
             return FailedPrecondition(found.message[:_MAX_WHY], reason=found.reason)
-        if isinstance(found, Unavailable) or found.code in (
-            grpc.StatusCode.CANCELLED,
-            grpc.StatusCode.DEADLINE_EXCEEDED,
-        ):
+        if isinstance(found, Unavailable) or found.code in _GONE:
             return WorkerLost(f"decode worker {self.worker.id} was lost", retry_after_s=0.5)
+        if found.code in _FAILED:
+            logger.error("worker %s failed: %s", self.worker.id, found)
+            return WorkerLost(f"decode worker {self.worker.id} failed", retry_after_s=0.5)
         logger.error("worker %s failed: %s", self.worker.id, found, extra={"reason": found.reason})
         return Internal("a worker failed", reason="WORKER_FAULT")

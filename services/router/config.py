@@ -67,10 +67,10 @@ class MoneyConfig:
     Ed25519), `signing_keys_dir` holds older public ones.
     """
 
+    signing_key_file: Path
     spool_dir: Path = Path("spool")
     router_id: str | None = None
     lease_s: float = 15.0
-    signing_key_file: Path | None = None
     signing_keys_dir: Path | None = None
 
     def __post_init__(self) -> None:
@@ -126,10 +126,10 @@ class RouterConfig:
     """Everything that `python -m services.router` reads."""
 
     ledger: LedgerConfig
+    money: MoneyConfig
     fleet: FleetConfig
     models: tuple[ModelConfig, ...]
     price_book: Path
-    money: MoneyConfig = field(default_factory=MoneyConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     queue: QueueLimits = field(default_factory=QueueLimits)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from services.router.fleet import DECODE, PREFILL, Fleet, Worker
+from tidemill.blocks import BLOCK_TOKENS, max_hit_tokens
 from tidemill.policy import (
     BalancerConfig,
     FairQueue,
@@ -40,10 +41,11 @@ class Placed:
 
 @dataclass(eq=False, kw_only=True, slots=True)
 class Ticket:
-    """One request's place, in the queue or back in front of it after a refusal.
+    """A place in the queue, or back in front of it after a refusal or a loss.
 
-    `moved` hears of a new position; `placed` is None once the place was given up. `excluded` maps
-    the workers that refused it to when, on the dispatcher's clock, they may be asked again.
+    A request has one, and each choice that goes on alone. `moved` hears of a new position; `placed`
+    is None once the place was given up. `excluded` maps workers that refused it or were lost to
+    when, on the dispatcher's clock, they may be asked again.
     """
 
     key: str
@@ -109,13 +111,18 @@ class Dispatcher:
         self._wake.set()
         return ticket.position
 
-    def put_back(self, ticket: Ticket, *, refused_by: str, for_s: float) -> None:
-        """Place the ticket anew, before all others, elsewhere than at `refused_by`."""
+    def put_back(self, ticket: Ticket, *, without: str, for_s: float) -> None:
+        """Place the ticket anew, before all others, for a while elsewhere than at `without`."""
         self.release(ticket.key)
-        ticket.excluded[refused_by] = self._clock() + for_s
+        ticket.excluded[without] = self._clock() + for_s
         ticket.placed = asyncio.get_running_loop().create_future()
         self._returned.append(ticket)
         self._wake.set()
+
+    def expected_hit_tokens(self, num_prompt_tokens: int, block_hashes: Sequence[bytes]) -> int:
+        """What would be billed as hits if the prompt met the worker that holds most of it."""
+        held = self._affinity.overlap(block_hashes)
+        return min(max(held.values(), default=0) * BLOCK_TOKENS, max_hit_tokens(num_prompt_tokens))
 
     def withdraw(self, ticket: Ticket) -> None:
         """Give the place up; nothing happens to a ticket that has none."""

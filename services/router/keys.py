@@ -96,6 +96,13 @@ class KeyStore:
             raise AlreadyExists(f"tenant {tenant_id} exists with another currency")
         return bool(made)
 
+    async def tenant(self, tenant_id: str) -> Tenant:
+        """NotFound if there is none of that name."""
+        fields = await self._ledger.run(lambda redis: _read(redis, _tenant_key(tenant_id)))
+        if not fields:
+            raise NotFound(f"there is no tenant {tenant_id}", reason="TENANT_NOT_FOUND")
+        return Tenant(tenant_id, fields[b"currency"].decode(), fields[b"salt"])
+
     async def create_key(self, tenant_id: str, label: str) -> tuple[str, str]:
         """(key id, key) of a new key; NotFound without the tenant."""
         key_id = "".join(secrets.choice(_ALPHABET) for _ in range(_KEY_ID_CHARS))

@@ -33,7 +33,8 @@ class Choice:
 class Relay:
     """Writes the completions of one request into its outbox and counts them in `tally`.
 
-    A message holds at most `max_tokens` tokens.
+    A choice goes on where it stopped, whichever attempt brings its tokens. A message holds at most
+    `max_tokens` tokens.
     """
 
     def __init__(self, admitted: Admitted, outbox: Outbox, *, max_tokens: int) -> None:

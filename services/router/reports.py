@@ -25,7 +25,9 @@ class ReportReader:
     def __init__(self, task: lifecycle_pb2.WorkerTask) -> None:
         self._num_prompt_tokens = len(task.token_ids)
         self._logprobs = task.sampling.HasField("logprobs")
-        self._prompt_logprobs = task.sampling.HasField("prompt_logprobs")
+        self._prompt_logprobs = (
+            task.sampling.HasField("prompt_logprobs") and not task.relayed_tokens
+        )
         self._expected = [1] * max(task.sampling.n, 1)
         self._going_on = set(range(len(self._expected)))
 
@@ -63,6 +65,7 @@ class ReportReader:
                 in_place=usage.prefill_site == usage_pb2.PREFILL_SITE_DECODE_WORKER,
             ),
             prefill_us=done.prefill_us,
+            busy_seconds=done.busy_seconds,
         )
         if prefilled.prompt_tokens != self._num_prompt_tokens:
             raise _broken(f"{prefilled.prompt_tokens} prompt tokens of {self._num_prompt_tokens}")
@@ -112,6 +115,7 @@ def _ended(final: decode_pb2.Final) -> Ended:
         drafted_tokens=final.drafted_tokens,
         accepted_tokens=final.accepted_tokens,
         busy_seconds=final.busy_seconds,
+        prefill_busy_seconds=final.prefill_busy_seconds,
     )
 
 

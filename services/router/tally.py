@@ -12,8 +12,8 @@ from tidemill.billing import Reuse, Unbilled, Usage
 class Prefilled:
     """A prompt's KV is there and each choice's first token drawn.
 
-    Counts are the prefilling worker's. `logprobs` are the first tokens', `prompt_logprobs` those
-    of the prompt from its second token on; both are empty unless asked for.
+    Counts and seconds of compute are the prefilling worker's. `logprobs` are the first tokens',
+    `prompt_logprobs` those of the prompt from its second token on; both are empty unless asked for.
     """
 
     token_ids: tuple[int, ...]
@@ -22,6 +22,7 @@ class Prefilled:
     reused: Reuse
     site: PrefillSite
     prefill_us: int
+    busy_seconds: float = 0.0
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
@@ -46,112 +47,188 @@ class ChoiceEnded:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ended:
-    """An attempt's last word; `generated_tokens` are all choices', the first tokens included."""
+    """An attempt's last word; `generated_tokens` are all choices', the first tokens included.
+
+    Seconds are of the decoding and of the prefilling worker's compute.
+    """
 
     finish: Finish
     generated_tokens: int
     drafted_tokens: int
     accepted_tokens: int
     busy_seconds: float
+    prefill_busy_seconds: float = 0.0
 
 
 @dataclass(slots=True)
 class Counts:
-    """One choice's tokens in the attempt that runs.
+    """One choice's tokens over all its attempts.
 
-    `received` by the router, `reported` by the worker when the choice ended, `kept` where a stop
-    string ended it (None: nothing was cut off), `reasoning` among those that are billed.
+    `received` by the router, `unseen` beyond those by its last attempt's own account, `kept` where
+    a stop string ended it (None: nothing was cut off), `reasoning` among those that are billed.
     """
 
     max_tokens: int
     received: int = 0
-    reported: int = 0
+    unseen: int = 0
     kept: int | None = None
     reasoning: int = 0
 
     @property
-    def generated(self) -> int:
-        """Tokens known to have been generated."""
-        return max(self.received, self.reported)
-
-    @property
     def billed(self) -> int:
         """Those that the client pays for, if the choice ended here."""
-        generated = self.generated
+        generated = self.received + self.unseen
         return min(generated if self.kept is None else self.kept, generated, self.max_tokens)
 
-    def reset(self) -> None:
-        """The attempt has come to nothing."""
-        self.received = self.reported = self.reasoning = 0
-        self.kept = None
+
+class Run:
+    """What one attempt generates of `choices`; each choice is one run's at a time."""
+
+    def __init__(self, choices: Sequence[Counts]) -> None:
+        self.choices = choices
+        self.relayed = [choice.received for choice in choices]
+        self.ended: Ended | None = None
+        self.prefill_busy_seconds = 0.0
+        self._generated: int | None = None
+
+    @property
+    def generated(self) -> int:
+        """Tokens that it is known to have generated."""
+        if self._generated is not None:
+            return self._generated
+        reported = self.ended.generated_tokens if self.ended else 0
+        unseen = sum(choice.unseen for choice in self.choices)
+        return max(self._received + unseen, reported)
+
+    def report(self, choice: int, generated: int) -> None:
+        """By its own account it generated so many of one choice."""
+        counts = self.choices[choice]
+        counts.unseen = max(generated - (counts.received - self.relayed[choice]), 0)
+
+    def close(self) -> int:
+        """Another run has its choices from now on; returns how many of its tokens nobody got."""
+        self._generated = self.generated
+        for choice in self.choices:
+            choice.unseen = 0
+        return self._generated - self._received
+
+    @property
+    def _received(self) -> int:
+        return sum(choice.received for choice in self.choices) - sum(self.relayed)
 
 
 @dataclass
 class Tally:
-    """What has been reported so far. `choices` count those of the attempt that runs."""
+    """What has been reported so far, over all attempts.
+
+    `prefilled` is the split that counts: the first that was read (U2). `former_tokens` had been
+    generated when another router left the request to this one, for a stream that began anew.
+    `funded_tokens` are paid for, all choices together; None: all that may come.
+    """
 
     choices: Sequence[Counts]
     prefilled: Prefilled | None = None
-    ended: Ended | None = None
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
-    busy_seconds: float = 0.0
+    former_tokens: int = 0
+    funded_tokens: int | None = None
+    _runs: list[Run] = field(default_factory=list, init=False)
+    _redone: int = field(default=0, init=False)
     _lost: int = field(default=0, init=False)
-    _server_fault: int = field(default=0, init=False)
+    _failed: bool = field(default=False, init=False)
 
     @property
     def site(self) -> PrefillSite:
         """Who prefilled, as far as is known."""
         return self.prefilled.site if self.prefilled else PrefillSite()
 
-    def end(self, ended: Ended) -> None:
-        """Take in an attempt's Final; what it counts beyond the tokens received is a choice's."""
-        self.ended = ended
-        self.drafted_tokens += ended.drafted_tokens
-        self.accepted_tokens += ended.accepted_tokens
-        self.busy_seconds += ended.busy_seconds
-        if len(self.choices) == 1:
-            self.choices[0].reported = ended.generated_tokens
+    @property
+    def received(self) -> int:
+        """Tokens of all choices that the router has read."""
+        return sum(choice.received for choice in self.choices)
 
-    def write_off(self) -> None:
-        """The attempt failed by our fault: nobody pays for its prompt or its tokens."""
-        if self.ended is None:
-            self._lost += sum(choice.received for choice in self.choices)
+    @property
+    def busy_seconds(self) -> float:
+        """Decode compute of all attempts."""
+        return sum(run.ended.busy_seconds for run in self._runs if run.ended)
+
+    @property
+    def prefill_busy_seconds(self) -> float:
+        """Prefill compute of all attempts."""
+        return sum(run.prefill_busy_seconds for run in self._runs)
+
+    def begin(self, choices: Sequence[Counts]) -> Run:
+        """An attempt takes these choices up where they are."""
+        run = Run(choices)
+        self._runs.append(run)
+        return run
+
+    def prefill(self, run: Run, prefilled: Prefilled) -> None:
+        """Take in an attempt's PrefillDone."""
+        run.prefill_busy_seconds = prefilled.busy_seconds
+        if self.prefilled is None:
+            self.prefilled = prefilled
+
+    def end(self, run: Run, ended: Ended) -> None:
+        """Take in an attempt's Final; what it counts beyond the tokens received is a choice's."""
+        run.ended = ended
+        run.prefill_busy_seconds = max(run.prefill_busy_seconds, ended.prefill_busy_seconds)
+        if len(run.choices) == 1:
+            run.report(0, ended.generated_tokens)
+
+    def lose(self, run: Run) -> None:
+        """The attempt is over before its choices are: what was received stands, the rest does not.
+
+        That is generated again where its Final told of it, and lost where none came.
+        """
+        unreceived = run.close()
+        if run.ended is None:
+            self._lost += unreceived
         else:
-            self._server_fault += self._generated
-        self.prefilled = None
-        self.ended = None
-        for choice in self.choices:
-            choice.reset()
+            self._redone += unreceived
+
+    def fail(self) -> None:
+        """The request failed by our fault: nobody pays for its prompt or its tokens."""
+        self._failed = True
 
     def usage(self) -> Usage:
         """The usage if the request ended here; without a first token nothing is billed.
 
         Tokens that only the whole attempt's count knows belong to no choice and are overrun.
         """
-        generated = self._generated
-        prompt = self.prefilled
-        billed = reasoning = 0
-        if prompt is not None:
-            for choice in self.choices:
-                billed += choice.billed
-                reasoning += min(choice.reasoning, choice.billed)
-        unbilled = Unbilled(
-            overrun=generated - billed, lost=self._lost, server_fault=self._server_fault
-        )
+        prompt = None if self._failed else self.prefilled
+        billed, reasoning = (0, 0) if prompt is None else self._billed()
+        unbilled = self._unbilled(billed)
+        finals = [run.ended for run in self._runs if run.ended]
         return Usage(
             prompt_tokens=prompt.prompt_tokens if prompt else 0,
             computed_tokens=prompt.computed_tokens if prompt else 0,
             reused=prompt.reused if prompt else Reuse(),
             completion_tokens=billed,
             reasoning_tokens=reasoning,
-            generated_tokens=generated + unbilled.lost + unbilled.server_fault,
+            generated_tokens=billed + unbilled.total,
             unbilled=unbilled,
-            drafted_tokens=self.drafted_tokens,
-            accepted_tokens=self.accepted_tokens,
+            drafted_tokens=sum(final.drafted_tokens for final in finals),
+            accepted_tokens=sum(final.accepted_tokens for final in finals),
         )
 
-    @property
-    def _generated(self) -> int:
-        reported = self.ended.generated_tokens if self.ended else 0
-        return max(sum(choice.generated for choice in self.choices), reported)
+    def _billed(self) -> tuple[int, int]:
+        """Billed completion tokens, and the reasoning among them."""
+        billed = sum(choice.billed for choice in self.choices)
+        reasoning = sum(min(choice.reasoning, choice.billed) for choice in self.choices)
+        if self.funded_tokens is not None:
+            billed = min(billed, self.funded_tokens)
+        return billed, min(reasoning, billed)
+
+    def _unbilled(self, billed: int) -> Unbilled:
+        if self._failed:
+            counted = sum(run.generated for run in self._runs if run.ended)
+            return Unbilled(
+                failover_redo=self.former_tokens,
+                lost=sum(run.generated for run in self._runs) - counted,
+                server_fault=counted,
+            )
+        generated = sum(run.generated for run in self._runs)
+        return Unbilled(
+            overrun=generated - billed - self._redone - self._lost,
+            failover_redo=self.former_tokens + self._redone,
+            lost=self._lost,
+        )

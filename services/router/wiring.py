@@ -14,19 +14,25 @@ from redis.backoff import NoBackoff
 from services.router.admin_service import AdminService
 from services.router.admission import Admission
 from services.router.authentication import Access, Authenticator, KeyGuard
+from services.router.billing_service import BillingService
 from services.router.config import RouterConfig
 from services.router.dispatch import Dispatcher
 from services.router.fleet import Expected, Fleet
 from services.router.keys import KeyStore
 from services.router.metrics import RouterMetrics
 from services.router.models import Catalogue, load_model
+from services.router.money.accounts import Accounts
 from services.router.money.ledger import Ledger, LedgerProbe
+from services.router.money.signing import Signer
+from services.router.quoting import Quoting
 from services.router.registry import Registry
 from services.router.requests import RequestBook
 from services.router.router import Router
 from services.router.service import RouterService
 from services.router.settle import Settler
+from services.router.statements import Statements
 from services.router.tasks import OwnedTasks
+from tidemill.api.billing.v1 import billing_service_pb2, billing_service_pb2_grpc
 from tidemill.api.router.v1 import (
     admin_service_pb2,
     admin_service_pb2_grpc,
@@ -39,6 +45,7 @@ from tidemill.rpc import tasks
 from tidemill.rpc.metrics import RpcMetrics
 from tidemill.rpc.server import RpcServer
 
+_BILLING = billing_service_pb2.DESCRIPTOR.services_by_name["BillingService"]
 _ROUTER = router_service_pb2.DESCRIPTOR.services_by_name["RouterService"]
 _ADMIN = admin_service_pb2.DESCRIPTOR.services_by_name["AdminService"]
 _REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
@@ -59,6 +66,8 @@ class RouterProcess:
         book = load_price_book(config.price_book)
         catalogue = Catalogue(load_model(model, book, _now_ms()) for model in config.models)
         self.ledger = Ledger(config.ledger, self.tasks)
+        self._accounts = Accounts(self.ledger)
+        self._signer = Signer.load(config.money.signing_key_file, config.money.signing_keys_dir)
         self._probe = LedgerProbe(self.ledger)
         self.fleet = _fleet(config, catalogue)
         url = config.fleet.cache_url
@@ -120,11 +129,35 @@ class RouterProcess:
             now_ms=_now_ms,
         )
         router_service_pb2_grpc.add_RouterServiceServicer_to_server(service, server.server)
-        admin = AdminService(store, admission.book)
+        admin = AdminService(
+            store=store, accounts=self._accounts, book=admission.book, now_ms=_now_ms
+        )
         admin_service_pb2_grpc.add_AdminServiceServicer_to_server(admin, server.server)
-        for descriptor in (_ROUTER, _ADMIN):
+        billing = self._billing(admission)
+        billing_service_pb2_grpc.add_BillingServiceServicer_to_server(billing, server.server)
+        for descriptor in (_ROUTER, _ADMIN, _BILLING):
             server.add_service_name(descriptor.full_name)
         return server
+
+    def _billing(self, admission: Admission) -> BillingService:
+        return BillingService(
+            accounts=self._accounts,
+            statements=Statements(
+                accounts=self._accounts,
+                signer=self._signer,
+                pending=lambda tenant_id, request_id: None,  # noqa: ARG005
+                now_ms=_now_ms,
+            ),
+            quoting=Quoting(
+                admission=admission,
+                dispatchers=self.dispatchers,
+                accounts=self._accounts,
+                now_ms=_now_ms,
+            ),
+            book=admission.book,
+            signer=self._signer,
+            now_ms=_now_ms,
+        )
 
     @property
     def ready(self) -> bool:
@@ -207,10 +240,14 @@ def _dispatcher(config: RouterConfig, model: str, fleet: Fleet) -> Dispatcher:
 
 
 def _access() -> dict[str, Access]:
-    """Every method of both services, by its full name, and reflection, where it is served."""
+    """Every method of the services, by its full name, and reflection, where it is served."""
     methods = {
         f"/{service.full_name}/{method.name}": access
-        for service, access in ((_ROUTER, Access.TENANT), (_ADMIN, Access.ADMIN))
+        for service, access in (
+            (_ROUTER, Access.TENANT),
+            (_BILLING, Access.TENANT),
+            (_ADMIN, Access.ADMIN),
+        )
         for method in service.methods
     }
     return {**methods, _REFLECTION: Access.TENANT}

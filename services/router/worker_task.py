@@ -1,13 +1,16 @@
 """The request as its workers get it: token ids and numbers."""
 
 import hashlib
+from collections.abc import Sequence
 
 from services.router.admission import Admitted
 from services.router.dispatch import Placed
 from services.router.fleet import DECODE, PREFILL
+from services.router.relay import Choice
 from services.router.sampling import Sampling
 from tidemill.api.common.v1 import lifecycle_pb2
 from tidemill.api.decode.v1 import decode_service_pb2 as decode_pb2
+from tidemill.policy.seeds import choice_seed
 
 MAX_WIRE_ID = 64
 FIRST_FENCE = 1
@@ -26,37 +29,53 @@ def wire_id(tenant_id: str, request_id: str) -> str:
     return f"h.{hashlib.sha256(plain.encode()).hexdigest()[: MAX_WIRE_ID - 2]}"
 
 
-def start_message(admitted: Admitted, placed: Placed, *, attempt: int) -> decode_pb2.Start:
-    """What begins an attempt at `placed`."""
+def start_message(
+    admitted: Admitted,
+    placed: Placed,
+    choices: Sequence[Choice],
+    *,
+    attempt: int,
+    fence: int,
+    funded_tokens: int | None,
+) -> decode_pb2.Start:
+    """What begins an attempt at `placed` for all choices, or takes one of them up where it is.
+
+    A choice alone is a request with the choice's own seed, so it draws what it would have drawn
+    among the others (X2). `funded_tokens` are what these choices may come to in all.
+    """
+    relayed = choices[0].token_ids if len(choices) == 1 else ()
     task = lifecycle_pb2.WorkerTask(
         id=lifecycle_pb2.AttemptId(
             request_id=wire_id(admitted.tenant.id, admitted.ask.request_id),
             attempt=attempt,
-            fence=FIRST_FENCE,
+            fence=fence,
         ),
         tenant_id=admitted.tenant.id,
         cache_scope=admitted.tenant.salt,
-        token_ids=admitted.token_ids,
-        sampling=_sampling_message(admitted.sampling),
+        token_ids=[*admitted.token_ids, *relayed],
+        relayed_tokens=len(relayed),
+        sampling=_sampling_message(admitted.sampling, choices),
         grammar=_grammar_message(admitted),
         model_digest=admitted.identity.digest,
     )
     for peer in placed.peers:
         role = PREFILL if PREFILL in peer.description.roles else DECODE
         task.peers.add(worker_id=peer.id, address=peer.description.address, role=role)
-    start = decode_pb2.Start(task=task)
+    start = decode_pb2.Start(task=task, relayed_tokens=len(relayed), funded_tokens=funded_tokens)
     if placed.prefill is not None:
         start.prefill.worker_id = placed.prefill.id
         start.prefill.address = placed.prefill.description.address
     return start
 
 
-def _sampling_message(sampling: Sampling) -> lifecycle_pb2.ResolvedSampling:
+def _sampling_message(
+    sampling: Sampling, choices: Sequence[Choice]
+) -> lifecycle_pb2.ResolvedSampling:
     return lifecycle_pb2.ResolvedSampling(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
-        seed=sampling.seed,
+        seed=choice_seed(sampling.seed, choices[0].index),
         max_tokens=sampling.max_tokens,
         stop_token_ids=sampling.stop_token_ids,
         min_p=sampling.min_p,
@@ -67,7 +86,7 @@ def _sampling_message(sampling: Sampling) -> lifecycle_pb2.ResolvedSampling:
         logprobs=sampling.logprobs,
         prompt_logprobs=sampling.prompt_logprobs,
         min_tokens=sampling.min_tokens,
-        n=sampling.n,
+        n=len(choices),
     )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from services.stack.redis import RedisInstance, acl_text, cache_redis, ledger_redis
-from services.stack.state import StateDirectory, write_private
+from services.stack.state import SIGNING_KEY, StateDirectory, write_private
 
 MOUNT = Path("/run/tidemill")
 REDIS_PORT = 6379
@@ -41,7 +41,7 @@ def prepare(directory: Path) -> StateDirectory:
         _write(directory, worker, "registry-url", _url(cache, "worker", state))
     _write(directory, "router", "cache-url", _url(cache, "router", state))
     _write(directory, "router", "ledger-url", _url(ledger, "ledger", state))
-    for name in ("pepper", "admin.key"):
+    for name in ("pepper", "admin.key", SIGNING_KEY):
         _write(directory, "router", name, state.secret(name))
     return state
 

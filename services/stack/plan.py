@@ -20,7 +20,7 @@ from services.stack.redis import (
     server_binary,
     write_redis_config,
 )
-from services.stack.state import StateDirectory, write_private
+from services.stack.state import SIGNING_KEY, StateDirectory, write_private
 from tidemill.rpc.channel import internal_channel, sdk_aio_channel
 from tidemill.rpc.probe import probe
 from tidemill.rpc.tls import TlsFiles
@@ -159,6 +159,10 @@ class Plan:
                 "url": self.ledger_redis.url(self.state, "ledger"),
                 "pepper_file": self.state.secrets / "pepper",
                 "admin_key_file": self.state.secrets / "admin.key",
+            },
+            "money": {
+                "signing_key_file": self.state.secrets / SIGNING_KEY,
+                "spool_dir": self.state.spool,
             },
             "fleet": {
                 "cache_url": self.cache_redis.url(self.state, "router"),

@@ -9,11 +9,15 @@ from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from tidemill.certs import make_dev_certs
 from tidemill.errors import ConfigError
 
 SECRETS = ("pepper", "admin.key", "cache-redis", "cache-redis.worker", "cache-redis.router")
 _MEMORY = Path("/dev/shm")  # noqa: S108 - the folder in it is its owner's alone
+SIGNING_KEY = "signing.pem"
 LEDGER_SECRET = "ledger-redis"  # noqa: S105 - a file's name
 
 
@@ -32,6 +36,7 @@ class StateDirectory:
         self.secrets = path / "secrets"
         self.logs = path / "logs"
         self.cache_disk = path / "cache-disk"
+        self.spool = path / "spool"
         self.config = path / "tidemill.toml"
         self.lock_fd = -1
 
@@ -66,15 +71,18 @@ class StateDirectory:
             shutil.rmtree(folder, ignore_errors=True)
 
     def prepare(self, *, empty: bool) -> None:
-        """Make what is missing; with `empty` forget what the last stack's Redis and cache kept."""
+        """Make what is missing; with `empty` forget what the last stack's processes kept."""
         if empty:
-            for directory in (*self.path.glob("redis-*"), *self.path.glob(self.cache_disk.name)):
+            kept = (*self.path.glob("redis-*"), self.cache_disk, self.spool)
+            for directory in filter(Path.exists, kept):
                 shutil.rmtree(directory)
         for directory in (self.secrets, self.logs):
             directory.mkdir(mode=0o700, exist_ok=True)
         for name in (*SECRETS, LEDGER_SECRET):
             if not (self.secrets / name).exists():
                 write_private(self.secrets / name, secrets.token_urlsafe(36))
+        if not (self.secrets / SIGNING_KEY).exists():
+            write_private(self.secrets / SIGNING_KEY, new_signing_key())
         if not (self.certs / "ca.pem").exists():
             make_dev_certs(self.certs, self.hosts)
 
@@ -93,6 +101,16 @@ class StateDirectory:
         except OSError:
             return ""
         return ": " + ", ".join(lines)
+
+
+def new_signing_key() -> str:
+    """A private key for receipts: Ed25519, PEM."""
+    key = Ed25519PrivateKey.generate().private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    return key.decode()
 
 
 def write_private(path: Path, text: str) -> None:

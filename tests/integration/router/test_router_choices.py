@@ -224,22 +224,3 @@ async def test_a_worker_that_forgets_a_choice_ends_the_request(
     assert heard.error is not None
     assert heard.error.reason == "WORKER_FAULT"
     assert router.metric("tidemill_router_revenue_nano_total", model=MODEL, currency="USD") == 0
-
-
-async def test_a_worker_lost_among_choices_costs_nothing(
-    router: RouterHarness, decode: ScriptedWorker, model_dir: Path
-) -> None:
-    ids = spell(model_dir, "abcd")
-
-    async def play(talk: Talk) -> None:
-        await talk.prefill_done(ids[0], ids[0])
-        await talk.tokens(ids[1:])
-        await talk.tokens(ids[1:2], choice=1)
-        await talk.choice_ended(0, "LENGTH")
-
-    decode.scripts = [play]
-    heard = await router.generate(ask(2))
-    assert heard.error is not None
-    assert heard.error.reason == "WORKER_LOST"
-    lost = router.metric("tidemill_router_unbilled_tokens_total", model=MODEL, why="lost")
-    assert lost == 6

@@ -188,7 +188,7 @@ async def test_a_worker_that_sends_no_final_counts_as_lost(
     assert heard.completed.usage.completion_tokens == 3
 
 
-async def test_a_decode_worker_lost_in_mid_stream_is_an_error_and_no_bill(
+async def test_a_worker_lost_in_mid_stream_with_no_other_is_an_error_and_no_bill(
     router: RouterHarness, decode: ScriptedWorker
 ) -> None:
     decode.scripts = [endless()]
@@ -197,28 +197,12 @@ async def test_a_decode_worker_lost_in_mid_stream_is_an_error_and_no_bill(
     started = time.monotonic()
     await decode.vanish()
     heard = await listen(call)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 3
     assert isinstance(heard.error, WorkerLost)
     assert heard.error.request_id == "r1"
     lost = router.metric("tidemill_router_unbilled_tokens_total", model=MODEL, why="lost")
     assert lost >= 3
     assert router.metric("tidemill_router_completion_tokens_total", model=MODEL) == 0
-
-
-async def test_a_prefill_worker_lost_in_mid_stream_is_an_error_and_no_bill(
-    router: RouterHarness, decode: ScriptedWorker
-) -> None:
-    async def play(talk: Talk) -> None:
-        await talk.prefill_done(50)
-        await talk.tokens([51, 52])
-        await talk.final("SERVER_FAULT")
-        raise WorkerLost("prefill worker prefill-0 was lost", metadata={"worker_id": "prefill-0"})
-
-    decode.scripts = [play]
-    heard = await router.generate(ask())
-    assert isinstance(heard.error, WorkerLost)
-    fault = router.metric("tidemill_router_unbilled_tokens_total", model=MODEL, why="server_fault")
-    assert fault == 3
 
 
 async def test_a_worker_lost_before_the_first_token_is_replaced(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from services.stack.state import SIGNING_KEY, new_signing_key
 from tests.redis_process import RedisProcess
 from tests.router_harness import ADMIN_KEY, BOOK_PATH, DURABLE, MODEL, RouterCaller
 from tests.scripted_worker import ScriptedWorker, answer
@@ -39,12 +40,14 @@ def write(tmp_path: Path, model_dir: Path, dev_certs: Path, ledger: RedisProcess
         address: str = "127.0.0.1:0",
         workers: str = "both@127.0.0.1:1",
         pepper: str = "p" * 40,
+        signing_key: str | None = None,
         price_model: str = "deepseek-chat",
         extra: str = "",
         metrics: str = "",
     ) -> Path:
         (tmp_path / "pepper").write_text(pepper)
         (tmp_path / "admin").write_text(ADMIN_KEY)
+        (tmp_path / SIGNING_KEY).write_text(signing_key or new_signing_key())
         path = tmp_path / "tidemill.toml"
         path.write_text(
             f"""
@@ -60,6 +63,8 @@ tls = {identity}
 url = "{ledger_url}"
 pepper_file = "pepper"
 admin_key_file = "admin"
+[router.money]
+signing_key_file = "{SIGNING_KEY}"
 [router.fleet]
 workers = ["{workers}"]
 tls = {identity}
@@ -144,6 +149,7 @@ async def test_what_keeps_it_from_starting_is_one_clear_line(
     assert "max_queue" in await refusal(write(extra="max_queue = 3"))
     assert "tidemill.toml" in await refusal(write(extra="max_queue = 3"))
     assert "pepper" in await refusal(write(pepper="short"))
+    assert "signing.pem" in await refusal(write(signing_key="no key"))
     assert "deepseek-v9" in await refusal(write(price_model="deepseek-v9"))
     assert "role@host:port" in await refusal(write(workers="somewhere"))
     nobody = f"redis://127.0.0.1:{free_port()}/0"

@@ -16,7 +16,6 @@ from tests.redis_process import RedisProcess
 from tests.router_harness import (
     MODEL,
     RouterHarness,
-    listen,
     router_config,
     running_router,
     scripted,
@@ -234,18 +233,3 @@ async def test_workers_are_found_in_the_cache_redis_and_outlive_it(
             assert connected(router) == 1
             await worker.vanish()
             await router.until(lambda: connected(router) == 0)
-
-
-async def test_a_lost_decode_worker_leaves_the_others_streams_alone(start: Start) -> None:
-    slow = answer([50] * 60, pause_s=0.02)
-    decodes = [ScriptedWorker(f"decode-{number}", "decode", slow) for number in range(2)]
-    async with start(ScriptedWorker("prefill-0", "prefill"), *decodes) as router:
-        calls = [router.call(ask(f"r{number}")) for number in range(8)]
-        await router.until(lambda: sum(starts(decodes)) == 8)
-        await router.until(lambda: min(starts(decodes)) > 0)
-        await asyncio.sleep(0.3)
-        await decodes[0].vanish()
-        heard = await asyncio.gather(*(listen(call) for call in calls))
-        lost = [each for each in heard if each.error is not None]
-        assert len(lost) == len(decodes[0].starts)
-        assert {each.error.reason for each in lost if each.error} == {"WORKER_LOST"}

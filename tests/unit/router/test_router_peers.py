@@ -5,6 +5,7 @@ import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, cast
 
 from services.router.admission import Admitted, Ask
@@ -201,5 +202,6 @@ async def test_the_task_names_peers_with_address_and_role() -> None:
 
 
 def peers_in_start(placed: Placed) -> list[tuple[str, str, str]]:
-    peers = start_message(ADMITTED, placed, attempt=1).task.peers
-    return [(peer.worker_id, peer.address, peer.role) for peer in peers]
+    choices: Any = [SimpleNamespace(index=0, token_ids=[])]
+    start = start_message(ADMITTED, placed, choices, attempt=1, fence=1, funded_tokens=None)
+    return [(peer.worker_id, peer.address, peer.role) for peer in start.task.peers]

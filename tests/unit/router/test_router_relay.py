@@ -68,7 +68,8 @@ def test_all_tokens_are_told_counted_and_billed_once(
 ) -> None:
     outbox = Outbox(max_tokens=4, max_delay_s=0.0, clock=lambda: 0.0)
     relay = Relay(admitted(tokenizer, 3, stop, min_tokens), outbox, max_tokens=4)
-    relay.tally.prefilled = PREFILLED
+    run = relay.tally.begin([choice.counts for choice in relay.choices])
+    relay.tally.prefill(run, PREFILLED)
     sent: list[list[int]] = [[], [], []]
     for index, report in reports:
         choice = relay.choices[index]
@@ -80,13 +81,14 @@ def test_all_tokens_are_told_counted_and_billed_once(
             relay.push(choice, ids, [TokenLogprobs(logprob=-each) for each in ids])
     generated = sum(map(len, sent)) + unseen
     relay.tally.end(
+        run,
         Ended(
             finish=Finish.LENGTH,
             generated_tokens=generated,
             drafted_tokens=0,
             accepted_tokens=0,
             busy_seconds=0.0,
-        )
+        ),
     )
     for choice in relay.choices:
         relay.end(choice, Finish.LENGTH)

@@ -1,0 +1,299 @@
+"""The choices of one request, from worker to worker until each has ended.
+
+One attempt serves all choices. When its worker is lost after tokens came, each choice that goes on
+gets attempts of its own, which continue from its own tokens.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+
+from services.router.admission import Admitted
+from services.router.attempt import Attempt
+from services.router.config import LimitsConfig
+from services.router.dispatch import Dispatcher, Placed, Ticket
+from services.router.finish import Finish
+from services.router.fleet import Worker
+from services.router.relay import Choice, Relay
+from services.router.reports import Report
+from services.router.tally import ChoiceEnded, Ended, Generated, Prefilled, Run
+from services.router.tasks import OwnedTasks
+from services.router.worker_task import FIRST_FENCE, start_message
+from tidemill.api.common.v1.logprobs_pb2 import TokenLogprobs
+from tidemill.errors import Overloaded, PrefillFull, TidemillError, WorkerLost
+
+_REFUSED_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0)
+_LOST_S = 3.0
+_STAFFED_POLL_S = 0.2
+
+
+@dataclass(eq=False, slots=True)
+class _Lane:
+    """Choices that one attempt after the other generates, and the attempt that does so now."""
+
+    choices: Sequence[Choice]
+    ticket: Ticket
+    num_lost: int = 0
+    lost: WorkerLost | None = None
+    num_refused: int = 0
+    attempt: Attempt | None = None
+    run: Run | None = None
+    patience: asyncio.Timeout | None = None
+    successors: "Sequence[_Lane]" = ()
+
+    @property
+    def going_on(self) -> list[Choice]:
+        """Its choices that have not ended."""
+        return [choice for choice in self.choices if choice.finish is None]
+
+    def await_final(self, within_s: float) -> None:
+        """From now on the attempt's Final is due."""
+        if self.patience is not None:
+            self.patience.reschedule(asyncio.get_running_loop().time() + within_s)
+
+
+class Serving:
+    """Places, attempts and relays; `ticket` is the request's place in the queue.
+
+    `finals` are the attempts whose Final is to be acknowledged once it is settled. Instants are the
+    clock's: of the first placement and the first token, None before.
+    """
+
+    def __init__(
+        self,
+        admitted: Admitted,
+        ticket: Ticket,
+        relay: Relay,
+        *,
+        dispatcher: Dispatcher,
+        tasks: OwnedTasks,
+        limits: LimitsConfig,
+        clock: Callable[[], float],
+    ) -> None:
+        self.ending: Finish | None = None
+        self.num_attempts = 0
+        self.finals: list[Attempt] = []
+        self.placed_at: float | None = None
+        self.first_token_at: float | None = None
+        self._admitted = admitted
+        self._relay = relay
+        self._tally = relay.tally
+        self._dispatcher = dispatcher
+        self._tasks = tasks
+        self._limits = limits
+        self._clock = clock
+        self._failure: TidemillError | None = None
+        self._lanes = [_Lane(relay.choices, ticket)]
+
+    def end(self, finish: Finish) -> None:
+        """Bring all choices to their end; only the first reason counts."""
+        if self.ending is not None:
+            return
+        self.ending = finish
+        for lane in self._lanes:
+            self._dispatcher.withdraw(lane.ticket)
+            if lane.attempt is not None:
+                lane.await_final(self._limits.final_wait_s)
+                self._tasks.spawn(lane.attempt.stop(finish), name="stop")
+
+    async def run(self) -> None:
+        """Until every choice has ended or `end` was obeyed. Raises why the request fails."""
+        await self._carry(self._lanes[0])
+        if self._failure is not None:
+            raise self._failure
+
+    async def _carry(self, lane: _Lane) -> None:
+        """Attempt until the lane's choices have ended, here or each in a lane of its own."""
+        try:
+            while self.ending is None and lane.going_on and not lane.successors:
+                if (placed := await self._place(lane)) is not None:
+                    await self._attempt(lane, placed)
+        except TidemillError as error:
+            if self.ending is None:
+                self._failure = error
+                self.end(Finish.SERVER_FAULT)
+        finally:
+            self._dispatcher.release(lane.ticket.key)
+            self._lanes.remove(lane)
+        async with asyncio.TaskGroup() as group:
+            for successor in lane.successors:
+                group.create_task(self._carry(successor))
+
+    async def _place(self, lane: _Lane) -> Placed | None:
+        """Where to attempt next, None if the place was given up.
+
+        Once a worker was lost there must be others, or it is raised again; that all are busy is
+        no reason to give up.
+        """
+        placed = lane.ticket.placed
+        patience_s = None if lane.lost is None else self._limits.lost_patience_s
+        while not (await asyncio.wait([placed], timeout=patience_s))[0]:
+            if lane.lost is not None and not self._dispatcher.staffed:
+                self._dispatcher.withdraw(lane.ticket)
+                raise lane.lost
+            patience_s = _STAFFED_POLL_S
+        return placed.result()
+
+    async def _attempt(self, lane: _Lane, placed: Placed) -> None:
+        """One attempt; after it the lane's choices have ended or have places again."""
+        try:
+            await self._serve(lane, placed)
+        except Overloaded as refusal:
+            refused_by = placed.decode
+            if isinstance(refusal, PrefillFull) and placed.prefill is not None:
+                refused_by = placed.prefill
+            wait_s = max(refusal.retry_after_s or 0, _REFUSED_S[min(lane.num_refused, 5)])
+            lane.num_refused += 1
+            self._put_back(lane, without=refused_by, for_s=min(wait_s, _LOST_S))
+        except WorkerLost as loss:
+            if self.ending is None:
+                self._lose(lane, loss, blamed=_blamed(loss, placed))
+
+    async def _serve(self, lane: _Lane, placed: Placed) -> None:
+        """One attempt, to its Final."""
+        if self.first_token_at is None:
+            self.placed_at = self._clock()
+        self.num_attempts += 1
+        start = start_message(
+            self._admitted,
+            placed,
+            lane.choices,
+            attempt=self.num_attempts,
+            fence=FIRST_FENCE,
+            funded_tokens=None,
+        )
+        attempt = Attempt(placed.decode, start, final_wait_s=self._limits.final_wait_s)
+        lane.run = None
+        try:
+            async with asyncio.timeout(None) as lane.patience:
+                lane.attempt = attempt
+                async with aclosing(attempt.reports()) as reports:
+                    async for report in reports:
+                        self._take(lane, attempt, report)
+        except TimeoutError:
+            raise WorkerLost(f"decode worker {placed.decode.id} sent no Final") from None
+        finally:
+            lane.attempt = lane.patience = None
+            await attempt.close()
+        self._end_choices(lane)
+        self._note_filled(lane, placed.decode)
+
+    def _take(self, lane: _Lane, attempt: Attempt, report: Report) -> None:
+        if lane.run is None:
+            lane.run = self._tally.begin([choice.counts for choice in lane.choices])
+        match report:
+            case Prefilled():
+                if self.first_token_at is None:
+                    self.first_token_at = self._clock()
+                self._tally.prefill(lane.run, report)
+                self._dispatcher.prefilled(lane.ticket.key)
+                self._relay.score_prompt(report.prompt_logprobs)
+                for position, token_id in enumerate(report.token_ids):
+                    logprobs = report.logprobs[position : position + 1]
+                    self._pass_on(lane, position, (token_id,), logprobs)
+            case Generated():
+                self._pass_on(lane, report.choice, report.token_ids, report.logprobs)
+            case ChoiceEnded():
+                lane.run.report(report.choice, report.generated_tokens)
+                if report.finish is not Finish.SERVER_FAULT or self.ending is not None:
+                    self._relay.end(lane.choices[report.choice], report.finish)
+            case Ended():
+                self._tally.end(lane.run, report)
+                self.finals.append(attempt)
+
+    def _pass_on(
+        self,
+        lane: _Lane,
+        position: int,
+        token_ids: Sequence[int],
+        logprobs: Sequence[TokenLogprobs],
+    ) -> None:
+        """Relay tokens; have the worker end a choice that they bring to a stop string."""
+        choice = lane.choices[position]
+        going_on = choice.finish is None
+        self._relay.push(choice, token_ids, logprobs)
+        if not going_on or choice.finish is None or self.ending is not None:
+            return
+        assert lane.attempt is not None
+        assert lane.run is not None
+        assert choice.counts.kept is not None
+        stop = lane.attempt.stop(
+            choice.finish,
+            choice.counts.kept - lane.run.relayed[position],
+            choice=position if len(lane.choices) > 1 else None,
+        )
+        self._tasks.spawn(stop, name="stop")
+        if not lane.going_on:
+            lane.await_final(self._limits.final_wait_s)
+        if self._relay.all_ended:
+            self.ending = choice.finish
+
+    def _lose(self, lane: _Lane, loss: WorkerLost, *, blamed: Worker) -> None:
+        """Give each choice that lacks something a place again; raise `loss` once too often."""
+        if lane.run is not None:
+            self._tally.lose(lane.run)
+        for choice in lane.going_on:
+            if (finish := self._completed(choice)) is not None:
+                self._relay.end(choice, finish)
+        if not lane.going_on:
+            return
+        if lane.num_lost >= self._limits.max_lost_attempts:
+            raise loss
+        lane.num_lost += 1
+        lane.lost = loss
+        if not any(choice.token_ids for choice in lane.choices):
+            self._put_back(lane, without=blamed, for_s=_LOST_S)
+            return
+        lane.successors = [self._alone(lane, choice) for choice in lane.going_on]
+        for successor in lane.successors:
+            self._put_back(successor, without=blamed, for_s=_LOST_S)
+        self._lanes += lane.successors
+
+    def _completed(self, choice: Choice) -> Finish | None:
+        """Why the choice's tokens are all there is, though no Final said so; None if not."""
+        sampling = self._admitted.sampling
+        if choice.token_ids and choice.token_ids[-1] in sampling.stop_token_ids:
+            return Finish.STOP
+        if len(choice.token_ids) >= sampling.max_tokens:
+            return Finish.LENGTH
+        return None
+
+    def _alone(self, lane: _Lane, choice: Choice) -> _Lane:
+        """A lane in which a choice goes on from its own tokens."""
+        admitted = self._admitted
+        ticket = replace(
+            lane.ticket,
+            key=f"{admitted.key}#{choice.index}",
+            num_prompt_tokens=len(admitted.token_ids) + len(choice.token_ids),
+            max_tokens=admitted.sampling.max_tokens - len(choice.token_ids),
+            block_hashes=admitted.chain(choice.token_ids),
+            excluded=dict(lane.ticket.excluded),
+        )
+        return _Lane([choice], ticket, num_lost=lane.num_lost, lost=lane.lost)
+
+    def _put_back(self, lane: _Lane, *, without: Worker, for_s: float) -> None:
+        if self.ending is None:
+            self._dispatcher.put_back(lane.ticket, without=without.id, for_s=for_s)
+
+    def _end_choices(self, lane: _Lane) -> None:
+        """The attempt has ended as it should: a stop string won, else what Final says."""
+        if lane.run is None or lane.run.ended is None:
+            return
+        finish = lane.run.ended.finish
+        if finish is not Finish.SERVER_FAULT:
+            for choice in lane.going_on:
+                self._relay.end(choice, finish)
+
+    def _note_filled(self, lane: _Lane, decode: Worker) -> None:
+        """Let the next turn look for the answer there, where all but its last token lies."""
+        for choice in lane.choices:
+            self._dispatcher.filled(decode.id, self._admitted.chain(choice.token_ids[:-1]))
+
+
+def _blamed(loss: WorkerLost, placed: Placed) -> Worker:
+    """The worker that was lost: the prefill worker where the decode worker says so."""
+    named = loss.metadata.get("worker_id")
+    if placed.prefill is not None and named == placed.prefill.id:
+        return placed.prefill
+    return placed.decode
