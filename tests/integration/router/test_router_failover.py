@@ -1,7 +1,7 @@
 """A worker lost in the middle: another goes on from what was relayed; workers are scripted."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,9 @@ NUM_PROMPT = 100
 SEED = 11
 
 
-def ask(text: str, n: int = 1, **fields: Any) -> router_pb2.GenerateRequest:
-    """A request whose completions are as long as `text`."""
-    sampling = {"max_tokens": len(text), "n": n, "seed": SEED, **fields.pop("sampling", {})}
+def ask(answer: Sized, n: int = 1, **fields: Any) -> router_pb2.GenerateRequest:
+    """A request whose completions are as long as `answer`."""
+    sampling = {"max_tokens": len(answer), "n": n, "seed": SEED, **fields.pop("sampling", {})}
     return router_pb2.GenerateRequest(
         request_id="r1",
         model=MODEL,
