@@ -9,6 +9,21 @@ Its errors are those of tidemill.errors.
 """
 
 from tidemill.billing import Prices, Reuse, Unbilled
+from tidemill.billing.ledger import Limits
+from tidemill.client.account import (
+    Account,
+    Balance,
+    JournalEntry,
+    LimitState,
+    Operation,
+    Quote,
+    QuotedWindow,
+    Refund,
+    SettledReceipt,
+    SigningKey,
+    UsageRow,
+)
+from tidemill.client.account_calls import UsageBy
 from tidemill.client.aio import AsyncAdmin, AsyncClient, AsyncStream
 from tidemill.client.request import Options
 from tidemill.client.retry import RetryPolicy
@@ -37,10 +52,12 @@ from tidemill.client.types import (
 
 __all__ = [
     "Accepted",
+    "Account",
     "Admin",
     "AsyncAdmin",
     "AsyncClient",
     "AsyncStream",
+    "Balance",
     "Choice",
     "ChoiceEnd",
     "Client",
@@ -48,22 +65,33 @@ __all__ = [
     "Completion",
     "Event",
     "FinishReason",
+    "JournalEntry",
     "Key",
+    "LimitState",
+    "Limits",
     "MaxCost",
     "Message",
     "Model",
     "NewKey",
+    "Operation",
     "Options",
     "Prices",
     "PromptScored",
     "Queued",
+    "Quote",
+    "QuotedWindow",
     "Receipt",
+    "Refund",
     "RetryPolicy",
     "Reuse",
+    "SettledReceipt",
+    "SigningKey",
     "Stream",
     "TextChunk",
     "Timing",
     "TokenLogprobs",
     "Unbilled",
     "Usage",
+    "UsageBy",
+    "UsageRow",
 ]

@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeVar
 import grpc
 from google.protobuf.message import Message as Protobuf
 
+from tidemill.api.billing.v1.billing_service_pb2_grpc import BillingServiceStub
 from tidemill.api.router.v1 import admin_service_pb2 as admin_pb
 from tidemill.api.router.v1 import router_service_pb2 as router_pb
 from tidemill.api.router.v1.admin_service_pb2_grpc import AdminServiceStub
@@ -18,11 +19,12 @@ T = TypeVar("T")
 
 
 class Stubs:
-    """The router's two services on one channel of either stack."""
+    """The router's services on one channel of either stack."""
 
     def __init__(self, channel: grpc.Channel | grpc.aio.Channel) -> None:
         self.router = RouterServiceStub(channel)
         self.admin = AdminServiceStub(channel)
+        self.billing = BillingServiceStub(channel)
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,6 +136,21 @@ def prepare_chat(model: str, messages: Conversation, options: Options) -> Prepar
     return _prepare(request, **options)
 
 
+def prepare_quote(
+    model: str,
+    prompt: str | None,
+    token_ids: Sequence[int] | None,
+    messages: Conversation | None,
+    options: Options,
+) -> Prepared:
+    """A request to be quoted: one of the three is what `generate` or `chat` would be given."""
+    if messages is None:
+        return prepare_prompt(model, prompt, token_ids, options)
+    if prompt is not None or token_ids is not None:
+        raise TypeError("give a prompt, token_ids or messages, only one of them")
+    return prepare_chat(model, messages, options)
+
+
 def _message(item: Mapping[str, str], index: int) -> Message:
     if item.keys() != {"role", "content"}:
         raise TypeError(f"messages[{index}] must have role and content, has {sorted(item)}")

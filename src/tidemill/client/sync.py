@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self, TypeVar
+from typing import Protocol, Self, TypeVar, Unpack
+from uuid import uuid4
 
 import grpc
 
 from tidemill.api.router.v1.router_service_pb2 import GenerateResponse
-from tidemill.client import calls
+from tidemill.billing import PriceBook
+from tidemill.billing.ledger import Limits
+from tidemill.client import account_calls, calls
+from tidemill.client.account import (
+    Account,
+    Balance,
+    JournalEntry,
+    Operation,
+    Quote,
+    SettledReceipt,
+    SigningKey,
+    UsageRow,
+)
+from tidemill.client.account_calls import UsageBy
 from tidemill.client.calls import Call, Stubs
 from tidemill.client.exchange import Exchange
 from tidemill.client.generation import Generation, Progress
-from tidemill.client.request import Prepared
+from tidemill.client.request import Conversation, Options, Prepared, prepare_quote
 from tidemill.client.retry import RetryPolicy
 from tidemill.client.session import Session
 from tidemill.client.settings import CHANNEL_OPTIONS, resolve
-from tidemill.client.types import Completion, Event, Key, Model, NewKey
+from tidemill.client.types import Completion, Event, Key, Model, NewKey, Receipt
 from tidemill.errors import TidemillError
 from tidemill.rpc.channel import sdk_channel
 from tidemill.rpc.status import from_rpc_error
@@ -69,6 +84,75 @@ class Client(Generation[Completion, "Stream"]):
     def cancel(self, request_id: str) -> bool:
         """End a running request of the key's tenant; whether it was found running."""
         return self._run(calls.cancel(request_id))
+
+    def balance(self) -> Balance:
+        """The account's balances, and what the limits of the tenant and the key leave."""
+        return self._run(account_calls.get_balance())
+
+    def usage(
+        self,
+        from_ms: int,
+        to_ms: int,
+        *,
+        by: Sequence[UsageBy | str] = (),
+        key_id: str | None = None,
+        model: str | None = None,
+        zone: str | None = None,
+    ) -> list[UsageRow]:
+        """Receipts decided from `from_ms` to before `to_ms`, added up.
+
+        Rows are told apart by "key", "model", "day" (of the IANA `zone`, UTC unless given) and
+        "window". All of them are of one moment, so they sum up to the receipts of that moment.
+        """
+        ask = partial(
+            account_calls.list_usage, from_ms, to_ms, by=by, key_id=key_id, model=model, zone=zone
+        )
+        rows, token = self._run(ask(page_token=""))
+        while token:
+            page, token = self._run(ask(page_token=token))
+            rows += page
+        return rows
+
+    def receipts(
+        self, from_ms: int, to_ms: int, *, key_id: str | None = None, model: str | None = None
+    ) -> Iterator[Receipt]:
+        """Receipts decided from `from_ms` to before `to_ms`, in order, fetched page by page."""
+        ask = partial(account_calls.list_receipts, from_ms, to_ms, key_id=key_id, model=model)
+        page, token = self._run(ask(page_token=""))
+        yield from page
+        while token:
+            page, token = self._run(ask(page_token=token))
+            yield from page
+
+    def receipt(self, request_id: str) -> SettledReceipt:
+        """A request's receipt and its refunds; NotFound if nothing was settled under the id."""
+        return self._run(account_calls.get_receipt(request_id))
+
+    def quote(
+        self,
+        prompt: str | None = None,
+        *,
+        model: str,
+        token_ids: Sequence[int] | None = None,
+        messages: Conversation | None = None,
+        expected_completion_tokens: int | None = None,
+        **options: Unpack[Options],
+    ) -> Quote:
+        """What `generate`, or `chat` with `messages`, would cost now and when it is cheaper.
+
+        Nothing is run, held or queued. Unless `expected_completion_tokens` are given the whole of
+        max_tokens is expected.
+        """
+        prepared = prepare_quote(model, prompt, token_ids, messages, options)
+        return self._run(account_calls.quote(prepared, expected_completion_tokens))
+
+    def price_book(self, digest: str | None = None) -> PriceBook:
+        """The price book of a digest (hexadecimal) as receipts name it; None: that in force."""
+        return self._run(account_calls.get_price_book(digest))
+
+    def signing_keys(self) -> list[SigningKey]:
+        """Public keys that receipts are and were signed with, the present one first."""
+        return self._run(account_calls.list_signing_keys())
 
     def close(self) -> None:
         """Close the connection; what still runs is given up."""
@@ -196,7 +280,7 @@ class Stream(Progress):
 
 
 class Admin:
-    """Tenants and keys; the client's API key must be the operator's."""
+    """Tenants, keys and money; the client's API key must be the operator's."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
@@ -220,3 +304,59 @@ class Admin:
             page, token = self._client._run(calls.list_keys(tenant_id, token))
             keys += page
         return keys
+
+    def top_up(
+        self, tenant_id: str, amount_nano: int, *, operation_id: str | None = None, note: str = ""
+    ) -> Operation:
+        """Add money that the tenant has paid.
+
+        An `operation_id` makes it safe to repeat, by hand too; without one it gets a new one.
+        """
+        operation = operation_id or str(uuid4())
+        return self._client._run(account_calls.top_up(tenant_id, operation, amount_nano, note))
+
+    def grant(
+        self, tenant_id: str, amount_nano: int, *, operation_id: str | None = None, note: str = ""
+    ) -> Operation:
+        """Add money that is given; it is spent first. `operation_id` is as for top_up."""
+        operation = operation_id or str(uuid4())
+        return self._client._run(account_calls.grant(tenant_id, operation, amount_nano, note))
+
+    def refund(
+        self,
+        tenant_id: str,
+        request_id: str,
+        *,
+        amount_nano: int | None = None,
+        operation_id: str | None = None,
+        note: str = "",
+    ) -> Operation:
+        """Give back part of a settled charge, or all that is left of it."""
+        operation = operation_id or str(uuid4())
+        return self._client._run(
+            account_calls.refund(tenant_id, operation, request_id, amount_nano, note)
+        )
+
+    def set_limits(
+        self,
+        tenant_id: str,
+        limits: Limits,
+        *,
+        key_id: str | None = None,
+        operation_id: str | None = None,
+    ) -> bool:
+        """Replace all limits of the tenant, or of one key; False for a repetition."""
+        operation = operation_id or str(uuid4())
+        return self._client._run(account_calls.set_limits(tenant_id, operation, limits, key_id))
+
+    def account(self, tenant_id: str) -> Account:
+        """A tenant's balances, limits and live holds."""
+        return self._client._run(account_calls.get_account(tenant_id))
+
+    def journal(self, tenant_id: str) -> Iterator[JournalEntry]:
+        """Every posting of the account since it was made, in order, fetched page by page."""
+        page, token = self._client._run(account_calls.list_journal(tenant_id, ""))
+        yield from page
+        while token:
+            page, token = self._client._run(account_calls.list_journal(tenant_id, token))
+            yield from page
