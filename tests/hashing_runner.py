@@ -109,6 +109,7 @@ def hashing_engine(
         eos_token_ids=frozenset(),
         runner=runner,
         layout=KvLayout("float32", 1, 1, b"hashing"),
+        cost=lambda step: [1] * len(step.decodes) + [chunk.num_tokens for chunk in step.chunks],
     )
     return engine, runner
 

@@ -24,6 +24,7 @@ from tidemill.engine import (
     PrefilledOutput,
     SamplingParams,
     Sequence,
+    StepCost,
     TokensOutput,
 )
 from tidemill.engine.scheduler import PrefillChunk, Step
@@ -68,7 +69,8 @@ def handed_over(
 def test_one_worker_sequence_reports_prefill_tokens_and_one_end(
     engine: Engine, greedy_stream: list[int]
 ) -> None:
-    engine.submit(make_sequence(engine, "s", PROMPT, greedy(4)))
+    first_seq = make_sequence(engine, "s", PROMPT, greedy(4))
+    engine.submit(first_seq)
     outputs = run_all(engine)
     first = PrefilledOutput("s", [Drawn(greedy_stream[0])])
     tokens = [TokensOutput("s", [token], i) for i, token in enumerate(greedy_stream[:4])]
@@ -76,7 +78,7 @@ def test_one_worker_sequence_reports_prefill_tokens_and_one_end(
     end = outputs[-1]
     assert isinstance(end, FinishedOutput)
     assert (end.seq_id, end.reason, end.num_generated) == ("s", "length", 4)
-    assert end.busy_seconds > 0
+    assert first_seq.prefill_ns > 0 < first_seq.decode_ns
     assert not engine.has_work
 
 
@@ -115,7 +117,7 @@ def test_prefill_only_sequence_leaves_with_its_first_token(
     chunks = [(0, 32), (32, 64), (64, 70)]
     assert layers == [(layer, *chunk) for chunk in chunks for layer in range(3)]
     assert seq.num_computed_tokens == 70
-    assert seq.busy_seconds > 0
+    assert seq.prefill_ns == engine.busy.prefill_ns > 0 == seq.decode_ns
     assert engine.pool.num_referenced == 2
 
 
@@ -238,15 +240,17 @@ def test_prompts_are_computed_beside_running_sequences_within_the_step_budget(
     assert {output.seq_id for output in engine.step()} == {"a", "b"}
 
 
-def test_busy_time_is_shared_by_tokens_computed(engine: Engine) -> None:
-    engine.submit(make_sequence(engine, "a", PROMPT[:1]))
+def test_busy_time_is_shared_by_what_each_computes(engine: Engine) -> None:
+    running = make_sequence(engine, "a", PROMPT[:1])
+    engine.submit(running)
     engine.step()
-    (running,) = engine._scheduler.running
-    before = running.busy_seconds
     prompt = make_sequence(engine, "b", PROMPT)
     engine.submit(prompt)
     engine.step()
-    assert prompt.busy_seconds == pytest.approx(31 * (running.busy_seconds - before))
+    cost = StepCost(engine.model_config, value_bytes=4)
+    (decode, chunk) = cost(Step([running], [PrefillChunk(prompt, 0, 31)]))
+    assert prompt.prefill_ns / running.decode_ns == pytest.approx(chunk / decode, rel=0.01)
+    assert (running.decode_ns, prompt.decode_ns) == (engine.busy.decode_ns, 0)
 
 
 def test_short_prompts_share_a_prefill_step(engine: Engine) -> None:
@@ -276,10 +280,12 @@ def test_load_snapshot_counts_queued_prompt_tokens(engine: Engine) -> None:
 
 
 def test_busy_time_is_shared_by_the_sequences_of_a_step(engine: Engine) -> None:
-    for name in ("a", "b"):
-        engine.submit(make_sequence(engine, name, PROMPT[:10], greedy(5)))
-    ends = [o for o in run_all(engine) if isinstance(o, FinishedOutput)]
-    assert ends[0].busy_seconds == ends[1].busy_seconds > 0
+    first, second = (make_sequence(engine, name, PROMPT[:10], greedy(5)) for name in ("a", "b"))
+    engine.submit(first)
+    engine.submit(second)
+    run_all(engine)
+    assert 0 < first.decode_ns == pytest.approx(second.decode_ns, abs=5)
+    assert 0 < first.prefill_ns == pytest.approx(second.prefill_ns, abs=1)
 
 
 def test_full_blocks_are_committed_as_they_are_computed_prompt_and_generated(

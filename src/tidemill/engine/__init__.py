@@ -22,10 +22,12 @@ from tidemill.engine.outputs import (
 from tidemill.engine.reservation import PoolTier, Reservation
 from tidemill.engine.sampling import Drawn, SamplingParams
 from tidemill.engine.sequence import FinishReason, Sequence
+from tidemill.engine.step_cost import BusyTime, StepCost
 from tidemill.errors import PoolCorrupted
 
 __all__ = [
     "BlockPool",
+    "BusyTime",
     "Drawn",
     "Engine",
     "EngineConfig",
@@ -41,6 +43,7 @@ __all__ = [
     "Reservation",
     "SamplingParams",
     "Sequence",
+    "StepCost",
     "TokenLogprobs",
     "TokensOutput",
 ]

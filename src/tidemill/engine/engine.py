@@ -4,12 +4,13 @@ import itertools
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from tidemill.apportion import apportion
 from tidemill.engine.admission import Admission, blocks_for, blocks_of
 from tidemill.engine.block_pool import BlockPool
 from tidemill.engine.config import EngineConfig
@@ -27,6 +28,7 @@ from tidemill.engine.runner import ModelRunner, Runner
 from tidemill.engine.sampling import Drawn, draw
 from tidemill.engine.scheduler import Scheduler, Step
 from tidemill.engine.sequence import FinishReason, Sequence
+from tidemill.engine.step_cost import BusyTime, StepCost
 from tidemill.engine.swap import SwapSpace
 from tidemill.engine.tables import BlockTables
 from tidemill.engine.validate import validate
@@ -49,7 +51,8 @@ class Engine:
     `step`; the engine is then not to be used again.
 
     `starved` says that the last step found no block for anybody: what it waits for is held by
-    others, and not by sequences. `current_step` is what computes now, or did last.
+    others, and not by sequences. `current_step` is what computes now, or did last. `busy` adds up
+    the steps' time, all of which the sequences share by `cost`: what each part of a step weighs.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Engine:
         eos_token_ids: frozenset[int],
         runner: Runner,
         layout: KvLayout,
+        cost: Callable[[Step], list[int]],
     ) -> None:
         self.config = config
         self.model_config = model_config
@@ -67,6 +71,8 @@ class Engine:
         self.layout = layout
         self.pool = runner.pool
         self.max_context = _max_context(config, model_config)
+        self.busy = BusyTime()
+        self._cost = cost
         self._runner = runner
         swap = SwapSpace(config.num_swap_blocks, self.pool.latents)
         self._tables = BlockTables(self.pool, swap)
@@ -119,6 +125,7 @@ class Engine:
             eos_token_ids=load_eos_token_ids(model_dir),
             runner=ModelRunner(model, pool),
             layout=layout,
+            cost=StepCost(model_config, value_bytes=dtype.itemsize),
         )
 
     @property
@@ -232,7 +239,7 @@ class Engine:
 
         Engine thread only.
         """
-        started = time.perf_counter()
+        started = time.perf_counter_ns()
         self.current_step = Step()
         with self._lock:
             outputs = self._apply_stops() + self._settle_arrived()
@@ -240,12 +247,25 @@ class Engine:
             self.starved = not step and self._scheduler.has_work
         if not step:
             return outputs
+        costs = self._cost(step)
         hidden = self._runner.forward(step)
         self._score_prompts(step, hidden)
         drawn = self._draw(step, hidden)
-        _share_time(step, started)
         with self._lock:
-            return outputs + self._advance(step, iter(drawn))
+            outputs += self._advance(step, iter(drawn))
+        self._book(step, apportion(time.perf_counter_ns() - started, costs))
+        return outputs
+
+    def _book(self, step: Step, shares_ns: list[int]) -> None:
+        num_decodes = len(step.decodes)
+        for seq, share_ns in zip(step.decodes, shares_ns[:num_decodes], strict=True):
+            seq.decode_ns += share_ns
+        for chunk, share_ns in zip(step.chunks, shares_ns[num_decodes:], strict=True):
+            chunk.seq.prefill_ns += share_ns
+        self.busy = BusyTime(
+            self.busy.prefill_ns + sum(shares_ns[num_decodes:]),
+            self.busy.decode_ns + sum(shares_ns[:num_decodes]),
+        )
 
     def _draw(self, step: Step, hidden: Tensor) -> list[Drawn]:
         """One token for each running sequence, then for each choice of a prompt now complete."""
@@ -359,7 +379,7 @@ class Engine:
 
     def _finish(self, seq: Sequence, reason: str) -> FinishedOutput:
         self._drop(seq)
-        return FinishedOutput(seq.seq_id, reason, seq.num_generated, seq.busy_seconds)
+        return FinishedOutput(seq.seq_id, reason, seq.num_generated)
 
     def _drop(self, seq: Sequence) -> None:
         self._scheduler.remove(seq)
@@ -386,14 +406,6 @@ class Engine:
         each = blocks_for(num_prompt_tokens, max_tokens, self.max_context)
         together = blocks_for(num_prompt_tokens, max_tokens, self.max_context, choices=choices)
         return each, together
-
-
-def _share_time(step: Step, started: float) -> None:
-    per_token = (time.perf_counter() - started) / step.num_tokens
-    for seq in step.decodes:
-        seq.busy_seconds += per_token
-    for chunk in step.chunks:
-        chunk.seq.busy_seconds += per_token * chunk.num_tokens
 
 
 def _max_context(config: EngineConfig, model_config: ModelConfig) -> int:

@@ -44,14 +44,12 @@ class PausedOutput:
 class FinishedOutput:
     """The engine has dropped the sequence; its blocks remain the caller's to release.
 
-    `num_generated` counts every generated token, also those that a stop string discards;
-    `busy_seconds` is the sequence's share of all its steps' wall time.
+    `num_generated` counts every generated token, also those that a stop string discards.
     """
 
     seq_id: str
     reason: str
     num_generated: int
-    busy_seconds: float
 
 
 Output = PrefilledOutput | TokensOutput | PausedOutput | FinishedOutput

@@ -40,6 +40,9 @@ class Sequence:
     it computes: the first `num_committed` blocks are findable under `block_hashes`. What precedes
     submission is the caller's to commit.
 
+    `prefill_ns` and `decode_ns` are its shares of the time of the steps that computed its prompt,
+    and its tokens after the first. Each stands still once the engine has reported the last of them.
+
     `forks` are further completions of the same prompt: sequences with an empty table, their own
     sampling and, if the prompt was prefilled elsewhere, their own first token. They are submitted
     with this one, share its prompt's blocks, and end one by one. Of a `prefill_only` sequence they
@@ -83,7 +86,8 @@ class Sequence:
         self.history: History | None = None
         self.finish_reason: FinishReason | None = None
         self.keep_tokens: int | None = None
-        self.busy_seconds = 0.0
+        self.prefill_ns = 0
+        self.decode_ns = 0
         if first_token_id is not None:
             self.token_ids.append(first_token_id)
             self.num_computed_tokens = self.num_prompt_tokens

@@ -71,7 +71,7 @@ class Attempt:
         self._failure: TidemillError | None = None
         self._began = peer is None
         self._prompt_usage: PromptUsage | None = None
-        self._parent: Sequence | None = None
+        self._far_prefill_seconds = 0.0
         funded = start.funded_tokens - start.relayed_tokens
         self._choices = Choices(
             num_choices(start.task),
@@ -152,7 +152,6 @@ class Attempt:
         if (stopped := self._stopped()) is not None:
             return stopped
         self._blocks.submitted(seq)
-        self._parent = seq
         self._choices.submit(seq)
         ending = await self._choices.ending
         self._worker.reuse.offer(self._blocks)
@@ -183,7 +182,8 @@ class Attempt:
                 self._landing,
                 timeout_s=self._timeout_s,
                 on_offer=self._offered,
-                on_done=self._prefilled,
+                on_done=self._prefilled_elsewhere,
+                on_stopped=self._stopped_elsewhere,
             )
         finally:
             self._worker.num_waiting -= 1
@@ -216,6 +216,13 @@ class Attempt:
     def _offered(self) -> None:
         self._began = True
 
+    def _stopped_elsewhere(self, busy_seconds: float) -> None:
+        self._far_prefill_seconds = busy_seconds or self._far_prefill_seconds
+
+    def _prefilled_elsewhere(self, done: PrefillDone) -> None:
+        self._far_prefill_seconds = done.busy_seconds
+        self._prefilled(done)
+
     def _prefilled(self, done: PrefillDone) -> None:
         self._prompt_usage = done.usage
         self.outbox.prefill_done(done)
@@ -229,8 +236,7 @@ class Attempt:
         self._worker.reuse.computed(self._blocks, to=end)
 
     def _prefilled_in_place(self, output: PrefilledOutput) -> None:
-        assert self._parent is not None
-        worker, busy_seconds = self._worker, self._parent.busy_seconds
+        worker, busy_seconds = self._worker, self._choices.prefill_ns / 1e9
         worker.backlog.discard(self._blocks, busy_seconds=busy_seconds)
         usage = self._blocks.usage(PREFILL_SITE_DECODE_WORKER, worker.worker_id)
         seconds = busy_seconds + self._blocks.fetch_seconds
@@ -242,6 +248,7 @@ class Attempt:
                 queued_us=microseconds(time.perf_counter() - self._admitted - seconds),
                 prefill_us=microseconds(seconds),
                 fetch_us=microseconds(self._blocks.fetch_seconds),
+                busy_seconds=busy_seconds,
             )
         )
 
@@ -260,8 +267,9 @@ class Attempt:
                 id=self.start.task.id,
                 reason=ending.reason,
                 generated_tokens=self.outbox.num_generated,
-                busy_seconds=ending.busy_seconds,
+                busy_seconds=self._choices.decode_ns / 1e9,
                 prompt=self._prompt_usage,
+                prefill_busy_seconds=self._far_prefill_seconds + self._choices.prefill_ns / 1e9,
             )
             self._worker.metrics.finals.labels(name_of(ending.reason)).inc()
             self._worker.metrics.generated_tokens.inc(self.outbox.num_generated)

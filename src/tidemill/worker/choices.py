@@ -22,10 +22,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Ending:
-    """How an attempt ends: why its last choice did, and what the engine reported."""
+    """How an attempt ends: why its last choice did."""
 
     reason: Reason
-    busy_seconds: float = 0.0
     error: TidemillError | None = None
 
 
@@ -60,7 +59,6 @@ class Choices:
         self._seqs: list[Sequence] = []
         self._stops: dict[int, tuple[Reason, int | None]] = {}
         self._ended: dict[int, Reason] = {}
-        self._busy_seconds = 0.0
         self._failure: TidemillError | None = None
         self._timer: asyncio.TimerHandle | None = None
 
@@ -68,6 +66,16 @@ class Choices:
     def submitted(self) -> bool:
         """Whether they are the engine's."""
         return bool(self._seqs)
+
+    @property
+    def prefill_ns(self) -> int:
+        """Compute that the prompt has used here; all of it once it is prefilled."""
+        return sum(seq.prefill_ns for seq in self._seqs)
+
+    @property
+    def decode_ns(self) -> int:
+        """Compute that tokens after the first have used; all of it once all have ended."""
+        return sum(seq.decode_ns for seq in self._seqs)
 
     def submit(self, seq: Sequence) -> None:
         """Hand a sequence and its forks to the engine, funded and stopped as told until now."""
@@ -145,7 +153,6 @@ class Choices:
 
     def _end(self, index: int, output: FinishedOutput) -> None:
         self._on_ended(self._seqs[index])
-        self._busy_seconds += output.busy_seconds
         if output.reason == EngineReason.DEAD_END.value:
             self._fail(dead_end())
             reason = FinishReason.FINISH_REASON_SERVER_FAULT
@@ -155,7 +162,7 @@ class Choices:
         if len(self._ended) == len(self._seqs):
             self._cancel_timer()
             if not self.ending.done():
-                self.ending.set_result(Ending(reason, self._busy_seconds, self._failure))
+                self.ending.set_result(Ending(reason, self._failure))
         elif self._funded is not None:
             self._share_funds()
 

@@ -82,6 +82,7 @@ class WorkerConfig:
     wait already, so one prompt of any length always fits an idle worker. Decode pauses for
     `fund_wait_s` at the end of its funds; a step older than `stall_s` fails readiness. `peers`
     bounds calls to other workers for their blocks, `fetch` what fetching from anywhere may cost.
+    `accelerators` is how many of them this process occupies, for which its owner pays by the hour.
     """
 
     worker_id: str
@@ -99,6 +100,11 @@ class WorkerConfig:
     max_attempts: int = 256
     fund_wait_s: float = 2.0
     stall_s: float = 30.0
+    accelerators: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.accelerators <= 65_536:
+            raise ValueError("accelerators must be between 1 and 65536")
 
     @property
     def final_retention_s(self) -> float:

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from tidemill.engine import (
+    BusyTime,
     Engine,
     FinishedOutput,
     Output,
@@ -23,8 +24,24 @@ from tidemill.errors import Internal
 
 STARVED_S = 0.005
 
-logger = logging.getLogger(__name__)
 
+@dataclass(frozen=True)
+class Hours:
+    """What an engine's time went into since its thread was made; nanoseconds that only grow.
+
+    A step counts once it has ended, as busy if it computed something.
+    """
+
+    busy: BusyTime
+    uptime_ns: int
+
+    @property
+    def idle_ns(self) -> int:
+        """What was not busy."""
+        return self.uptime_ns - self.busy.total_ns
+
+
+logger = logging.getLogger(__name__)
 
 OnOutput = Callable[[Output | Internal], None]
 
@@ -66,6 +83,7 @@ class EngineThread:
         self._running: dict[str, Running] = {}
         self._wake = threading.Event()
         self._closing = False
+        self._began_ns = time.perf_counter_ns()
         self._step_started: float | None = None
         self.num_steps = 0  # begun
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -89,6 +107,12 @@ class EngineThread:
         """Seconds since the step that runs now began; 0 between steps and when idle."""
         started = self._step_started
         return 0.0 if started is None else max(self._clock() - started, 0.0)
+
+    @property
+    def hours(self) -> Hours:
+        """Until now."""
+        busy = self.engine.busy  # first, so that it is never more than the uptime
+        return Hours(busy, time.perf_counter_ns() - self._began_ns)
 
     def where(self) -> str:
         """The engine thread's innermost calls right now, a line each."""

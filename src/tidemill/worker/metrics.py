@@ -1,8 +1,12 @@
 """tidemill_worker_*: what a worker did, for Prometheus."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from tidemill.worker.engine_thread import Hours
 
 _SECONDS = (0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 120)
 
@@ -66,3 +70,26 @@ class WorkerMetrics:
     def watch(self, name: str, help_text: str, read: Callable[[], float]) -> None:
         """Show `read()` as gauge tidemill_worker_`name`; called by the metrics thread."""
         Gauge(f"tidemill_worker_{name}", help_text, registry=self.registry).set_function(read)
+
+    def watch_hours(self, read: Callable[[], Hours]) -> None:
+        """Show what the time goes into, which adds up to the uptime."""
+        self.registry.register(_HoursCollector(read))
+
+
+class _HoursCollector(Collector):
+    def __init__(self, read: Callable[[], Hours]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterator[Metric]:
+        hours = self._read()
+        busy = CounterMetricFamily(
+            "tidemill_worker_busy_seconds",
+            "Time of steps, by what they computed.",
+            labels=["phase"],
+        )
+        busy.add_metric(["prefill"], hours.busy.prefill_ns / 1e9)
+        busy.add_metric(["decode"], hours.busy.decode_ns / 1e9)
+        yield busy
+        yield CounterMetricFamily(
+            "tidemill_worker_idle_seconds", "Time of no step.", value=hours.idle_ns / 1e9
+        )

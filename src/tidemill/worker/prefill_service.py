@@ -105,8 +105,12 @@ class PrefillService(PrefillServiceServicer):
     ) -> pb.StopPrefillResponse:
         """Stop between chunks."""
         validate(request)
-        stopped, computed_tokens = self._prefiller.stop(request.id)
-        return pb.StopPrefillResponse(stopped=stopped, computed_tokens=computed_tokens)
+        job = await self._prefiller.stop(request.id)
+        if job is None:
+            return pb.StopPrefillResponse()
+        return pb.StopPrefillResponse(
+            stopped=True, computed_tokens=job.num_computed_tokens, busy_seconds=job.busy_seconds
+        )
 
     def _find(self, ref: pb.HandoverRef) -> Handover:
         return self._worker.handovers.get(ref.handover_id, ref.epoch)

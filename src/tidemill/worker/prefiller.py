@@ -83,10 +83,13 @@ class Prefiller:
         job.start()
         return job
 
-    def stop(self, attempt: AttemptId) -> "tuple[bool, int]":
-        """Stop between chunks. Returns whether there was one to stop, and what it had computed."""
+    async def stop(self, attempt: AttemptId) -> "PrefillJob | None":
+        """Stop between chunks. Returns the job, over now, if there was one that still ran."""
         job = self._jobs.get(attempt_key(attempt))
-        return (False, 0) if job is None else (job.abandon(), job.num_computed_tokens)
+        if job is None or not job.abandon():
+            return None
+        await job.over()
+        return job
 
     def _take_blocks(self, prompt: Prompt) -> PromptBlocks:
         worker = self._worker
@@ -160,11 +163,16 @@ class PrefillJob:
 
     async def result(self) -> PrefillDone:
         """When all is computed. Raises Cancelled if stopped, Internal if the engine failed."""
+        task = await self.over()
+        if task.cancelled():
+            raise Cancelled("the prefill was stopped")
+        return task.result()
+
+    async def over(self) -> asyncio.Task[PrefillDone]:
+        """When the engine is done with it, however it ended."""
         assert self._task is not None
         await asyncio.wait([self._task])
-        if self._task.cancelled():
-            raise Cancelled("the prefill was stopped")
-        return self._task.result()
+        return self._task
 
     def abandon(self) -> bool:
         """Nobody wants it any more: stop between chunks, free all. Returns whether it still ran."""
@@ -188,7 +196,7 @@ class PrefillJob:
         if not isinstance(output, PrefilledOutput):
             raise Cancelled("the prefill was stopped")
         self._worker.reuse.offer(blocks)
-        return self._done(output, self._running.seq.busy_seconds)
+        return self._done(output)
 
     def _on_output(self, output: Output | Internal) -> None:
         if isinstance(output, Internal):
@@ -212,8 +220,13 @@ class PrefillJob:
             on_layer=self._on_layer,
         )
 
-    def _done(self, output: PrefilledOutput, busy_seconds: float) -> PrefillDone:
-        elapsed = time.perf_counter() - self._admitted
+    @property
+    def busy_seconds(self) -> float:
+        """Compute that the prompt has used; all of it once the job is over."""
+        return 0.0 if self._running is None else self._running.seq.prefill_ns / 1e9
+
+    def _done(self, output: PrefilledOutput) -> PrefillDone:
+        elapsed, busy_seconds = time.perf_counter() - self._admitted, self.busy_seconds
         fetching = self._blocks.fetch_seconds
         worker = self._worker
         usage = self._blocks.usage(PREFILL_SITE_PREFILL_WORKER, worker.worker_id)
@@ -224,6 +237,7 @@ class PrefillJob:
             queued_us=microseconds(elapsed - busy_seconds - fetching),
             prefill_us=microseconds(busy_seconds + fetching),
             fetch_us=microseconds(fetching),
+            busy_seconds=busy_seconds,
         )
 
     def _on_layer(self, layer: int, start: int, end: int) -> None:
@@ -251,8 +265,7 @@ class PrefillJob:
     def _over(self, task: asyncio.Task[PrefillDone]) -> None:
         """The engine no longer touches the blocks."""
         self._computing = False
-        busy_seconds = 0.0 if self._running is None else self._running.seq.busy_seconds
-        self._worker.backlog.discard(self._blocks, busy_seconds=busy_seconds)
+        self._worker.backlog.discard(self._blocks, busy_seconds=self.busy_seconds)
         self._on_end(self)
         if task.cancelled() or task.exception() is not None:
             self._worker.metrics.stopped_tokens.inc(self.num_computed_tokens)

@@ -306,6 +306,7 @@ def _watch(worker: Worker, attempts: AttemptTable) -> None:
     )
     metrics.watch("open_handovers", "Hand-overs not yet released.", lambda: len(worker.handovers))
     metrics.watch("finals_kept", "Finals not yet acknowledged.", lambda: attempts.num_finals)
+    metrics.watch_hours(lambda: worker.thread.hours)
     metrics.watch("step_age_seconds", "Age of the running step.", lambda: worker.thread.step_age_s)
 
 

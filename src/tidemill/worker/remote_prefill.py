@@ -164,12 +164,14 @@ class PrefillPeer:
         timeout_s: float,
         on_offer: Callable[[], None],
         on_done: Callable[[PrefillDone], None],
+        on_stopped: Callable[[float], None],
     ) -> PrefillDone:
         """Have `request` prefilled and its latents in the landing's blocks, verified and released.
 
         `on_done` is called as soon as the first token is known, usually before all has landed.
         Raises the far side's refusal as it is; once it has offered, WorkerLost for whatever fails
-        there, or DeadlineExceeded. Cancelling stops the prefill.
+        there, or DeadlineExceeded. Cancelling stops the prefill; `on_stopped` gets the seconds of
+        compute that it had used, if the far side says so within CLEANUP_S.
         """
         deadline = time.monotonic() + timeout_s
         call = self._stub.Prefill(request, timeout=timeout_s)
@@ -195,19 +197,21 @@ class PrefillPeer:
         except (TransferError, TimeoutError) as error:
             raise self._lost(error) from error
         except asyncio.CancelledError:
-            self._peers.later(self._stop(request))
+            on_stopped(await self._stop(request))
             raise
         finally:
             call.cancel()
             if offer is not None:
                 self._peers.later(self._release(offer))
 
-    async def _stop(self, request: pb.PrefillRequest) -> None:
+    async def _stop(self, request: pb.PrefillRequest) -> float:
         """Tell it to stop; a worker that does not answer will see the broken stream."""
         with suppress(grpc.RpcError):
-            await self._stub.StopPrefill(
+            stopped = await self._stub.StopPrefill(
                 pb.StopPrefillRequest(id=request.task.id), timeout=CLEANUP_S
             )
+            return stopped.busy_seconds
+        return 0.0
 
     async def _offer(self, call: "PrefillCall") -> pb.HandoverOffer:
         async with asyncio.timeout(self._peers.config.offer_timeout_s):

@@ -46,4 +46,4 @@ async def _prefill(thread: EngineThread, num_tokens: int) -> float:
     thread.submit(seq, on_output)
     assert isinstance(await done, PrefilledOutput)
     pool.release(seq.block_table)
-    return seq.busy_seconds
+    return seq.prefill_ns / 1e9

@@ -178,10 +178,11 @@ class Worker:
             kv_transports=self.kv_transports,
             version=version("tidemill"),
             vocab_size=self.engine.model_config.vocab_size,
+            accelerators=self.config.accelerators,
         )
 
     def load(self) -> pb.WatchLoadResponse:
-        """The load right now, without epoch and sequence."""
+        """The load right now, without epoch, sequence and what the time went into."""
         load, pool = self.engine.load_snapshot(), self.engine.pool
         tiers = [
             pb.KvTierLoad(

@@ -29,7 +29,10 @@ class WorkerService(WorkerServiceServicer):
     async def WatchLoad(
         self, request: pb.WatchLoadRequest, context: Context
     ) -> AsyncIterator[pb.WatchLoadResponse]:
-        """The load now, then whenever it changed, and at least each second; ends when draining."""
+        """The load now, then whenever it changed, and at least each second; ends when draining.
+
+        Passing time alone is no change.
+        """
         validate(request)
         interval_ms = request.min_interval_ms if request.HasField("min_interval_ms") else 0
         interval_s = (interval_ms or DEFAULT_INTERVAL_MS) / 1000
@@ -41,7 +44,14 @@ class WorkerService(WorkerServiceServicer):
             if load != last or time.monotonic() - sent_at >= MAX_SILENCE_S:
                 sequence += 1
                 last, sent_at = load, time.monotonic()
-                message = pb.WatchLoadResponse(epoch=self._worker.epoch, sequence=sequence)
+                hours = self._worker.thread.hours
+                message = pb.WatchLoadResponse(
+                    epoch=self._worker.epoch,
+                    sequence=sequence,
+                    prefill_busy_us=hours.busy.prefill_ns // 1000,
+                    decode_busy_us=hours.busy.decode_ns // 1000,
+                    uptime_us=hours.uptime_ns // 1000,
+                )
                 message.MergeFrom(load)
                 yield message
             if load.draining:

@@ -320,16 +320,20 @@ class StopPrefillResponse(google.protobuf.message.Message):
 
     STOPPED_FIELD_NUMBER: builtins.int
     COMPUTED_TOKENS_FIELD_NUMBER: builtins.int
+    BUSY_SECONDS_FIELD_NUMBER: builtins.int
     stopped: builtins.bool
     """Whether this call stopped it; false when it was not known or done already."""
     computed_tokens: builtins.int
     """Tokens it had computed."""
+    busy_seconds: builtins.float
+    """Seconds of this worker's compute that they used. 0: not known or done already."""
     def __init__(
         self,
         *,
         stopped: builtins.bool = ...,
         computed_tokens: builtins.int = ...,
+        busy_seconds: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["computed_tokens", b"computed_tokens", "stopped", b"stopped"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["busy_seconds", b"busy_seconds", "computed_tokens", b"computed_tokens", "stopped", b"stopped"]) -> None: ...
 
 global___StopPrefillResponse = StopPrefillResponse
