@@ -20,3 +20,9 @@ def format_amount(amount_nano: int, currency: str) -> str:
     sign = "-" if require_int(amount_nano, "amount_nano") < 0 else ""
     units, nanos = divmod(abs(amount_nano), 1_000_000_000)
     return f"{sign}{units}.{nanos:09d} {currency}"
+
+
+def format_per_million(pico: int) -> str:
+    """A price of pico-units per token as units per million tokens, exactly: 135_000 is `0.135`."""
+    units, rest = divmod(require_int(pico, "pico"), 1_000_000)
+    return f"{units}.{rest:06d}".rstrip("0").removesuffix(".")

@@ -94,8 +94,7 @@ def _book(table: Table) -> PriceBook:
 
 def _require_use(table: Table, book: PriceBook, calendars: Mapping[str, Calendar]) -> None:
     tariffs = [tariff for rows in book.models.values() for tariff in rows]
-    used = {tariff.calendar.name for tariff in tariffs if tariff.calendar is not None}
-    for name in sorted(calendars.keys() - used):
+    for name in sorted(calendars.keys() - book.calendars.keys()):
         table.refuse("is not used by any tariff", f"calendars.{name}")
     sold = {currency for tariff in tariffs for currency in tariff.currencies}
     for currency in sorted(set(book.currencies) - sold):

@@ -166,7 +166,8 @@ class PriceBook:
         for tariff in reversed(self.models[model]):
             if tariff.effective_from_ms <= admitted_at_ms:
                 return tariff
-        raise ConfigError(f"price book {self.id} has no tariff for {model!r} at {admitted_at_ms}")
+        instant = _EPOCH + admitted_at_ms * _MS
+        raise ConfigError(f"price book {self.id} has no tariff for {model!r} at {instant}")
 
     def window_ends_at(self, model: str, instant_ms: int) -> int | None:
         """When the prices of a request admitted and decided at an instant end; None: never."""
@@ -176,6 +177,12 @@ class PriceBook:
         if (window_end := tariff.window_ends_at(instant_ms)) is not None:
             ends.append(window_end)
         return min(ends, default=None)
+
+    @property
+    def calendars(self) -> Mapping[str, Calendar]:
+        """The calendars that its tariffs use, by name."""
+        tariffs = [tariff for rows in self.models.values() for tariff in rows]
+        return {each.calendar.name: each.calendar for each in tariffs if each.calendar is not None}
 
     @cached_property
     def digest(self) -> str:
@@ -188,8 +195,6 @@ class PriceBook:
         return canonical_bytes(self._canonical())
 
     def _canonical(self) -> dict[str, object]:
-        tariffs = [tariff for rows in self.models.values() for tariff in rows]
-        calendars = [tariff.calendar for tariff in tariffs if tariff.calendar is not None]
         return {
             "schema": SCHEMA,
             "id": self.id,
@@ -197,11 +202,11 @@ class PriceBook:
             "rounding": self.rounding.value,
             "currencies": sorted(self.currencies),
             "calendars": {
-                calendar.name: {
+                name: {
                     "covers": sorted(calendar.years),
                     "holidays": [date.isoformat() for date in sorted(calendar.holidays)],
                 }
-                for calendar in calendars
+                for name, calendar in self.calendars.items()
             },
             "models": {
                 model: [_canonical_tariff(tariff) for tariff in rows]

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tidemill.client import cli_admin, cli_answer, cli_options
+from tidemill.client import cli_admin, cli_answer, cli_options, cli_prices
 from tidemill.errors import ConfigError, TidemillError
 
 INTERRUPTED = 130
@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_keys(commands, connection)
     _add_certs(commands)
+    cli_prices.add_parser(commands)
     return parser
 
 

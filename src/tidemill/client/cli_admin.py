@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from tidemill.billing.integers import format_per_million
 from tidemill.client.sync import Client
 from tidemill.client.types import Model
 from tidemill.errors import ConfigError
@@ -109,16 +110,10 @@ def _describe(model: Model) -> str:
     return (
         f"{model.name}\tcontext {model.context_tokens}, output {model.max_output_tokens}\t"
         f"{model.window}{until}: "
-        f"hit {_per_million(prices.hit)}, miss {_per_million(prices.miss)}, "
-        f"output {_per_million(prices.output)} {model.currency}/1M tokens\t"
+        f"hit {format_per_million(prices.hit)}, miss {format_per_million(prices.miss)}, "
+        f"output {format_per_million(prices.output)} {model.currency}/1M tokens\t"
         f"{model.prefill_workers} prefill, {model.decode_workers} decode"
     )
-
-
-def _per_million(pico: int) -> str:
-    """Pico-units a token as units a million tokens: the point moves by six places."""
-    whole, fraction = divmod(pico, 10**6)
-    return f"{whole}.{fraction:06d}".rstrip("0").removesuffix(".")
 
 
 def _print_json(value: dict[str, Any]) -> None:
