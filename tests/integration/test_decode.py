@@ -243,11 +243,17 @@ async def test_finals_are_kept_until_acknowledged(model_dir: Path, tls_files: Tl
         await attempt.until("prefill_done")
         running = await error_of(stub.GetFinal(pb.GetFinalRequest(id=ref)))
         assert running.reason == "ATTEMPT_RUNNING"
+        listed = await stub.ListFinals(pb.ListFinalsRequest(request_id=ref.request_id))
+        assert (list(listed.finals), listed.running) == ([], True)
         answer = await attempt.finish()
         assert (await stub.GetFinal(pb.GetFinalRequest(id=ref))).final == answer.final
+        listed = await stub.ListFinals(pb.ListFinalsRequest(request_id=ref.request_id))
+        assert (list(listed.finals), listed.running) == ([answer.final], False)
         assert (await stub.AckFinal(pb.AckFinalRequest(id=ref))).held
         assert not (await stub.AckFinal(pb.AckFinalRequest(id=ref))).held
         assert isinstance(await error_of(stub.GetFinal(pb.GetFinalRequest(id=ref))), NotFound)
+        listed = await stub.ListFinals(pb.ListFinalsRequest(request_id=ref.request_id))
+        assert not listed.finals
 
 
 async def test_finals_nobody_asks_for_are_forgotten_after_two_leases(

@@ -86,6 +86,7 @@ INTERNAL_CLIENT: Final[Options] = (
             {"service": "tidemill.api.cache.v1.CacheService", "method": "GetCacheStats"},
             {"service": "tidemill.api.worker.v1.WorkerService", "method": "DescribeWorker"},
             {"service": "tidemill.api.decode.v1.DecodeService", "method": "GetFinal"},
+            {"service": "tidemill.api.decode.v1.DecodeService", "method": "ListFinals"},
         ],
         attempts=3,
         backoff_s=0.05,

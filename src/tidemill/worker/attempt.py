@@ -270,6 +270,7 @@ class Attempt:
                 busy_seconds=self._choices.decode_ns / 1e9,
                 prompt=self._prompt_usage,
                 prefill_busy_seconds=self._far_prefill_seconds + self._choices.prefill_ns / 1e9,
+                relayed_tokens=self.start.relayed_tokens,
             )
             self._worker.metrics.finals.labels(name_of(ending.reason)).inc()
             self._worker.metrics.generated_tokens.inc(self.outbox.num_generated)

@@ -95,6 +95,17 @@ class AttemptTable:
             raise NotFound("no Final is kept for this attempt", reason="FINAL_NOT_FOUND")
         return request.finals[key][0]
 
+    def finals(self, request_id: str) -> list[Final]:
+        """The kept Finals of a request, by fence and attempt."""
+        request = self._requests.get(request_id)
+        kept = [final for final, _ in request.finals.values()] if request else []
+        return sorted(kept, key=lambda final: (final.id.fence, final.id.attempt))
+
+    def is_running(self, request_id: str) -> bool:
+        """Whether an attempt of the request runs."""
+        request = self._requests.get(request_id)
+        return request is not None and bool(request.running)
+
     def acknowledge(self, attempt: AttemptId) -> bool:
         """Forget a Final; returns whether it was kept."""
         request = self._requests.get(attempt.request_id)

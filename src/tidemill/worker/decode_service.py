@@ -61,6 +61,16 @@ class DecodeService(DecodeServiceServicer):
         validate(request)
         return pb.GetFinalResponse(final=self._attempts.final(request.id))
 
+    async def ListFinals(
+        self, request: pb.ListFinalsRequest, context: Context
+    ) -> pb.ListFinalsResponse:
+        """Every Final of a request that nobody has acknowledged."""
+        validate(request)
+        finals = self._attempts.finals(request.request_id)
+        return pb.ListFinalsResponse(
+            finals=finals, running=self._attempts.is_running(request.request_id)
+        )
+
     async def stop_all(self) -> None:
         """End every attempt, and wait until all have freed what they held."""
         for attempt in self._tasks.values():

@@ -64,7 +64,10 @@ ALLOWED = {
         f"/{PREFILL_SERVICE}/{method}": {"decode"}
         for method in ("Prefill", "PullKv", "RenewHandover", "ReleaseHandover", "StopPrefill")
     },
-    **{f"/{DECODE_SERVICE}/{method}": {"router"} for method in ("Decode", "AckFinal", "GetFinal")},
+    **{
+        f"/{DECODE_SERVICE}/{method}": {"router"}
+        for method in ("Decode", "AckFinal", "GetFinal", "ListFinals")
+    },
     **{
         f"/{PEER_SERVICE}/{method}": {"prefill", "decode"}
         for method in ("LookupBlocks", "FetchBlocks")

@@ -283,6 +283,7 @@ class Final(google.protobuf.message.Message):
     BUSY_SECONDS_FIELD_NUMBER: builtins.int
     PROMPT_FIELD_NUMBER: builtins.int
     PREFILL_BUSY_SECONDS_FIELD_NUMBER: builtins.int
+    RELAYED_TOKENS_FIELD_NUMBER: builtins.int
     reason: tidemill.api.common.v1.lifecycle_pb2.FinishReason.ValueType
     """Why; of several choices, why the last one ended."""
     generated_tokens: builtins.int
@@ -295,6 +296,8 @@ class Final(google.protobuf.message.Message):
     """Seconds of this worker's compute that generating used: the attempt's share of every step it was in."""
     prefill_busy_seconds: builtins.float
     """Seconds of the prefilling worker's compute that the prompt used, whichever worker that was."""
+    relayed_tokens: builtins.int
+    """Completion tokens of the request that earlier attempts relayed, as in Start."""
     @property
     def id(self) -> tidemill.api.common.v1.lifecycle_pb2.AttemptId:
         """Which attempt."""
@@ -314,9 +317,10 @@ class Final(google.protobuf.message.Message):
         busy_seconds: builtins.float = ...,
         prompt: tidemill.api.common.v1.usage_pb2.PromptUsage | None = ...,
         prefill_busy_seconds: builtins.float = ...,
+        relayed_tokens: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["id", b"id", "prompt", b"prompt"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["accepted_tokens", b"accepted_tokens", "busy_seconds", b"busy_seconds", "drafted_tokens", b"drafted_tokens", "generated_tokens", b"generated_tokens", "id", b"id", "prefill_busy_seconds", b"prefill_busy_seconds", "prompt", b"prompt", "reason", b"reason"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["accepted_tokens", b"accepted_tokens", "busy_seconds", b"busy_seconds", "drafted_tokens", b"drafted_tokens", "generated_tokens", b"generated_tokens", "id", b"id", "prefill_busy_seconds", b"prefill_busy_seconds", "prompt", b"prompt", "reason", b"reason", "relayed_tokens", b"relayed_tokens"]) -> None: ...
 
 global___Final = Final
 
@@ -400,3 +404,45 @@ class GetFinalResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["final", b"final"]) -> None: ...
 
 global___GetFinalResponse = GetFinalResponse
+
+@typing.final
+class ListFinalsRequest(google.protobuf.message.Message):
+    """Asks for a request's retained Finals."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    request_id: builtins.str
+    """The request as workers know it, see AttemptId."""
+    def __init__(
+        self,
+        *,
+        request_id: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["request_id", b"request_id"]) -> None: ...
+
+global___ListFinalsRequest = ListFinalsRequest
+
+@typing.final
+class ListFinalsResponse(google.protobuf.message.Message):
+    """A request's retained Finals."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    FINALS_FIELD_NUMBER: builtins.int
+    RUNNING_FIELD_NUMBER: builtins.int
+    running: builtins.bool
+    """Whether an attempt of the request still runs: its Final is yet to come."""
+    @property
+    def finals(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Final]:
+        """By fence and attempt."""
+
+    def __init__(
+        self,
+        *,
+        finals: collections.abc.Iterable[global___Final] | None = ...,
+        running: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["finals", b"finals", "running", b"running"]) -> None: ...
+
+global___ListFinalsResponse = ListFinalsResponse

@@ -50,6 +50,11 @@ class DecodeServiceStub(object):
                 request_serializer=tidemill_dot_api_dot_decode_dot_v1_dot_decode__service__pb2.GetFinalRequest.SerializeToString,
                 response_deserializer=tidemill_dot_api_dot_decode_dot_v1_dot_decode__service__pb2.GetFinalResponse.FromString,
                 _registered_method=True)
+        self.ListFinals = channel.unary_unary(
+                '/tidemill.api.decode.v1.DecodeService/ListFinals',
+                request_serializer=tidemill_dot_api_dot_decode_dot_v1_dot_decode__service__pb2.ListFinalsRequest.SerializeToString,
+                response_deserializer=tidemill_dot_api_dot_decode_dot_v1_dot_decode__service__pb2.ListFinalsResponse.FromString,
+                _registered_method=True)
 
 
 class DecodeServiceServicer(object):
@@ -81,6 +86,13 @@ class DecodeServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListFinals(self, request, context):
+        """Every Final of a request that has not been acknowledged, whatever its attempt and fence.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DecodeServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -98,6 +110,11 @@ def add_DecodeServiceServicer_to_server(servicer, server):
                     servicer.GetFinal,
                     request_deserializer=tidemill_dot_api_dot_decode_dot_v1_dot_decode__service__pb2.GetFinalRequest.FromString,
                     response_serializer=tidemill_dot_api_dot_decode_dot_v1_dot_decode__service__pb2.GetFinalResponse.SerializeToString,
+            ),
+            'ListFinals': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListFinals,
+                    request_deserializer=tidemill_dot_api_dot_decode_dot_v1_dot_decode__service__pb2.ListFinalsRequest.FromString,
+                    response_serializer=tidemill_dot_api_dot_decode_dot_v1_dot_decode__service__pb2.ListFinalsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -182,6 +199,33 @@ class DecodeService(object):
             '/tidemill.api.decode.v1.DecodeService/GetFinal',
             tidemill_dot_api_dot_decode_dot_v1_dot_decode__service__pb2.GetFinalRequest.SerializeToString,
             tidemill_dot_api_dot_decode_dot_v1_dot_decode__service__pb2.GetFinalResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListFinals(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tidemill.api.decode.v1.DecodeService/ListFinals',
+            tidemill_dot_api_dot_decode_dot_v1_dot_decode__service__pb2.ListFinalsRequest.SerializeToString,
+            tidemill_dot_api_dot_decode_dot_v1_dot_decode__service__pb2.ListFinalsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -44,6 +44,12 @@ class DecodeServiceStub:
     ]
     """Returns a Final that has not been acknowledged. NOT_FOUND when the attempt is unknown."""
 
+    ListFinals: grpc.UnaryUnaryMultiCallable[
+        tidemill.api.decode.v1.decode_service_pb2.ListFinalsRequest,
+        tidemill.api.decode.v1.decode_service_pb2.ListFinalsResponse,
+    ]
+    """Every Final of a request that has not been acknowledged, whatever its attempt and fence."""
+
 class DecodeServiceAsyncStub:
     """Generates. Callers: router."""
 
@@ -69,6 +75,12 @@ class DecodeServiceAsyncStub:
         tidemill.api.decode.v1.decode_service_pb2.GetFinalResponse,
     ]
     """Returns a Final that has not been acknowledged. NOT_FOUND when the attempt is unknown."""
+
+    ListFinals: grpc.aio.UnaryUnaryMultiCallable[
+        tidemill.api.decode.v1.decode_service_pb2.ListFinalsRequest,
+        tidemill.api.decode.v1.decode_service_pb2.ListFinalsResponse,
+    ]
+    """Every Final of a request that has not been acknowledged, whatever its attempt and fence."""
 
 class DecodeServiceServicer(metaclass=abc.ABCMeta):
     """Generates. Callers: router."""
@@ -101,5 +113,13 @@ class DecodeServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[tidemill.api.decode.v1.decode_service_pb2.GetFinalResponse, collections.abc.Awaitable[tidemill.api.decode.v1.decode_service_pb2.GetFinalResponse]]:
         """Returns a Final that has not been acknowledged. NOT_FOUND when the attempt is unknown."""
+
+    @abc.abstractmethod
+    def ListFinals(
+        self,
+        request: tidemill.api.decode.v1.decode_service_pb2.ListFinalsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[tidemill.api.decode.v1.decode_service_pb2.ListFinalsResponse, collections.abc.Awaitable[tidemill.api.decode.v1.decode_service_pb2.ListFinalsResponse]]:
+        """Every Final of a request that has not been acknowledged, whatever its attempt and fence."""
 
 def add_DecodeServiceServicer_to_server(servicer: DecodeServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
