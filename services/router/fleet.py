@@ -155,6 +155,10 @@ class Fleet:
             and not worker.load.draining
         ]
 
+    def decoders(self) -> list[Worker]:
+        """Every connected worker that decodes, whether or not it may be picked."""
+        return [each for each in self._workers.values() if DECODE in each.description.roles]
+
     def identity(self, model: str) -> ModelIdentity | None:
         """What the model's workers share; None while there are none."""
         descriptions = [worker.description for worker in self._of_model(model)]

@@ -110,7 +110,7 @@ class RouterMetrics:
         if timing.first_token_us:
             self._ttft.labels(model).observe(timing.first_token_us / 1e6)
         following = usage.completion_tokens / completed.num_choices - 1
-        if following > 0:
+        if following > 0 and timing.total_us:
             seconds = (timing.total_us - timing.first_token_us) / 1e6
             self._tpot.labels(model).observe(seconds / following)
 

@@ -133,7 +133,7 @@ class Hold:
             completed = Completed(
                 finish=finish,
                 usage=usage,
-                site=self.before.site if self.before and usage.prompt_tokens else site,
+                site=self.before.site if self.before and self.before.usage.prompt_tokens else site,
                 receipt=self._receipt(usage, attempts),
                 seed=self.admitted.sampling.seed,
                 timing=timing,
@@ -219,9 +219,10 @@ class Hold:
 
     def _whole_progress(self, progress: Progress) -> Progress:
         if self.before is None:
-            return progress
+            return replace(progress, fence=self.fence)
         usage = with_redone(progress.usage, self.before.usage)
-        return replace(progress, usage=usage, site=self.before.site)
+        site = self.before.site if self.before.usage.prompt_tokens else progress.site
+        return replace(progress, usage=usage, site=site, fence=self.fence)
 
     def _whole(self, usage: Usage) -> Usage:
         """With what older fences generated, and with nothing billed beyond the funds."""

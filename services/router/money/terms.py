@@ -5,6 +5,7 @@ granted; the progress is the checkpoint.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -48,17 +49,19 @@ class Progress:
     """How far a request has come.
 
     `usage` counts all attempts so far, as if the request ended here. `attempts` numbers the latest
-    one begun; `attempt_tokens` are those of `usage.generated_tokens` that it generated.
+    one begun. `running` says of each attempt without a Final yet, by its number, how many of
+    `usage.generated_tokens` it generated. `fence` is the owner's; the hold fills it in.
     """
 
     usage: Usage
     site: PrefillSite
     attempts: int
-    attempt_tokens: int
+    running: Mapping[int, int]
+    fence: int = 0
 
     def encode(self) -> str:
         """As the ledger keeps it."""
-        return _json(asdict(self))
+        return _json({**asdict(self), "running": dict(self.running)})
 
     @classmethod
     def decode(cls, text: str) -> Self:
@@ -70,7 +73,8 @@ class Progress:
             usage=Usage(**usage, reused=reused, unbilled=unbilled),
             site=PrefillSite(**found["site"]),
             attempts=found["attempts"],
-            attempt_tokens=found["attempt_tokens"],
+            running={int(attempt): tokens for attempt, tokens in found["running"].items()},
+            fence=found["fence"],
         )
 
 

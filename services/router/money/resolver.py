@@ -1,0 +1,280 @@
+"""Ends the requests of routers that vanished: the only way in which their held money is freed."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import grpc
+
+from services.router.crash_points import crash_point
+from services.router.finish import Completed, Finish, PrefillSite, Timing
+from services.router.fleet import Worker
+from services.router.money import record
+from services.router.money.bank import Bank, Books
+from services.router.money.resolution import (
+    AttemptEnd,
+    Resolution,
+    Split,
+    decisive,
+    resolve,
+)
+from services.router.money.terms import Progress, Terms
+from services.router.money.treasury import size_of
+from tidemill.api.common.v1 import usage_pb2
+from tidemill.api.common.v1.lifecycle_pb2 import AttemptId
+from tidemill.api.decode.v1 import decode_service_pb2 as decode_pb2
+from tidemill.billing import PriceBook, Reuse, clamp_decided_at, issue_receipt
+from tidemill.billing import ledger as rules
+from tidemill.errors import ConfigError, LedgerUnavailable, UsageError
+
+_ASK_TIMEOUT_S = 2.0
+_ASK_EVERY = 0.1  # of a lease
+_PAGE = 200
+_WHY = "ROUTER_LOST"
+
+logger = logging.getLogger(__name__)
+
+
+class Decoders(Protocol):
+    """The fleet, as far as a resolver needs it."""
+
+    def decoders(self) -> list[Worker]:
+        """Every connected worker that decodes, whether or not it takes new work."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    tenant_id: str
+    request_id: str
+    orphan: rules.Orphaned
+    terms: Terms
+    found: Resolution
+
+
+class Resolver:
+    """Looks for holds whose lease ran out, in all accounts, every third of a lease.
+
+    Of several routers each may find the same hold: the ledger gives it to one at a time, and its
+    first charge stands.
+    """
+
+    def __init__(
+        self,
+        bank: Bank,
+        books: Books,
+        decoders: Decoders,
+        *,
+        up_since_ms: Callable[[], int],
+    ) -> None:
+        self._bank = bank
+        self._books = books
+        self._decoders = decoders
+        self._up_since_ms = up_since_ms
+        self._resolving: set[tuple[str, str]] = set()
+        bank.metrics.watch_holds("resolving", lambda: len(self._resolving))
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            await asyncio.sleep(self._bank.lease_ms / 3000)
+            try:
+                await self.look()
+            except LedgerUnavailable as error:
+                logger.info("nothing is resolved: %s", error)
+
+    async def look(self) -> None:
+        """Take every hold that may be taken now; each is resolved in a task of its own."""
+        if self._bank.now_ms() < self._up_since_ms() + self._bank.lease_ms:
+            return
+        for tenant_id in await self._bank.accounts.tenants():
+            late = await self._bank.accounts.open_requests(
+                tenant_id, until_ms=self._bank.now_ms(), limit=_PAGE
+            )
+            for request_id, _ in late:
+                if (tenant_id, request_id) not in self._resolving:
+                    await self._take(tenant_id, request_id)
+
+    async def _take(self, tenant_id: str, request_id: str) -> None:
+        command = rules.Orphan(
+            request_id=request_id,
+            now_ms=self._bank.now_ms(),
+            lease_ms=self._bank.lease_ms,
+            owner=self._bank.router_id,
+            ledger_up_since_ms=self._up_since_ms(),
+        )
+        answer = await self._bank.accounts.orphan(tenant_id, command)
+        if isinstance(answer, rules.NotYet):
+            return
+        crash_point("orphan.after")
+        logger.warning("resolving %s of %s, whose router vanished", request_id, tenant_id)
+        self._resolving.add((tenant_id, request_id))
+        self._bank.tasks.spawn(self._resolve(tenant_id, request_id, answer), name="resolve")
+
+    async def _resolve(self, tenant_id: str, request_id: str, orphan: rules.Orphaned) -> None:
+        try:
+            terms = Terms.decode(orphan.terms)
+            book = await self._books.get(terms.book_digest)
+            progress = Progress.decode(orphan.checkpoint) if orphan.checkpoint else None
+            finals = await self._finals(terms, progress, orphan)
+            crash_point("resolve.before")
+            size = size_of(terms, book, orphan.admitted_at_ms)
+            found = resolve(
+                terms,
+                progress,
+                [_end_of(final) for final in finals],
+                funded_tokens=size.funded_tokens(orphan.held_nano),
+            )
+            case = _Case(tenant_id, request_id, orphan, terms, found)
+            if found.usage.prompt_tokens:
+                await self._settle(case, book)
+            else:
+                await self._release(case)
+            crash_point("resolve.after")
+            await self._acknowledge(finals)
+        except LedgerUnavailable as error:
+            logger.info("%s waits for its resolution: %s", request_id, error)
+        except (ConfigError, UsageError) as error:
+            logger.error("%s of %s cannot be resolved: %s", request_id, tenant_id, error)
+        finally:
+            self._resolving.discard((tenant_id, request_id))
+
+    async def _finals(
+        self, terms: Terms, progress: Progress | None, orphan: rules.Orphaned
+    ) -> list[decode_pb2.Final]:
+        """Those that workers keep; they are asked until that decides it, or for two leases."""
+        give_up_ms = orphan.orphaned_at_ms + 2 * self._bank.lease_ms
+        while True:
+            finals, running = await self._ask(terms.wire_id)
+            ends = [_end_of(final) for final in finals]
+            if not running and decisive(progress, ends):
+                return finals
+            if self._bank.now_ms() >= give_up_ms:
+                return finals
+            await asyncio.sleep(_ASK_EVERY * self._bank.lease_ms / 1000)
+
+    async def _ask(self, wire_id: str) -> tuple[list[decode_pb2.Final], bool]:
+        """Every worker's Finals of the request, and whether any still runs it."""
+        request = decode_pb2.ListFinalsRequest(request_id=wire_id)
+        workers = self._decoders.decoders()
+        asked = [each.decode.ListFinals(request, timeout=_ASK_TIMEOUT_S) for each in workers]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        finals: list[decode_pb2.Final] = []
+        running = False
+        for worker, answer in zip(workers, answers, strict=True):
+            if isinstance(answer, decode_pb2.ListFinalsResponse):
+                finals += answer.finals
+                running = running or answer.running
+            elif isinstance(answer, grpc.aio.AioRpcError):
+                logger.info("%s says nothing of %s: %s", worker.id, wire_id, answer.details())
+            else:
+                raise answer
+        return finals, running
+
+    async def _settle(self, case: _Case, book: PriceBook) -> None:
+        now_ms, orphan, terms, found = self._bank.now_ms(), case.orphan, case.terms, case.found
+        receipt = issue_receipt(
+            book,
+            request_id=case.request_id,
+            tenant_id=case.tenant_id,
+            key_id=terms.key_id,
+            model=terms.model,
+            price_model=terms.price_model,
+            currency=terms.currency,
+            usage=found.usage,
+            hold_nano=orphan.held_nano,
+            admitted_at_ms=orphan.admitted_at_ms,
+            decided_at_ms=clamp_decided_at(
+                now_ms, admitted_at_ms=orphan.admitted_at_ms, deadline_ms=terms.deadline_ms
+            ),
+            attempts=found.attempts,
+        )
+        completed = Completed(
+            finish=found.finish,
+            usage=found.usage,
+            site=found.site,
+            receipt=receipt,
+            seed=terms.seed,
+            timing=Timing(),
+            num_choices=terms.choices,
+        )
+        command = rules.Settle(
+            request_id=case.request_id,
+            fence=orphan.fence,
+            now_ms=now_ms,
+            decided_at_ms=receipt.decided_at_ms,
+            amount_nano=receipt.charge.amount_nano,
+            content_sha256=receipt.content_sha256,
+            record=record.encode(completed, busy=[]),
+            total_tokens=found.usage.prompt_tokens + found.usage.completion_tokens,
+        )
+        answer = await self._bank.accounts.settle(case.tenant_id, command)
+        self._bank.metrics.answered(answer)
+        if isinstance(answer, rules.Posted) and not answer.duplicate:
+            self._bank.metrics.resolved(found.known_from)
+            self._bank.report(record.chained(completed, answer))
+
+    async def _release(self, case: _Case) -> None:
+        now_ms, model, usage = self._bank.now_ms(), case.terms.model, case.found.usage
+        command = rules.Release(
+            request_id=case.request_id,
+            fence=case.orphan.fence,
+            now_ms=now_ms,
+            unbilled=record.encode_release(
+                usage.unbilled, model=model, decided_at_ms=now_ms, busy=[]
+            ),
+            reason=_WHY,
+        )
+        answer = await self._bank.accounts.release(case.tenant_id, command)
+        self._bank.metrics.answered(answer)
+        if isinstance(answer, rules.Released):
+            self._bank.metrics.resolved(case.found.known_from)
+            self._bank.report_unbilled(
+                case.tenant_id, case.request_id, model=model, usage=usage, reason=_WHY
+            )
+
+    async def _acknowledge(self, finals: Sequence[decode_pb2.Final]) -> None:
+        """Whoever keeps them may forget them; a worker that does not hear it forgets them late."""
+        workers = self._decoders.decoders()
+        calls = [
+            each.decode.AckFinal(
+                decode_pb2.AckFinalRequest(id=AttemptId.FromString(final.id.SerializeToString())),
+                timeout=_ASK_TIMEOUT_S,
+            )
+            for final in finals
+            for each in workers
+        ]
+        await asyncio.gather(*calls, return_exceptions=True)
+
+
+def _end_of(final: decode_pb2.Final) -> AttemptEnd:
+    return AttemptEnd(
+        fence=final.id.fence,
+        attempt=final.id.attempt,
+        finish=Finish(final.reason or Finish.SERVER_FAULT),
+        generated_tokens=final.generated_tokens,
+        relayed_tokens=final.relayed_tokens,
+        drafted_tokens=final.drafted_tokens,
+        accepted_tokens=final.accepted_tokens,
+        split=_split_of(final.prompt) if final.HasField("prompt") else None,
+    )
+
+
+def _split_of(usage: usage_pb2.PromptUsage) -> Split:
+    return Split(
+        prompt_tokens=usage.prompt_tokens,
+        computed_tokens=usage.computed_tokens,
+        reused=Reuse(
+            device=usage.reused_device_tokens,
+            host=usage.reused_host_tokens,
+            cache_ram=usage.reused_cache_ram_tokens,
+            cache_disk=usage.reused_cache_disk_tokens,
+            peer=usage.reused_peer_tokens,
+        ),
+        site=PrefillSite(
+            worker_id=usage.prefill_worker_id,
+            in_place=usage.prefill_site == usage_pb2.PREFILL_SITE_DECODE_WORKER,
+        ),
+    )
