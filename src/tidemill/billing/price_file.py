@@ -4,7 +4,7 @@ schema = 2
 id = "example"
 version = 1
 rounding = "half-up-nano"
-currencies = ["CNY", "USD"]
+currencies = ["USD"]
 
 [calendars.cn]                       # optional: dates that are holidays, for whole years
 covers = [2026]
@@ -15,7 +15,7 @@ effective_from = 2026-08-23T00:00:00+08:00
 decides = "completion"               # or "arrival"
 zone = "Asia/Shanghai"               # IANA name
 calendar = "cn"                      # optional: without it no date is a holiday
-currencies = ["USD"]                 # optional: sold in fewer than the book has
+currencies = ["USD"]                 # optional: those of the book's that it is sold in
 
 [[models.some-model.tariffs.windows]]
 name = "peak"

@@ -22,16 +22,27 @@ from tidemill.errors import ConfigError
 
 
 def decode_book(content: bytes, *, digest: str) -> PriceBook:
-    """The book whose `canonical_bytes` these are; ConfigError if they do not have that digest.
+    """The book whose `canonical_bytes` these are.
 
-    Bytes of the right digest were written by `PriceBook.canonical_bytes`, so nothing else is
-    checked but the schema.
+    ConfigError if they have another digest or are no canonical form of schema 2. What a price book
+    may say is checked where it is written, in `price_file`, and not again here.
     """
     if sha256_hex(content) != digest:
         raise ConfigError(f"price book {digest} has other content: {sha256_hex(content)}")
-    document = json.loads(content)
-    if (schema := document["schema"]) != SCHEMA:
-        raise ConfigError(f"price book {digest} has schema {schema}, this version reads {SCHEMA}")
+    try:
+        document = json.loads(content)
+        if (schema := document["schema"]) != SCHEMA:
+            raise ConfigError(f"price book {digest} has schema {schema}, not {SCHEMA}")
+        book = _book(document)
+        canonical = book.canonical_bytes
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"price book {digest} cannot be read: {error!r}") from error
+    if canonical != content:
+        raise ConfigError(f"price book {digest} is not in its canonical form")
+    return book
+
+
+def _book(document: Mapping[str, Any]) -> PriceBook:
     calendars = {
         name: Calendar(
             name,

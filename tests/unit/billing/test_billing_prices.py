@@ -1,7 +1,6 @@
 """Which tariff, which window, until when; and the digest that names all of it."""
 
 import datetime as dt
-import json
 from pathlib import Path
 
 import pytest
@@ -173,13 +172,31 @@ def test_a_book_is_read_back_from_its_canonical_bytes(name: str) -> None:
     assert again.digest == book.digest
 
 
-def test_bytes_of_another_digest_or_schema_are_no_book() -> None:
+def test_bytes_of_another_digest_are_no_book() -> None:
     book = small()
     with pytest.raises(ConfigError, match=f"price book {book.digest} has other content"):
         decode_book(book.canonical_bytes.replace(b'"miss":2', b'"miss":1'), digest=book.digest)
-    older = json.dumps(json.loads(book.canonical_bytes) | {"schema": 1}).encode()
-    with pytest.raises(ConfigError, match="has schema 1, this version reads 2"):
-        decode_book(older, digest=sha256_hex(older))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ('"schema":2', '"schema":1', "has schema 1, not 2"),
+        ('"covers":', '"cover":', "cannot be read: KeyError"),
+        ('"miss":2', '"miss":2.5', "cannot be read: TypeError.* got float"),
+        ('"miss":2', '"miss":2,"vat":1', "cannot be read: TypeError"),
+        ('"08:00:00"', '"8 o clock"', "cannot be read: ValueError"),
+        ('"windows":{', '"windows":[{', "cannot be read: JSONDecodeError"),
+        ('"id":"small"', '"id":"small","note":"x"', "is not in its canonical form"),
+        ('"id":"small"', '"id": "small"', "is not in its canonical form"),
+    ],
+)
+def test_bytes_that_no_book_has_written_are_refused(old: str, new: str, problem: str) -> None:
+    text = small().canonical_bytes.decode()
+    assert old in text
+    content = text.replace(old, new, 1).encode()
+    with pytest.raises(ConfigError, match=problem):
+        decode_book(content, digest=sha256_hex(content))
 
 
 def test_an_instant_that_is_a_float_is_a_type_error() -> None:

@@ -1,10 +1,11 @@
 """What a price book's file may say, and where a refusal points."""
 
+import inspect
 from pathlib import Path
 
 import pytest
 
-from tidemill.billing import Day, PriceBook, load_price_book, parse_price_book
+from tidemill.billing import Day, PriceBook, load_price_book, parse_price_book, price_file
 from tidemill.errors import ConfigError
 
 SMALL = """
@@ -47,6 +48,15 @@ NO_CALENDAR = (
 def small(old: str = "", new: str = "", *, text: str = SMALL) -> PriceBook:
     assert old in text
     return parse_price_book(text.replace(old, new, 1), source="small.toml")
+
+
+def test_the_documented_examples_are_sound() -> None:
+    docs = (Path(__file__).parents[3] / "docs" / "billing.md").read_text(encoding="utf-8")
+    example = docs.split("```toml\n")[1].split("```\n")[0]
+    assert parse_price_book(example, source="docs/billing.md").id == "house"
+    text = inspect.getdoc(price_file) or ""
+    example = text[text.index("schema =") : text.index("\nA span holds")]
+    assert parse_price_book(example, source="price_file.py").id == "example"
 
 
 def test_days_are_all_days_unless_given() -> None:

@@ -19,13 +19,16 @@ from tidemill.billing import (
     expected_nano,
     hold_nano,
     load_price_book,
+    parse_price_book,
     payable_output_tokens,
     reachable_windows,
     worst_case_nano,
 )
 from tidemill.errors import ConfigError
 
-BOOK = load_price_book(Path(__file__).parents[3] / "prices" / "deepseek-2025-02.toml")
+PRICES = Path(__file__).parents[3] / "prices"
+BOOK = load_price_book(PRICES / "deepseek-2025-02.toml")
+HISTORY = load_price_book(PRICES / "deepseek.toml")
 HOUR_MS = 3_600_000
 
 
@@ -216,3 +219,57 @@ def test_no_cheaper_window_is_none() -> None:
     assert cheaper("03:00", 48, Tokens(output=1)) is None  # the cheapest already
     assert cheaper("12:00", 12, Tokens(output=1)) is None  # half an hour beyond the horizon
     assert cheaper("12:00", 24, Tokens()) is None  # nothing costs nothing at any hour
+
+
+def cheaper_in_history(model: str, day: str, clock: str, *, days: int) -> Cheaper | None:
+    return cheaper_window(
+        HISTORY,
+        model=model,
+        currency="USD",
+        tokens=Tokens(output=1_000_000),
+        at_ms=at(clock, day=day),
+        horizon_ms=at(clock, day=day) + days * 24 * HOUR_MS,
+    )
+
+
+def test_a_price_list_to_come_counts_as_cheaper() -> None:
+    found = cheaper_in_history("deepseek-chat", "2025-09-28", "12:00", days=7)
+    start = at("00:00", day="2025-09-29")
+    assert found == Cheaper(starts_at_ms=start, window="standard", amount_nano=420_000_000)
+
+
+def test_nothing_is_known_to_be_cheaper_beyond_the_calendar() -> None:
+    found = cheaper_in_history("deepseek-flash", "2026-12-31", "17:00", days=7)
+    assert found is not None
+    assert found.starts_at_ms == at("18:00", day="2026-12-31")
+    assert cheaper_in_history("deepseek-flash", "2026-12-31", "18:00", days=7) is None
+
+
+def test_a_price_list_in_other_currencies_is_no_offer() -> None:
+    text = (PRICES / "deepseek.toml").read_text(encoding="utf-8")
+    later = text.index("effective_from = 2025-09-29")
+    usd = text.index("prices.USD", later)
+    in_yuan = (
+        text[:later] + 'currencies = ["CNY"]\n' + text[later:usd] + text[text.index("\n", usd) :]
+    )
+    book = parse_price_book(in_yuan, source="yuan.toml")
+    now = at("12:00", day="2025-09-28")
+    for currency, amount in (("CNY", 3 * 10**9), ("USD", None)):
+        found = cheaper_window(
+            book,
+            model="deepseek-chat",
+            currency=currency,
+            tokens=Tokens(output=1_000_000),
+            at_ms=now,
+            horizon_ms=now + 24 * HOUR_MS,
+        )
+        assert (found.amount_nano if found else None) == amount
+
+
+def test_no_hold_is_sized_across_the_end_of_the_calendar() -> None:
+    late = at("23:50", day="2026-12-31")
+    flash = {"model": "deepseek-flash", "currency": "USD"}
+    end = at("23:59", day="2026-12-31")
+    assert dearest(HISTORY, **flash, admitted_at_ms=late, deadline_ms=end).output == 600_000
+    with pytest.raises(ConfigError, match="calendar 'cn' does not cover 2027"):
+        dearest(HISTORY, **flash, admitted_at_ms=late, deadline_ms=late + HOUR_MS)
