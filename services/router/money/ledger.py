@@ -5,7 +5,7 @@ reply, so every command runs in a task of its own and callers only wait for it.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +14,8 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.commands.core import AsyncScript
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
+from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from services.router.config import LedgerConfig
 from services.router.tasks import OwnedTasks
@@ -45,6 +46,8 @@ class Ledger:
         )
         self._redis: Redis = Redis(connection_pool=pool)
         self._tasks = tasks
+        self._wait_ms = int(config.timeout_s * 1000)
+        self._can_wait = False
 
     async def run(self, command: Callable[[Redis], Awaitable[T]]) -> T:
         """Run `command` to its end even if the caller is cancelled meanwhile."""
@@ -55,6 +58,22 @@ class Ledger:
         source = "\n".join(part.read_text(encoding="utf-8") for part in parts)
         script: AsyncScript = self._redis.register_script(source)
         return script
+
+    async def run_script(
+        self,
+        script: AsyncScript,
+        keys: Sequence[str],
+        arguments: Sequence[str | bytes | int],
+        *,
+        durably: bool = False,
+    ) -> Any:
+        """The script's reply; `durably`: not before its effects are on the server's disk.
+
+        AOF `always` sees to that by itself; where the server can be asked (Valkey), it is.
+        """
+        if durably and self._can_wait:
+            return await self.run(lambda redis: self._run_and_wait(redis, script, keys, arguments))
+        return await self.run(lambda redis: script(keys=keys, args=arguments, client=redis))
 
     async def up_since_ms(self, now_ms: int) -> int:
         """When a router first reached the ledger's present process; `now_ms` if none did yet.
@@ -74,6 +93,7 @@ class Ledger:
         """
         try:
             found = await self.run(_settings)
+            self._can_wait = await self.run(_can_wait)
         except LedgerUnavailable as error:
             raise ConfigError(
                 f"ledger Redis cannot be used: {error.__cause__}", reason="LEDGER_UNAVAILABLE"
@@ -89,6 +109,26 @@ class Ledger:
         """Close every connection."""
         await self._redis.aclose(close_connection_pool=True)
 
+    async def _run_and_wait(
+        self,
+        redis: Redis,
+        script: AsyncScript,
+        keys: Sequence[str],
+        arguments: Sequence[str | bytes | int],
+    ) -> Any:
+        """One round trip on one connection: WAITAOF waits for what its own connection wrote."""
+        pipeline = redis.pipeline(transaction=False)
+        pipeline.evalsha(script.sha, len(keys), *keys, *arguments)
+        pipeline.execute_command("WAITAOF", 1, 0, self._wait_ms)
+        try:
+            reply, (on_disk, _) = await pipeline.execute()
+        except NoScriptError:
+            await redis.script_load(script.script)
+            return await self._run_and_wait(redis, script, keys, arguments)
+        if not on_disk:
+            raise RedisTimeoutError("WAITAOF: not on the disk in time")
+        return reply
+
     async def _guarded(self, command: Callable[[Redis], Awaitable[T]]) -> T:
         try:
             return await command(self._redis)
@@ -96,6 +136,12 @@ class Ledger:
             raise LedgerUnavailable(
                 "the ledger does not answer; nothing was charged", retry_after_s=1.0
             ) from error
+
+
+async def _can_wait(redis: Redis) -> bool:
+    """Whether the server knows WAITAOF: Valkey, whatever it calls itself."""
+    server: dict[str, Any] = await redis.info("server")
+    return "valkey_version" in server or server.get("server_name") == "valkey"
 
 
 async def _settings(redis: Redis) -> dict[str, str]:

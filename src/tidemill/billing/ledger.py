@@ -45,6 +45,8 @@ from tidemill.billing.ledger_commands import (
     Settle,
     TopUp,
 )
+from tidemill.billing.ledger_limits import LimitState, limit_states
+from tidemill.billing.ledger_posting import check
 from tidemill.billing.ledger_replies import (
     AboveHold,
     Applied,
@@ -77,6 +79,7 @@ from tidemill.billing.ledger_replies import (
     State,
     TooMuch,
 )
+from tidemill.billing.ledger_rules import apply
 
 __all__ = [
     "ADJUSTMENT",
@@ -105,6 +108,7 @@ __all__ = [
     "Held",
     "InProgress",
     "JournalEntry",
+    "LimitState",
     "Limits",
     "NotSettled",
     "NotYet",
@@ -139,5 +143,8 @@ __all__ = [
     "TooMuch",
     "TopUp",
     "Use",
+    "apply",
+    "check",
     "key_scope",
+    "limit_states",
 ]

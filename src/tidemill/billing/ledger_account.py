@@ -80,6 +80,7 @@ class Request:
     attempts: int = 0
     orphaned_at_ms: int = 0
     decided_at_ms: int = 0
+    content_sha256: str = ""
     posted: Posted | None = None
     refunds: tuple[Refunded, ...] = ()
 
