@@ -9,7 +9,14 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tidemill.client import cli_admin, cli_answer, cli_options, cli_prices
+from tidemill.client import (
+    cli_account,
+    cli_admin,
+    cli_answer,
+    cli_options,
+    cli_prices,
+    cli_receipts,
+)
 from tidemill.errors import ConfigError, TidemillError
 
 INTERRUPTED = 130
@@ -58,6 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     create.set_defaults(run=cli_admin.create_tenant)
 
     _add_keys(commands, connection)
+    cli_account.add(commands, connection)
+    cli_receipts.add(commands, connection)
     _add_certs(commands)
     cli_prices.add_parser(commands)
     return parser
@@ -95,6 +104,7 @@ def _add_answers(
     chat.add_argument("message", nargs="?", help="-: from stdin; nothing: a conversation")
     chat.add_argument("--system", metavar="TEXT", help="instructions that come first")
     chat.set_defaults(run=cli_answer.chat)
+    cli_account.add_quote(commands, connection, sampling)
 
 
 def _add_keys(

@@ -36,7 +36,7 @@ def generate(args: argparse.Namespace) -> int:
     """Continue a prompt."""
     prompt, asked = _text(args.prompt), options(args)
     with connect(args) as client:
-        model = _model(client, args)
+        model = served_model(client, args)
         stream = client.generate(prompt, model=model, stream=True, **asked)
         return _exit_status(_show(stream, as_json=args.json))
 
@@ -50,7 +50,7 @@ def chat(args: argparse.Namespace) -> int:
         raise ConfigError("--n answers one message: give it, or - for stdin")
     asked = options(args)
     with connect(args) as client:
-        model = _model(client, args)
+        model = served_model(client, args)
         if args.message is None:
             return _converse(client, model, messages, asked)
         messages.append(Message("user", _text(args.message)))
@@ -166,7 +166,8 @@ def _summary(completion: Completion) -> str:
     return "\n".join(lines)
 
 
-def _model(client: Client, args: argparse.Namespace) -> str:
+def served_model(client: Client, args: argparse.Namespace) -> str:
+    """The model asked for, else the only one; ConfigError where it is not clear which."""
     name: str | None = args.model or os.environ.get(MODEL)
     if name:
         return name
