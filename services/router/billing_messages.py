@@ -1,6 +1,6 @@
 """Accounts, usage and quotes as protos, for both services that show money."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from services.router.messages import unit_prices
 from services.router.quoting import PricedWindow, Quote
@@ -42,6 +42,25 @@ def limits_of(message: account_pb2.Limits) -> rules.Limits:
             if message.HasField(name)  # type: ignore[arg-type]  # one of the names
         }
     )
+
+
+def limit_messages(
+    limits: Mapping[str, tuple[rules.Limits, rules.Use]], key_id: str, now_ms: int
+) -> list[pb.LimitState]:
+    """What the limits of the tenant, and of this key, leave."""
+    scopes = {"tenant": rules.TENANT, "key": rules.key_scope(key_id)}
+    return [
+        pb.LimitState(
+            scope=name,
+            limit=state.limit,
+            value=state.value,
+            remaining=state.remaining,
+            resets_at_ms=state.resets_at_ms,
+        )
+        for name, scope in scopes.items()
+        if scope in limits
+        for state in rules.limit_states(name, *limits[scope], now_ms)
+    ]
 
 
 def refund_message(refund: rules.Refunded) -> pb.Refund:

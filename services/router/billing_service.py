@@ -8,6 +8,7 @@ from zoneinfo import ZoneInfo
 from services.router.authentication import current_caller, current_tenant
 from services.router.billing_messages import (
     balance_message,
+    limit_messages,
     quote_message,
     refund_message,
     usage_row,
@@ -51,10 +52,14 @@ class BillingService(billing_service_pb2_grpc.BillingServiceServicer):
     async def GetBalance(
         self, request: pb.GetBalanceRequest, context: Any
     ) -> pb.GetBalanceResponse:
-        """The balances."""
-        tenant = current_tenant()
-        balance = await self._accounts.balance(tenant.id)
-        return pb.GetBalanceResponse(balance=balance_message(balance, tenant.currency))
+        """The balances, and what the tenant's limits and the key's leave."""
+        caller = current_caller()
+        balance = await self._accounts.balance(caller.tenant.id)
+        limits = await self._accounts.limits(caller.tenant.id)
+        return pb.GetBalanceResponse(
+            balance=balance_message(balance, caller.tenant.currency),
+            limits=limit_messages(limits, caller.key_id, self._now_ms()),
+        )
 
     async def ListUsage(self, request: pb.ListUsageRequest, context: Any) -> pb.ListUsageResponse:
         """One page of rows; every page adds up the same receipts anew."""

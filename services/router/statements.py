@@ -6,7 +6,8 @@ from zoneinfo import ZoneInfo
 
 from services.router.finish import Completed
 from services.router.money import record
-from services.router.money.accounts import Accounts, Cursor
+from services.router.money.accounts import Accounts
+from services.router.money.reads import Cursor
 from services.router.money.signing import Signer
 from services.router.usage_report import Dimension, Key, Totals, UsageReport
 from tidemill.billing.ledger import Refunded, Request

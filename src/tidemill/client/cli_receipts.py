@@ -157,7 +157,7 @@ def _book(path: Path) -> PriceBook:
             return load_price_book(path)
         content = content.removesuffix(b"\n")
         return decode_book(content, digest=sha256_hex(content))
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, ConfigError) as error:
         raise ConfigError(f"price book {path} cannot be read: {error}") from error
 
 

@@ -1,106 +1,18 @@
 """M5: an export is checked offline, and whatever was changed in it is named."""
 
 import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from tidemill.billing import (
-    PriceBook,
-    Reuse,
-    Unbilled,
-    Usage,
-    issue_receipt,
-    load_price_book,
-    next_chain,
-    parse_price_book,
-)
+from tests.receipt_ledger import BOOK_FILE, BOOKS, KEY, KEYS, PUBLIC, Document, Ledger, pending
+from tidemill.billing import PriceBook, next_chain, parse_price_book
 from tidemill.billing.canonical import canonical_bytes, sha256_hex
 from tidemill.billing.chain import FIRST_CHAIN
 from tidemill.billing.signature import parse_public_key, signed_bytes, signing_key_id
 from tidemill.billing.verification import Gap, Verdict, verify_documents
 from tidemill.errors import ConfigError
-
-BOOK_FILE = Path(__file__).parents[3] / "prices" / "deepseek-2025-02.toml"
-BOOK = load_price_book(BOOK_FILE)
-BOOKS = {BOOK.digest: BOOK}
-AT_MS = 1_740_539_200_000
-KEY = Ed25519PrivateKey.from_private_bytes(b"k" * 32)
-PUBLIC = KEY.public_key().public_bytes_raw()
-KEYS = {signing_key_id(PUBLIC): PUBLIC}
-
-Document = dict[str, Any]
-
-
-@dataclass
-class Ledger:
-    """Settles receipts as the router does: chained, then signed."""
-
-    tenant_id: str = "acme"
-    position: int = 0
-    chain: str = FIRST_CHAIN
-
-    def settle(self, request_id: str, *, prompt_tokens: int = 200) -> Document:
-        receipt = issue_receipt(
-            BOOK,
-            request_id=request_id,
-            tenant_id=self.tenant_id,
-            key_id="k1",
-            model="demo",
-            price_model="deepseek-chat",
-            currency="USD",
-            usage=Usage(
-                prompt_tokens=prompt_tokens,
-                computed_tokens=prompt_tokens - 128,
-                reused=Reuse(device=64, cache_ram=64),
-                completion_tokens=50,
-                reasoning_tokens=10,
-                generated_tokens=57,
-                unbilled=Unbilled(overrun=3, failover_redo=4),
-                drafted_tokens=4,
-                accepted_tokens=2,
-            ),
-            admitted_at_ms=AT_MS,
-            decided_at_ms=AT_MS + 1234,
-            hold_nano=10**9,
-        )
-        previous, self.position = self.chain, self.position + 1
-        self.chain = next_chain(previous, receipt.content_sha256)
-        document = {
-            **receipt.to_fields(),
-            "content_sha256": receipt.content_sha256,
-            "state": "settled",
-            "position": self.position,
-            "previous_chain": previous,
-            "chain": self.chain,
-            "granted_nano": 400,
-            "topped_up_nano": receipt.charge.amount_nano - 400,
-        }
-        return signed(document)
-
-
-def signed(document: Document) -> Document:
-    message = signed_bytes(document["content_sha256"], document["chain"], document["position"])
-    return document | {
-        "signature": KEY.sign(message).hex(),
-        "signing_key_id": signing_key_id(PUBLIC),
-    }
-
-
-def pending() -> Document:
-    document = Ledger().settle("p") | {
-        "state": "pending",
-        "position": 0,
-        "previous_chain": "",
-        "chain": "",
-        "granted_nano": 0,
-        "topped_up_nano": 0,
-    }
-    return signed(document)
 
 
 def verdict(*documents: Document, keys: dict[str, bytes] | None = KEYS) -> Verdict:
