@@ -12,7 +12,7 @@ from services.router.keys import Caller, Tenant
 from services.router.models import Catalogue, ServedModel
 from services.router.response_format import ResponseFormat
 from services.router.sampling import Sampling, Wanted, resolve
-from tidemill.billing import PriceBook, worst_case_nano
+from tidemill.billing import PriceBook
 from tidemill.blocks import BLOCK_TOKENS, chain_hashes, root_hash
 from tidemill.errors import FailedPrecondition, InvalidRequest, Unavailable
 from tidemill.text import ChatMessage
@@ -47,7 +47,7 @@ class Ask:
 
 @dataclass(frozen=True, kw_only=True)
 class Admitted:
-    """A request that is sound and affordable; it lacks only a place in the queue."""
+    """A request that is sound; it lacks a place in the queue, and the money."""
 
     ask: Ask
     tenant: Tenant
@@ -140,7 +140,7 @@ class Admission:
                 ask.total_timeout_s, self.limits.total_timeout_s, call_timeout_s
             ),
         )
-        self._check_cost(admitted)
+        self._check_currency(admitted)
         return admitted
 
     def context_tokens(self, model: ServedModel) -> int:
@@ -162,39 +162,18 @@ class Admission:
         tokenizer.check_ids(ask.input, field="tokens.token_ids")
         return ask.input
 
-    def _check_cost(self, admitted: Admitted) -> None:
+    def _check_currency(self, admitted: Admitted) -> None:
         currency = admitted.tenant.currency
         price_model = admitted.model.config.price_model
         if currency not in self.book.tariff_at(price_model, admitted.admitted_at_ms).currencies:
             raise FailedPrecondition(
                 f"{admitted.model.name} is not sold in {currency}", reason="CURRENCY_NOT_SOLD"
             )
-        if admitted.ask.max_cost is None:
-            return
-        limit_currency, limit_nano = admitted.ask.max_cost
-        if limit_currency != currency:
+        max_cost = admitted.ask.max_cost
+        if max_cost is not None and max_cost[0] != currency:
             raise InvalidRequest(
                 "max_cost is in another currency than the account",
                 violations=[("max_cost.currency", f"must be {currency}")],
-            )
-        worst = worst_case_nano(
-            self.book,
-            model=price_model,
-            currency=currency,
-            num_prompt_tokens=len(admitted.token_ids),
-            max_tokens=admitted.sampling.n * admitted.sampling.max_tokens,
-            admitted_at_ms=admitted.admitted_at_ms,
-            deadline_ms=admitted.deadline_ms,
-        )
-        if worst > limit_nano:
-            raise FailedPrecondition(
-                "the request could cost more than max_cost",
-                reason="MAX_COST_EXCEEDED",
-                metadata={
-                    "currency": currency,
-                    "worst_case_nano": str(worst),
-                    "max_cost_nano": str(limit_nano),
-                },
             )
 
 

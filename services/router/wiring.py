@@ -3,6 +3,7 @@
 import asyncio
 import random
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,8 +22,8 @@ from services.router.fleet import Expected, Fleet
 from services.router.keys import KeyStore
 from services.router.metrics import RouterMetrics
 from services.router.models import Catalogue, load_model
-from services.router.money.accounts import Accounts
-from services.router.money.ledger import Ledger, LedgerProbe
+from services.router.money.assembly import Money
+from services.router.money.ledger import Ledger
 from services.router.money.signing import Signer
 from services.router.quoting import Quoting
 from services.router.registry import Registry
@@ -54,21 +55,31 @@ _REDIS_TIMEOUT_S = 2.0
 _TASKS_S = 3.0  # for acknowledgements and ledger commands
 
 
+def system_now_ms() -> int:
+    """This machine's clock, milliseconds since the Unix epoch."""
+    return time.time_ns() // 1_000_000
+
+
 class RouterProcess:
     """Build, `start()`, wait, `stop()`."""
 
-    def __init__(self, config: RouterConfig, *, registry: CollectorRegistry = REGISTRY) -> None:
+    def __init__(
+        self,
+        config: RouterConfig,
+        *,
+        registry: CollectorRegistry = REGISTRY,
+        now_ms: Callable[[], int] = system_now_ms,
+    ) -> None:
         self._config = config
+        self._now_ms = now_ms
         self._stopping = False
         self._background: list[asyncio.Task[None]] = []
         self._pool = ThreadPoolExecutor(config.limits.tokenizer_threads, "tokenize")
         self.tasks = OwnedTasks()
         book = load_price_book(config.price_book)
-        catalogue = Catalogue(load_model(model, book, _now_ms()) for model in config.models)
+        catalogue = Catalogue(load_model(model, book, now_ms()) for model in config.models)
         self.ledger = Ledger(config.ledger, self.tasks)
-        self._accounts = Accounts(self.ledger)
         self._signer = Signer.load(config.money.signing_key_file, config.money.signing_keys_dir)
-        self._probe = LedgerProbe(self.ledger)
         self.fleet = _fleet(config, catalogue)
         url = config.fleet.cache_url
         self._cache_redis = _cache_redis(url) if url else None
@@ -87,9 +98,21 @@ class RouterProcess:
             limits=limits,
             pool=self._pool,
             rng=random.SystemRandom(),
-            now_ms=_now_ms,
+            now_ms=now_ms,
         )
-        self.router = self._router(admission, RouterMetrics(registry))
+        metrics = RouterMetrics(registry)
+        self.money = Money(
+            config.money,
+            ledger=self.ledger,
+            book=book,
+            signer=self._signer,
+            fleet=self.fleet,
+            owned=self.tasks,
+            requests=metrics,
+            registry=registry,
+            now_ms=now_ms,
+        )
+        self.router = self._router(admission, metrics)
         self.server = self._server(admission, RpcMetrics(registry))
 
     def _router(self, admission: Admission, metrics: RouterMetrics) -> Router:
@@ -101,7 +124,7 @@ class RouterProcess:
         return Router(
             admission=admission,
             dispatchers=self.dispatchers,
-            settler=Settler(book=admission.book, metrics=metrics, now_ms=_now_ms),
+            settler=Settler(book=admission.book, metrics=metrics, now_ms=self._now_ms),
             book=self.requests,
             tasks=self.tasks,
             limits=self._config.limits,
@@ -113,7 +136,7 @@ class RouterProcess:
         config = self._config.ledger
         pepper = _read_secret(config.pepper_file, "ledger.pepper_file")
         admin_key = _read_secret(config.admin_key_file, "ledger.admin_key_file")
-        store = KeyStore(self.ledger, pepper.encode(), _now_ms)
+        store = KeyStore(self.ledger, pepper.encode(), self._now_ms)
         authenticator = Authenticator(store, cache_s=config.key_cache_s, clock=time.monotonic)
         server = RpcServer(
             self._config.server,
@@ -126,11 +149,11 @@ class RouterProcess:
             self.router,
             admission,
             slow_reader_s=self._config.limits.slow_reader_s,
-            now_ms=_now_ms,
+            now_ms=self._now_ms,
         )
         router_service_pb2_grpc.add_RouterServiceServicer_to_server(service, server.server)
         admin = AdminService(
-            store=store, accounts=self._accounts, book=admission.book, now_ms=_now_ms
+            store=store, accounts=self.money.accounts, book=admission.book, now_ms=self._now_ms
         )
         admin_service_pb2_grpc.add_AdminServiceServicer_to_server(admin, server.server)
         billing = self._billing(admission)
@@ -141,22 +164,22 @@ class RouterProcess:
 
     def _billing(self, admission: Admission) -> BillingService:
         return BillingService(
-            accounts=self._accounts,
+            accounts=self.money.accounts,
             statements=Statements(
-                accounts=self._accounts,
+                accounts=self.money.accounts,
                 signer=self._signer,
-                pending=lambda tenant_id, request_id: None,  # noqa: ARG005
-                now_ms=_now_ms,
+                pending=self.money.treasury.pending,
+                now_ms=self._now_ms,
             ),
             quoting=Quoting(
                 admission=admission,
                 dispatchers=self.dispatchers,
-                accounts=self._accounts,
-                now_ms=_now_ms,
+                accounts=self.money.accounts,
+                now_ms=self._now_ms,
             ),
             book=admission.book,
             signer=self._signer,
-            now_ms=_now_ms,
+            now_ms=self._now_ms,
         )
 
     @property
@@ -175,8 +198,8 @@ class RouterProcess:
     async def _start(self) -> None:
         await self.ledger.check_settings()
         await self._registry.check()
+        await self.money.start()
         for coroutine in (
-            self._probe.run(),
             self._registry.run(),
             *(dispatcher.run() for dispatcher in self.dispatchers.values()),
         ):
@@ -193,6 +216,7 @@ class RouterProcess:
         await self.server.drain()
         await self.tasks.join(_TASKS_S)
         await tasks.end(*self._background)
+        await self.money.stop()
         await self.ledger.close()
         if self._cache_redis is not None:
             await self._cache_redis.aclose()
@@ -201,8 +225,8 @@ class RouterProcess:
     def _readiness(self) -> str | None:
         if self._stopping:
             return "the router is stopping"
-        if not self._probe.answers:
-            return "the ledger does not answer"
+        if why := self.money.readiness:
+            return why
         for name in self.dispatchers:
             if why := self.fleet.readiness(name):
                 return why
@@ -261,7 +285,3 @@ def _read_secret(path: Path, key: str) -> str:
     if len(secret) < _MIN_SECRET_CHARS:
         raise ConfigError(f"router.{key}: {path} holds fewer than {_MIN_SECRET_CHARS} characters")
     return secret
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
