@@ -62,6 +62,7 @@ class Accounts:
                 command.least_nano,
                 command.prompt_tokens + command.max_tokens,
                 command.terms,
+                command.ledger_up_since_ms,
             ],
         )
         return replies.decode_reserve(raw)

@@ -74,10 +74,8 @@ class Money:
             now_ms=now_ms,
         )
         self._books = Books(self.accounts, book)
-        self.treasury = Treasury(bank, self._books, up_since_ms=lambda: self._watch.up_since_ms)
-        self._resolver = Resolver(
-            bank, self._books, fleet, up_since_ms=lambda: self._watch.up_since_ms
-        )
+        self.treasury = Treasury(bank, self._books, self._watch)
+        self._resolver = Resolver(bank, self._books, fleet, self._watch)
         self._background: list[asyncio.Task[None]] = []
         self._failed: list[str] = []
 

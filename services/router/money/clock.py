@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
 
 from redis.asyncio import Redis
 
@@ -16,7 +15,8 @@ class LedgerWatch:
     """Asks the ledger every `period_s` seconds.
 
     `offset_ms` is by how much this router's clock is ahead of the ledger's, as of the last answer,
-    as little as the answer's time on the way leaves open.
+    as little as the answer's time on the way leaves open; `up_since_ms` is since when the ledger's
+    present process can be reached.
     """
 
     def __init__(self, ledger: Ledger, *, now_ms: Callable[[], int], period_s: float = 0.5) -> None:
@@ -46,15 +46,14 @@ class LedgerWatch:
         """Ask once."""
         asked_ms = self._now_ms()
         try:
-            ledger_ms, uptime_s = await self._ledger.run(_times)
+            ledger_ms = await self._ledger.run(_time_ms)
+            answered_ms = self._now_ms()
+            self.up_since_ms = await self._ledger.up_since_ms(answered_ms)
         except LedgerUnavailable:
             self.answers = False
             return
-        answered_ms = self._now_ms()
-        self.answers = True
         self.offset_ms = offset_ms(asked_ms, ledger_ms, answered_ms)
-        # On this router's clock, like every instant in its commands; whole seconds, rounded up.
-        self.up_since_ms = answered_ms - 1000 * uptime_s
+        self.answers = True
 
 
 def offset_ms(asked_ms: int, ledger_ms: int, answered_ms: int) -> int:
@@ -66,8 +65,6 @@ def offset_ms(asked_ms: int, ledger_ms: int, answered_ms: int) -> int:
     return 0
 
 
-async def _times(redis: Redis) -> tuple[int, int]:
-    """The ledger's clock in milliseconds, and how many whole seconds it has been up."""
+async def _time_ms(redis: Redis) -> int:
     seconds, microseconds = await redis.time()
-    server: dict[str, Any] = await redis.info("server")
-    return seconds * 1000 + microseconds // 1000, int(server["uptime_in_seconds"])
+    return int(seconds) * 1000 + int(microseconds) // 1000

@@ -82,10 +82,6 @@ class Ledger:
         """
         return await self.run(lambda redis: _up_since_ms(redis, now_ms))
 
-    async def clock_offset_ms(self, now_ms: Callable[[], int]) -> int:
-        """How far `now_ms` is ahead of the ledger's clock, to half a round trip."""
-        return await self.run(lambda redis: _clock_offset_ms(redis, now_ms))
-
     async def check_settings(self) -> None:
         """Refuse a Redis that may lose or evict money; ConfigError names the setting.
 
@@ -157,31 +153,5 @@ async def _up_since_ms(redis: Redis, now_ms: int) -> int:
     return now_ms if since is None else int(since)
 
 
-async def _clock_offset_ms(redis: Redis, now_ms: Callable[[], int]) -> int:
-    before = now_ms()
-    seconds, microseconds = await redis.time()
-    after = now_ms()
-    return (before + after) // 2 - (seconds * 1000 + microseconds // 1000)
-
-
 def _text(value: bytes | str) -> str:
     return value.decode() if isinstance(value, bytes) else value
-
-
-class LedgerProbe:
-    """Asks the ledger every `period_s` seconds whether it is there."""
-
-    def __init__(self, ledger: Ledger, *, period_s: float = 0.5) -> None:
-        self._ledger = ledger
-        self._period_s = period_s
-        self.answers = True
-
-    async def run(self) -> None:
-        """Until cancelled."""
-        while True:
-            try:
-                await self._ledger.run(lambda redis: redis.ping())
-                self.answers = True
-            except LedgerUnavailable:
-                self.answers = False
-            await asyncio.sleep(self._period_s)

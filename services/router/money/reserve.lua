@@ -1,5 +1,5 @@
 -- KEYS: account, request, open holds, journal
--- ARGV: request id, key id, body, owner, now, lease, full, least, tokens, terms
+-- ARGV: request id, key id, body, owner, now, lease, full, least, tokens, terms, ledger up since
 -- HELD, REFUSED, IN_PROGRESS, OTHER_BODY or POSTED; after account.lua and posted.lua.
 local key_id, owner, terms = ARGV[2], ARGV[4], ARGV[10]
 local now, lease, full, least, tokens = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7]),
@@ -12,9 +12,12 @@ if state and known[2] ~= ARGV[3] then
 elseif state == 'SETTLED' then
   return posted_before(KEYS[2])
 elseif state == 'OPEN' or state == 'ORPHAN' then
-  local lease_until = tonumber(redis.call('ZSCORE', KEYS[3], ARGV[1]))
-  if lease_until > now then
-    return { 'IN_PROGRESS', lease_until }
+  local kept_until = tonumber(redis.call('ZSCORE', KEYS[3], ARGV[1]))
+  if state == 'OPEN' then
+    kept_until = math.max(kept_until, tonumber(ARGV[11]) + lease)
+  end
+  if kept_until > now then
+    return { 'IN_PROGRESS', kept_until }
   end
   local found = redis.call('HMGET', KEYS[2], 'granted', 'topped_up', 'in_full', 'admitted_at',
     'terms', 'checkpoint', 'attempts')

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +13,7 @@ from services.router.finish import Completed, Finish, PrefillSite, Timing
 from services.router.fleet import Worker
 from services.router.money import record
 from services.router.money.bank import Bank, Books
+from services.router.money.clock import LedgerWatch
 from services.router.money.resolution import (
     AttemptEnd,
     Resolution,
@@ -66,13 +67,12 @@ class Resolver:
         bank: Bank,
         books: Books,
         decoders: Decoders,
-        *,
-        up_since_ms: Callable[[], int],
+        watch: LedgerWatch,
     ) -> None:
         self._bank = bank
         self._books = books
         self._decoders = decoders
-        self._up_since_ms = up_since_ms
+        self._watch = watch
         self._resolving: set[tuple[str, str]] = set()
         bank.metrics.watch_holds("resolving", lambda: len(self._resolving))
 
@@ -87,7 +87,10 @@ class Resolver:
 
     async def look(self) -> None:
         """Take every hold that may be taken now; each is resolved in a task of its own."""
-        if self._bank.now_ms() < self._up_since_ms() + self._bank.lease_ms:
+        if (
+            not self._watch.answers
+            or self._bank.now_ms() < self._watch.up_since_ms + self._bank.lease_ms
+        ):
             return
         for tenant_id in await self._bank.accounts.tenants():
             late = await self._bank.accounts.open_requests(
@@ -103,7 +106,7 @@ class Resolver:
             now_ms=self._bank.now_ms(),
             lease_ms=self._bank.lease_ms,
             owner=self._bank.router_id,
-            ledger_up_since_ms=self._up_since_ms(),
+            ledger_up_since_ms=self._watch.up_since_ms,
         )
         answer = await self._bank.accounts.orphan(tenant_id, command)
         if isinstance(answer, rules.NotYet):

@@ -1,7 +1,6 @@
 """Where a request's money comes from: a hold for it, or how it was settled before."""
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import replace
 
 from services.router.admission import Admitted
@@ -9,6 +8,7 @@ from services.router.crash_points import crash_point
 from services.router.finish import Completed
 from services.router.money import record
 from services.router.money.bank import Bank, Books
+from services.router.money.clock import LedgerWatch
 from services.router.money.hold import Hold
 from services.router.money.intent import Intent
 from services.router.money.refusals import refusal
@@ -17,18 +17,24 @@ from services.router.worker_task import wire_id
 from tidemill.billing import PriceBook
 from tidemill.billing import ledger as rules
 from tidemill.billing.hold_size import HoldSize, hold_size
-from tidemill.errors import AlreadyExists, FailedPrecondition, RequestInProgress, TidemillError
+from tidemill.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    LedgerUnavailable,
+    RequestInProgress,
+    TidemillError,
+)
 
 _MIN_RETRY_S = 0.5
 
 
 class Treasury:
-    """Opens holds in the ledger. `up_since_ms` is since when the ledger has been up."""
+    """Opens holds in the ledger."""
 
-    def __init__(self, bank: Bank, books: Books, *, up_since_ms: Callable[[], int]) -> None:
+    def __init__(self, bank: Bank, books: Books, watch: LedgerWatch) -> None:
         self._bank = bank
         self._books = books
-        self._up_since_ms = up_since_ms
+        self._watch = watch
 
     async def open(self, admitted: Admitted) -> Hold | Completed:
         """Hold what the request may cost, or say how the same request was settled before.
@@ -41,6 +47,8 @@ class Treasury:
             isinstance(intent.command, rules.Settle)
         ):
             return self._settled_here(intent, admitted)
+        if not self._watch.answers:
+            raise LedgerUnavailable("the ledger does not answer just now", retry_after_s=1.0)
         opening = self._bank.tasks.spawn(self._open(admitted), name="open hold")
         try:
             return await asyncio.shield(opening)
@@ -68,6 +76,7 @@ class Treasury:
             owner=self._bank.router_id,
             now_ms=now_ms,
             lease_ms=self._bank.lease_ms,
+            ledger_up_since_ms=self._watch.up_since_ms,
             full_nano=size.full_nano,
             least_nano=size.least_nano,
             prompt_tokens=size.prompt_tokens,

@@ -39,7 +39,8 @@ class Reserve:
     """Take a hold: of `full_nano` if that much is free, else of `least_nano`, else none.
 
     `max_tokens` counts all choices together. `terms` is what resolution and settlement need to
-    know of the request, as JSON; the ledger only keeps it.
+    know of the request, as JSON; the ledger only keeps it. A hold whose lease ran out is taken over,
+    but not within a lease of `ledger_up_since_ms`: its owner could not renew it meanwhile.
     """
 
     request_id: str
@@ -54,6 +55,7 @@ class Reserve:
     max_tokens: int
     deadline_ms: int
     terms: str
+    ledger_up_since_ms: int = 0
 
     def __post_init__(self) -> None:
         _bounded("full_nano", self.full_nano, MAX_NANO)

@@ -95,9 +95,13 @@ def _reserve(account: Account, command: Reserve) -> tuple[Account, ReserveReply]
             return account, OtherBody()
         if known.posted is not None:
             return account, Settled(replace(known.posted, duplicate=True))
-        if known.live and known.lease_until_ms > command.now_ms:
-            return account, InProgress(known.lease_until_ms)
         if known.live:
+            spared_until_ms = command.ledger_up_since_ms + command.lease_ms
+            kept_until_ms = max(
+                known.lease_until_ms, spared_until_ms if known.state is State.OPEN else 0
+            )
+            if kept_until_ms > command.now_ms:
+                return account, InProgress(kept_until_ms)
             return _take_over(account, command, known)
     return _first_hold(account, command, known.fence if known else 0)
 
