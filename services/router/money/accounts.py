@@ -11,11 +11,11 @@ from typing import Any
 from services.router.money import layout, reads, replies
 from services.router.money.layout import key, request_key
 from services.router.money.ledger import Ledger
-from services.router.money.reads import Cursor
 from tidemill.billing import ledger as rules
 from tidemill.billing.ledger_operations import operation_content
 from tidemill.billing.ledger_posting import operation_detail, release_detail
 
+Cursor = reads.Cursor
 Arguments = list[str | bytes | int]
 
 _FOLDER = Path(__file__).parent

