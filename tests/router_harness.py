@@ -24,6 +24,7 @@ from services.router.wiring import RouterProcess
 from services.stack.state import SIGNING_KEY, new_signing_key
 from tests.redis_process import RedisProcess
 from tests.scripted_worker import ScriptedWorker
+from tidemill.api.billing.v1.billing_service_pb2_grpc import BillingServiceStub
 from tidemill.api.router.v1 import admin_service_pb2 as admin_pb2
 from tidemill.api.router.v1 import router_service_pb2 as router_pb2
 from tidemill.api.router.v1.admin_service_pb2_grpc import AdminServiceStub
@@ -41,6 +42,7 @@ BOOK_PATH = Path(__file__).parents[1] / "prices" / "deepseek-2025-02.toml"
 DURABLE = {"maxmemory_policy": "noeviction", "appendonly": "yes", "appendfsync": "always"}
 SPECIAL = ["<bos>", "<eos>", "<think>", "</think>"]
 EOS_ID = 1
+OPENING_NANO = 1000 * 10**9
 
 Responses = list[router_pb2.GenerateResponse]
 
@@ -117,12 +119,17 @@ class RouterCaller:
         self.channel = channel
         self.stub = cast(Any, RouterServiceStub(channel))
         self.admin = cast(Any, AdminServiceStub(channel))
+        self.billing = cast(Any, BillingServiceStub(channel))
         self.key = ""
 
     async def make_tenant(self, tenant_id: str, currency: str = "USD") -> str:
-        """A key of a new or known tenant."""
+        """A key of a new or known tenant, which has paid in `OPENING_NANO`, once."""
         tenant = admin_pb2.CreateTenantRequest(tenant_id=tenant_id, currency=currency)
         await self.admin.CreateTenant(tenant, metadata=bearer(ADMIN_KEY))
+        paid = admin_pb2.TopUpRequest(
+            tenant_id=tenant_id, operation_id="opening", amount_nano=OPENING_NANO
+        )
+        await self.admin.TopUp(paid, metadata=bearer(ADMIN_KEY))
         key = admin_pb2.CreateKeyRequest(tenant_id=tenant_id, label="test")
         made = await self.admin.CreateKey(key, metadata=bearer(ADMIN_KEY))
         return str(made.key)

@@ -253,9 +253,10 @@ class Stack:
         return AsyncClient(self.address, key, self.ca, retry=retry)
 
     async def key_of(self, tenant_id: str) -> str:
-        """A new key of a tenant, which is made if need be."""
+        """A new key of a tenant, which is made if need be and has paid in 1000 USD, once."""
         async with AsyncClient(self.address, self.admin_key, self.ca) as operator:
             await operator.admin.create_tenant(tenant_id)
+            await operator.admin.top_up(tenant_id, 1000 * 10**9, operation_id="opening")
             return (await operator.admin.create_key(tenant_id)).key
 
     @asynccontextmanager

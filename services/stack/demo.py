@@ -12,6 +12,7 @@ from tidemill.errors import LocalError
 
 TENANT = "demo"
 MAX_TOKENS = 96
+OPENING_NANO = 5 * 10**9
 SEED = 7
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")  # a random model may steer a terminal
 
@@ -48,10 +49,11 @@ async def demo(plan: Plan, say: Callable[[str], None]) -> None:
 
 
 async def make_key(plan: Plan, tenant: str, label: str) -> str:
-    """A new API key of `tenant`, which is created if need be."""
+    """A new API key of `tenant`, which is created if need be and has paid in 5 USD, once."""
     admin_key = plan.state.secret("admin.key")
     async with AsyncClient(plan.address, api_key=admin_key, ca=plan.ca) as operator:
         await operator.admin.create_tenant(tenant)
+        await operator.admin.top_up(tenant, OPENING_NANO, operation_id="opening")
         return (await operator.admin.create_key(tenant, label=label)).key
 
 
