@@ -85,6 +85,16 @@ def test_any_time_at_which_a_day_starts_over_is_the_whole_day() -> None:
     assert small(whole, "start = 13:37:00, end = 13:37:00").digest == small().digest
 
 
+def test_a_span_may_end_at_midnight() -> None:
+    book = small(
+        "start = 20:00:00, end = 08:00:00 }",
+        "start = 20:00:00, end = 00:00:00 }",
+        text=NO_CALENDAR.replace("start = 08:00:00, end = 20", "start = 00:00:00, end = 20"),
+    )
+    turns = book.models["m"][0].week[Day.MON]
+    assert [(turn.start.hour, turn.window) for turn in turns] == [(0, "day"), (20, "night")]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "problem"),
     [

@@ -56,6 +56,14 @@ def test_windows_that_the_end_may_fall_into(admitted: str, hours: float, names: 
     assert [window.name for window in found] == names
 
 
+def test_only_the_window_of_admission_is_reached_where_arrival_decides() -> None:
+    text = (PRICES / "deepseek-2025-02.toml").read_text(encoding="utf-8")
+    book = parse_price_book(text.replace('"completion"', '"arrival"'), source="arrival.toml")
+    tariff = book.tariff_at("deepseek-chat", at("08:00"))
+    reached = reachable_windows(tariff, at("08:00"), at("20:00"))
+    assert [window.name for window in reached] == ["off-peak"]
+
+
 @pytest.mark.parametrize("admitted", ["08:00", "12:00", "03:00", "00:29"])
 @pytest.mark.parametrize("currency", ["USD", "CNY"])
 def test_no_charge_exceeds_the_worst_case(admitted: str, currency: str) -> None:
@@ -213,6 +221,21 @@ def test_the_next_cheaper_window_is_named_with_its_price() -> None:
     assert found == Cheaper(
         starts_at_ms=at("00:30", day="2025-07-02"), window="off-peak", amount_nano=685_000
     )
+
+
+def test_a_window_that_starts_at_the_horizon_counts() -> None:
+    found = [
+        cheaper_window(
+            BOOK,
+            model="deepseek-chat",
+            currency="USD",
+            tokens=Tokens(output=1),
+            at_ms=at("12:00"),
+            horizon_ms=at("00:30", day="2025-07-02") + late_ms,
+        )
+        for late_ms in (-1, 0)
+    ]
+    assert [each is not None for each in found] == [False, True]
 
 
 def test_no_cheaper_window_is_none() -> None:
