@@ -41,6 +41,6 @@ class Catalogue:
 
 
 def load_model(config: ModelConfig, book: PriceBook, now_ms: int) -> ServedModel:
-    """Read the model's folder; ConfigError if the price book does not sell it now."""
-    book.tariff_at(config.price_model, now_ms)
+    """Read the model's folder; ConfigError if the price book has no price for it now."""
+    book.tariff_at(config.price_model, now_ms).window_at(now_ms)
     return ServedModel(config, Tokenizer.load(config.path))

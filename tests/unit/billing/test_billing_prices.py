@@ -1,11 +1,13 @@
 """Which tariff, which window, until when; and the digest that names all of it."""
 
 import datetime as dt
+import sys
 from pathlib import Path
 
 import pytest
 
 from tidemill.billing import Decides, PriceBook, Prices, decode_book, parse_price_book
+from tidemill.billing.calendar_check import doubts
 from tidemill.billing.canonical import sha256_hex
 from tidemill.errors import ConfigError
 
@@ -204,3 +206,10 @@ def test_an_instant_that_is_a_float_is_a_type_error() -> None:
         small().tariff_at("m", 1.75e12)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="instant_ms must be an int"):
         small().models["m"][0].window_at(1.75e12)  # type: ignore[arg-type]
+
+
+def test_a_calendar_that_cannot_be_compared_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    calendar = small().calendars["home"]
+    assert doubts(calendar) == ["not compared: the package holidays has no country 'HOME'"]
+    monkeypatch.setitem(sys.modules, "holidays", None)
+    assert doubts(calendar) == ["not compared: the package holidays is not installed"]
