@@ -39,8 +39,9 @@ class Reserve:
     """Take a hold: of `full_nano` if that much is free, else of `least_nano`, else none.
 
     `max_tokens` counts all choices together. `terms` is what resolution and settlement need to
-    know of the request, as JSON; the ledger only keeps it. A hold whose lease ran out is taken over,
-    but not within a lease of `ledger_up_since_ms`: its owner could not renew it meanwhile.
+    know of the request, as JSON; the ledger only keeps it. Where the lease of a hold
+    has run out it is taken over, but not within a lease of `ledger_up_since_ms`: its owner could
+    not renew it while the ledger was away.
     """
 
     request_id: str

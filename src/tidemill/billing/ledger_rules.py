@@ -96,10 +96,7 @@ def _reserve(account: Account, command: Reserve) -> tuple[Account, ReserveReply]
         if known.posted is not None:
             return account, Settled(replace(known.posted, duplicate=True))
         if known.live:
-            spared_until_ms = command.ledger_up_since_ms + command.lease_ms
-            kept_until_ms = max(
-                known.lease_until_ms, spared_until_ms if known.state is State.OPEN else 0
-            )
+            kept_until_ms = _kept_until_ms(known, command)
             if kept_until_ms > command.now_ms:
                 return account, InProgress(kept_until_ms)
             return _take_over(account, command, known)
@@ -267,11 +264,9 @@ def _release(account: Account, command: Release) -> tuple[Account, ReleaseReply]
 
 def _orphan(account: Account, command: Orphan) -> tuple[Account, OrphanReply]:
     request = account.requests.get(command.request_id)
-    if request is None or not request.live or request.lease_until_ms > command.now_ms:
+    if request is None or not request.live or _kept_until_ms(request, command) > command.now_ms:
         return account, NotYet()
     first = request.state == State.OPEN
-    if first and command.now_ms < command.ledger_up_since_ms + command.lease_ms:
-        return account, NotYet()
     request = replace(
         request,
         state=State.ORPHAN,
@@ -289,6 +284,13 @@ def _orphan(account: Account, command: Orphan) -> tuple[Account, OrphanReply]:
         admitted_at_ms=request.admitted_at_ms,
         orphaned_at_ms=request.orphaned_at_ms,
     )
+
+
+def _kept_until_ms(request: Request, command: Reserve | Orphan) -> int:
+    """Until when nobody may take it: while the ledger was away, its owner could not renew."""
+    if request.state == State.ORPHAN:
+        return request.lease_until_ms
+    return max(request.lease_until_ms, command.ledger_up_since_ms + command.lease_ms)
 
 
 def _may_end(request: Request, fence: int) -> bool:

@@ -114,9 +114,9 @@ async def test_chains_are_sha_256(ledger: Ledger) -> None:
 
 
 async def test_every_command_keeps_to_its_accounts_slot_of_a_cluster(
-    redis_server: Callable[..., RedisProcess],
+    redis_server: Callable[..., RedisProcess], free_port: Callable[[], int]
 ) -> None:
-    server = redis_server(cluster_enabled="yes")
+    server = redis_server(cluster_enabled="yes", cluster_port=str(free_port()))
     redis: Any = Redis.from_url(server.url)
     await redis.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
     for _ in range(200):

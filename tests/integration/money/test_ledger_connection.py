@@ -1,8 +1,7 @@
-"""The connection to the ledger: cancelled callers, durable settings, clocks."""
+"""The connection to the ledger: cancelled callers, durable settings."""
 
 import asyncio
 import random
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -101,15 +100,6 @@ async def test_a_ledger_that_may_lose_money_is_refused_at_start(
     assert refused.value.reason == "LEDGER_NOT_DURABLE"
     await ledger.close()
     server.stop()
-
-
-async def test_clocks_that_differ_are_found_out(ledger: Ledger) -> None:
-    def ahead_by(ms: int) -> Callable[[], int]:
-        return lambda: time.time_ns() // 1_000_000 + ms
-
-    for ms in (0, 700, -700):
-        offset = await ledger.clock_offset_ms(ahead_by(ms))
-        assert abs(offset - ms) < 100
 
 
 async def test_a_ledger_that_does_not_answer_is_unavailable(ledger_redis: RedisProcess) -> None:

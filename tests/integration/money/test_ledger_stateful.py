@@ -69,6 +69,7 @@ steps = st.sampled_from(
         3 * DAY_MS,
     ]
 )  # clocks step back too
+ages = st.sampled_from([DAY_MS, DAY_MS, LEASE_MS, LEASE_MS - 1, 0])  # of the ledger's process
 
 
 class Books(RuleBasedStateMachine):
@@ -122,6 +123,7 @@ class Books(RuleBasedStateMachine):
         owner=st.sampled_from(OWNERS),
         nano=st.tuples(small, amounts),
         counts=st.tuples(tokens, tokens),
+        up_for=ages,
     )
     def reserves(
         self,
@@ -131,7 +133,7 @@ class Books(RuleBasedStateMachine):
         owner: str,
         nano: tuple[int, int],
         counts: tuple[int, int],
-        body: str = "body",
+        up_for: int,
     ) -> None:
         self.do(
             reserve(
@@ -143,7 +145,7 @@ class Books(RuleBasedStateMachine):
                 full_nano=min(sum(nano), rules.MAX_NANO),
                 prompt_tokens=counts[0],
                 max_tokens=counts[1],
-                body_sha256=sha256(body),
+                ledger_up_since_ms=self.now_ms - up_for,
                 terms=f'{{"of":"{owner}"}}',
             )
         )
@@ -256,7 +258,7 @@ class Books(RuleBasedStateMachine):
     @rule(
         request_id=request_ids,
         owner=st.sampled_from(["resolver", "router-b"]),
-        up_for=st.sampled_from([0, LEASE_MS - 1, LEASE_MS, DAY_MS]),
+        up_for=ages,
     )
     def orphans(self, request_id: str, owner: str, up_for: int) -> None:
         since = self.now_ms - up_for

@@ -281,6 +281,12 @@ def test_nothing_turns_orphan_for_one_lease_after_the_ledger_came_back() -> None
     assert unchanged == books
     books, reply = after(books, replace(back, ledger_up_since_ms=now_ms - LEASE_MS))
     assert isinstance(reply, rules.Orphaned)
+    # Nor is it taken over.
+    asked = reserve(now_ms=now_ms, ledger_up_since_ms=now_ms - 1)
+    _, reply = after(unchanged, asked)
+    assert reply == rules.InProgress(now_ms - 1 + LEASE_MS)
+    _, reply = after(unchanged, replace(asked, ledger_up_since_ms=now_ms - LEASE_MS))
+    assert isinstance(reply, rules.Held)
     # What is an orphan already has nobody to come back to it.
     later = orphan(now_ms=now_ms + LEASE_MS, ledger_up_since_ms=now_ms + LEASE_MS)
     _, reply = after(books, later)
