@@ -4,7 +4,7 @@ import argparse
 import datetime as dt
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby, pairwise
+from itertools import groupby
 from zoneinfo import ZoneInfo
 
 from tidemill.billing import Day, PriceBook, Tariff, Turn, Window, load_price_book
@@ -117,9 +117,8 @@ def _when(tariff: Tariff, window: Window) -> str:
     for day, turns in tariff.week.items():
         if times := ", ".join(_times(turns, window.name)):
             days_by_times.setdefault(times, []).append(day)
-    if len(days_by_times) == 1 and (times := next(iter(days_by_times))):
-        days = days_by_times[times]
-        return times if len(days) == len(tariff.week) else f"{_days(days)} {times}"
+    if list(days_by_times.values()) == [list(tariff.week)]:
+        return next(iter(days_by_times))
     return "; ".join(f"{_days(days)} {times}" for times, days in days_by_times.items())
 
 
@@ -127,9 +126,10 @@ def _times(turns: Sequence[Turn], window: str) -> Iterator[str]:
     if len(turns) == 1 and turns[0].window == window:
         yield "all day"
         return
-    for turn, following in pairwise((*turns, None)):
-        if turn is not None and turn.window == window:
-            yield f"{_clock(turn.start)}-{_clock(following.start) if following else '24:00'}"
+    ends = [*(_clock(turn.start) for turn in turns[1:]), "24:00"]
+    for turn, end in zip(turns, ends, strict=True):
+        if turn.window == window:
+            yield f"{_clock(turn.start)}-{end}"
 
 
 def _days(days: Iterable[Day]) -> str:
