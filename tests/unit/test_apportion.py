@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidemill.apportion import apportion
+from tidemill.apportion import apportion, round_together
 
 WEIGHTS = st.lists(st.integers(0, 10**18), min_size=1, max_size=40)
 
@@ -34,3 +34,16 @@ def test_nothing_to_go_by_means_equal_parts() -> None:
 def test_weights_that_mean_nothing_are_refused(weights: list[int]) -> None:
     with pytest.raises(ValueError, match="cannot split"):
         apportion(1, weights)
+
+
+@given(st.lists(st.integers(-(10**15), 10**15), max_size=40), st.integers(1, 10**12))
+def test_numbers_rounded_together_sum_to_their_sum_rounded_once(
+    numerators: list[int], denominator: int
+) -> None:
+    parts = round_together(numerators, denominator)
+    exact = sum(numerators)
+    assert -denominator <= 2 * (exact - sum(parts) * denominator) < denominator
+    assert all(
+        abs(part * denominator - numerator) < denominator
+        for part, numerator in zip(parts, numerators, strict=True)
+    )
