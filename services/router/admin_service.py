@@ -6,6 +6,7 @@ from typing import Any
 
 from services.router.billing_messages import balance_message, limits_message, limits_of
 from services.router.keys import ApiKey, KeyStore, Tenant
+from services.router.margin import MarginReports
 from services.router.money.accounts import Accounts
 from tidemill.api.billing.v1 import account_pb2
 from tidemill.api.router.v1 import admin_service_pb2 as admin_pb2
@@ -28,11 +29,13 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
         store: KeyStore,
         accounts: Accounts,
         book: PriceBook,
+        margin: MarginReports,
         now_ms: Callable[[], int],
     ) -> None:
         self._store = store
         self._accounts = accounts
         self._book = book
+        self._margin = margin
         self._now_ms = now_ms
 
     async def CreateTenant(
@@ -182,6 +185,13 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
             entries=[_journal_entry(entry_id, entry) for entry_id, entry in page],
             next_page_token=page[-1][0] if len(entries) > size else "",
         )
+
+    async def GetMargin(
+        self, request: admin_pb2.GetMarginRequest, context: Any
+    ) -> admin_pb2.GetMarginResponse:
+        """Cost, revenue and margin."""
+        validate(request)
+        return await self._margin.report(request)
 
     async def _check_key(self, tenant: Tenant, key_id: str) -> None:
         record = await self._store.find(key_id)

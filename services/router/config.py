@@ -64,7 +64,8 @@ class MoneyConfig:
     router, what could not be settled while the ledger was away; it must outlive the process, and
     routers that share it settle for those that died. A hold is let go to other routers `lease_s`
     seconds after its router was last heard of. `signing_key_file` is a private key (PEM, PKCS8,
-    Ed25519), `signing_keys_dir` holds older public ones.
+    Ed25519), `signing_keys_dir` holds older public ones. `accelerator_hour_nano` is what an hour of
+    an accelerator costs, nano-units by currency.
     """
 
     signing_key_file: Path
@@ -72,12 +73,15 @@ class MoneyConfig:
     router_id: str | None = None
     lease_s: float = 15.0
     signing_keys_dir: Path | None = None
+    accelerator_hour_nano: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.lease_s >= 0.2:
             raise ValueError("lease_s must be at least 0.2")
         if self.router_id is not None and not _ROUTER_ID.fullmatch(self.router_id):
             raise ValueError("router_id must be 1 to 64 letters, digits, dots, dashes, underscores")
+        if not all(0 <= nano < 2**53 for nano in self.accelerator_hour_nano.values()):
+            raise ValueError("accelerator_hour_nano must be nano-units from 0 to below 2^53")
 
 
 @dataclass(frozen=True, kw_only=True)

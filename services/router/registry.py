@@ -23,6 +23,7 @@ from redis.exceptions import (
 
 from services.router.config import FleetConfig
 from services.router.fleet import DECODE, PREFILL, Description, Fleet, OpenAttempts, Worker
+from services.router.fleet_hours import FleetHours
 from tidemill.api.common.v1 import kv_pb2
 from tidemill.api.decode.v1 import decode_service_pb2_grpc
 from tidemill.api.worker.v1 import worker_service_pb2 as worker_pb2
@@ -74,12 +75,19 @@ class Registry:
     """Keeps one link to every worker that it can find; `fleet` is what they tell."""
 
     def __init__(
-        self, config: FleetConfig, fleet: Fleet, *, redis: Redis | None, clock: Callable[[], float]
+        self,
+        config: FleetConfig,
+        fleet: Fleet,
+        *,
+        redis: Redis | None,
+        clock: Callable[[], float],
+        hours: FleetHours,
     ) -> None:
         self._config = config
         self._fleet = fleet
         self._redis = redis
         self._clock = clock
+        self._hours = hours
         self._static = {Endpoint.parse(text) for text in config.workers}
         self._links: dict[Endpoint, Link] = {}
 
@@ -109,7 +117,9 @@ class Registry:
             logger.warning("cache Redis is away; known workers stay", extra={"error": repr(error)})
             found = self._static | set(self._links)
         for endpoint in found - set(self._links):
-            self._links[endpoint] = Link(endpoint, self._config, self._fleet, self._clock)
+            self._links[endpoint] = Link(
+                endpoint, self._config, self._fleet, self._clock, self._hours
+            )
         unused = {endpoint for endpoint, link in self._links.items() if not link.in_use}
         for endpoint in unused - found:
             await self._links.pop(endpoint).close()
@@ -136,11 +146,13 @@ class Link:
         config: FleetConfig,
         fleet: Fleet,
         clock: Callable[[], float],
+        hours: FleetHours,
     ) -> None:
         self._endpoint = endpoint
         self._interval_ms = config.load_interval_ms
         self._fleet = fleet
         self._clock = clock
+        self._hours = hours
         self._worker: Worker | None = None
         self._open_attempts = OpenAttempts()
         self._channel = internal_channel(
@@ -197,6 +209,12 @@ class Link:
                 if message.epoch != description.epoch:
                     return
                 self._fleet.report(worker, _load(message, worker.id, self._clock()))
+                self._hours.saw(
+                    description,
+                    uptime_us=message.uptime_us,
+                    prefill_us=message.prefill_busy_us,
+                    decode_us=message.decode_busy_us,
+                )
         finally:
             self._worker = None
             self._fleet.leave(worker)

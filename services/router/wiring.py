@@ -19,7 +19,9 @@ from services.router.billing_service import BillingService
 from services.router.config import RouterConfig
 from services.router.dispatch import Dispatcher
 from services.router.fleet import Expected, Fleet
+from services.router.fleet_hours import FleetHours
 from services.router.keys import KeyStore
+from services.router.margin import MarginReports
 from services.router.metrics import RouterMetrics
 from services.router.models import Catalogue, load_model
 from services.router.money.assembly import Money
@@ -83,8 +85,13 @@ class RouterProcess:
         self.fleet = _fleet(config, catalogue)
         url = config.fleet.cache_url
         self._cache_redis = _cache_redis(url) if url else None
+        self._hours = FleetHours(self.ledger, now_ms)
         self._registry = Registry(
-            config.fleet, self.fleet, redis=self._cache_redis, clock=time.monotonic
+            config.fleet,
+            self.fleet,
+            redis=self._cache_redis,
+            clock=time.monotonic,
+            hours=self._hours,
         )
         self.dispatchers = {
             model.name: _dispatcher(config, model.name, self.fleet) for model in catalogue
@@ -153,7 +160,16 @@ class RouterProcess:
         )
         router_service_pb2_grpc.add_RouterServiceServicer_to_server(service, server.server)
         admin = AdminService(
-            store=store, accounts=self.money.accounts, book=admission.book, now_ms=self._now_ms
+            store=store,
+            accounts=self.money.accounts,
+            book=admission.book,
+            margin=MarginReports(
+                accounts=self.money.accounts,
+                store=store,
+                hours=self._hours,
+                hour_nano=self._config.money.accelerator_hour_nano,
+            ),
+            now_ms=self._now_ms,
         )
         admin_service_pb2_grpc.add_AdminServiceServicer_to_server(admin, server.server)
         billing = self._billing(admission)
@@ -201,6 +217,7 @@ class RouterProcess:
         await self.money.start()
         for coroutine in (
             self._registry.run(),
+            self._hours.run(),
             *(dispatcher.run() for dispatcher in self.dispatchers.values()),
         ):
             self._background.append(asyncio.create_task(coroutine))

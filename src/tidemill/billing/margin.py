@@ -212,20 +212,19 @@ class Margin:
                 yield cell, replace(cells[cell], cost_nano=cost_nano)
 
     def _nobodys(self) -> dict[Cell, Figures]:
-        """Time that no request has told of; negative where it ran in the hour before it ended.
+        """Time that no request has told of; negative where it ran in the hour before it was told.
 
-        Only of workers whose hours are known: else all that was told of them would be missing here.
+        Nothing is made of what was told of a worker in an hour of which it did not report itself.
         """
-        models = {each.worker_id: each.model for each in self._hours}
         busy_us: Counter[tuple[str, int]] = Counter()
         idle_us: Counter[tuple[str, int]] = Counter()
+        known = {(each.worker_id, each.hour_ms): each.model for each in self._hours}
         for each in self._hours:
             busy = each.prefill_us + each.decode_us
             busy_us[each.model, each.hour_ms] += busy * each.accelerators
             idle_us[each.model, each.hour_ms] += (each.uptime_us - busy) * each.accelerators
-        for (worker_id, hour_ms), microseconds in self._told_us.items():
-            if worker_id in models:
-                busy_us[models[worker_id], hour_ms] -= microseconds
+        for (worker_id, hour_ms), model in known.items():
+            busy_us[model, hour_ms] -= self._told_us[worker_id, hour_ms]
         return {
             Cell(model=model, hour_ms=hour_ms, phase=phase): Figures(accelerator_us=microseconds)
             for phase, found in ((UNATTRIBUTED, busy_us), (IDLE, idle_us))

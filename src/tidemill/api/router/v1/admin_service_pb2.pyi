@@ -703,16 +703,18 @@ class GetMarginRequest(google.protobuf.message.Message):
     CURRENCY_FIELD_NUMBER: builtins.int
     ACCELERATOR_HOUR_NANO_FIELD_NUMBER: builtins.int
     from_ms: builtins.int
-    """First instant, milliseconds since the Unix epoch."""
+    """First instant, milliseconds since the Unix epoch; a full hour of UTC."""
     to_ms: builtins.int
-    """First instant that no longer counts."""
+    """First instant that no longer counts; a full hour of UTC, at most 400 days later."""
     currency: builtins.str
     """ISO 4217 code; only accounts of this currency count."""
     accelerator_hour_nano: builtins.int
     """Price of an accelerator-hour in that currency, nano-units. Unset: the router's configured one."""
     @property
     def by(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[global___MarginDimension.ValueType]:
-        """What rows are told apart by. Empty: one row in all, and one of idle time."""
+        """What rows are told apart by. Empty: one row in all. Time that is
+        nobody's has rows of its own, one of idle time and one of what no request has told of.
+        """
 
     def __init__(
         self,
@@ -774,19 +776,19 @@ class MarginRow(google.protobuf.message.Message):
     REVENUE_NANO_FIELD_NUMBER: builtins.int
     MARGIN_NANO_FIELD_NUMBER: builtins.int
     tenant_id: builtins.str
-    """The tenant. Empty: not told apart, or idle."""
+    """The tenant. Empty: not told apart, or nobody's."""
     model: builtins.str
     """The model. Empty: not told apart."""
     hour_ms: builtins.int
     """The hour's first instant, milliseconds since the Unix epoch. 0: not told apart."""
     phase: builtins.str
-    """"prefill", "decode", "unattributed" or "idle". Empty: not told apart."""
+    """"prefill", "decode", "unattributed" (busy, and told of by no request) or "idle". Empty: not told apart."""
     tier: builtins.str
     """"computed", "device", "host", "cache_ram", "cache_disk", "peer" or "output". Empty: not told apart."""
     tokens: builtins.int
     """Tokens billed in it."""
     accelerator_us: builtins.int
-    """Accelerator time, microseconds."""
+    """Accelerator time, microseconds. Below 0 where an hour's requests tell of work that ran in the hour before."""
     cost_nano: builtins.int
     """What that time costs, nano-units."""
     revenue_nano: builtins.int

@@ -168,7 +168,7 @@ class AdminServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetMargin(self, request, context):
-        """Cost, revenue and margin.
+        """Cost, revenue and margin of whole hours. FAILED_PRECONDITION (NO_ACCELERATOR_PRICE) without a price.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

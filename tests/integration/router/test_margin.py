@@ -1,0 +1,318 @@
+"""GetMargin over real journals, and the fleet's hours in a real ledger."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+import pytest
+
+from services.router.finish import Completed, Finish, PrefillSite, Timing
+from services.router.fleet import Description
+from services.router.fleet_hours import FleetHours
+from services.router.money import record
+from services.router.money.accounts import Accounts
+from tests.router_harness import ADMIN_KEY, BOOK_PATH, MODEL, RouterHarness, bearer
+from tidemill.api.router.v1 import admin_service_pb2 as admin_pb2
+from tidemill.billing import BusyPart, Reuse, Unbilled, Usage, issue_receipt, load_price_book
+from tidemill.billing import ledger as rules
+from tidemill.billing.margin import HOUR_MS, WorkerHour
+from tidemill.errors import TidemillError
+from tidemill.rpc.status import from_rpc_error
+
+NOON = 1_740_657_600_000  # 27 February 2025, 12:00 UTC: nothing else in this ledger is as old
+MINUTE_MS = 60_000
+HOUR_US = 3_600_000_000
+MICRO = 1_000_000
+PRICE = 2_000_000_000  # nano-dollars an accelerator-hour
+BOOK = load_price_book(BOOK_PATH)
+EVERYTHING = list(admin_pb2.MarginDimension.values())[1:]
+
+
+class Journal:
+    """One tenant's requests, as a router would have held and settled them."""
+
+    def __init__(self, accounts: Accounts, tenant_id: str, currency: str) -> None:
+        self._accounts = accounts
+        self._tenant_id = tenant_id
+        self._currency = currency
+        self._numbers = itertools.count()
+
+    async def _held(self, at_ms: int) -> tuple[str, int]:
+        request_id = f"r{next(self._numbers)}"
+        command = rules.TopUp(
+            operation_id=f"t-{request_id}", now_ms=at_ms, amount_nano=10**9, note=""
+        )
+        await self._accounts.top_up(self._tenant_id, command)
+        held = await self._accounts.reserve(
+            self._tenant_id,
+            rules.Reserve(
+                request_id=request_id,
+                key_id="k",
+                body_sha256="0" * 64,
+                owner="router",
+                now_ms=at_ms,
+                lease_ms=1000,
+                full_nano=10**9,
+                least_nano=10**9,
+                prompt_tokens=1,
+                max_tokens=1,
+                deadline_ms=at_ms + 10**6,
+                terms="{}",
+            ),
+        )
+        assert isinstance(held, rules.Held)
+        return request_id, held.fence
+
+    async def settled(self, usage: Usage, at_ms: int, busy: Sequence[BusyPart]) -> str:
+        request_id, fence = await self._held(at_ms)
+        receipt = issue_receipt(
+            BOOK,
+            request_id=request_id,
+            tenant_id=self._tenant_id,
+            key_id="k",
+            model=MODEL,
+            price_model="deepseek-chat",
+            currency=self._currency,
+            usage=usage,
+            admitted_at_ms=at_ms,
+            decided_at_ms=at_ms,
+            hold_nano=10**9,
+        )
+        completed = Completed(
+            finish=Finish.STOP,
+            usage=usage,
+            site=PrefillSite(worker_id="w0", in_place=True),
+            receipt=receipt,
+            seed=1,
+            timing=Timing(),
+        )
+        command = rules.Settle(
+            request_id=request_id,
+            fence=fence,
+            now_ms=at_ms + 5,
+            decided_at_ms=at_ms,
+            amount_nano=receipt.charge.amount_nano,
+            content_sha256=receipt.content_sha256,
+            record=record.encode(completed, busy=busy),
+            total_tokens=0,
+        )
+        assert isinstance(await self._accounts.settle(self._tenant_id, command), rules.Posted)
+        return request_id
+
+    async def released(self, at_ms: int, busy: Sequence[BusyPart]) -> None:
+        request_id, fence = await self._held(at_ms)
+        unbilled = record.encode_release(
+            Unbilled(server_fault=3), model=MODEL, decided_at_ms=at_ms, busy=busy
+        )
+        await self._accounts.release(
+            self._tenant_id,
+            rules.Release(
+                request_id=request_id,
+                fence=fence,
+                now_ms=at_ms,
+                unbilled=unbilled,
+                reason="WORKER_LOST",
+            ),
+        )
+
+    async def refunded(self, request_id: str, at_ms: int, amount_nano: int) -> None:
+        command = rules.Refund(
+            operation_id=f"f-{request_id}",
+            now_ms=at_ms,
+            request_id=request_id,
+            amount_nano=amount_nano,
+            note="",
+        )
+        assert isinstance(await self._accounts.refund(self._tenant_id, command), rules.Applied)
+
+
+async def journal_of(router: RouterHarness, tenant_id: str, currency: str = "USD") -> Journal:
+    await router.make_tenant(tenant_id, currency)
+    return Journal(Accounts(router.process.ledger), tenant_id, currency)
+
+
+def usage_of(hit: int, computed: int, output: int, tier: str = "device") -> Usage:
+    return Usage(
+        prompt_tokens=hit + computed,
+        computed_tokens=computed,
+        reused=Reuse(**{tier: hit}),
+        completion_tokens=output,
+        generated_tokens=output,
+    )
+
+
+def busy(prefill_s: int, decode_s: int) -> list[BusyPart]:
+    return [
+        BusyPart("w0", "prefill", prefill_s * MICRO, 8),
+        BusyPart("w0", "decode", decode_s * MICRO, 8),
+    ]
+
+
+def worker(worker_id: str = "w0", epoch: int = 7) -> Description:
+    return Description(
+        worker_id=worker_id,
+        epoch=epoch,
+        address="",
+        roles=frozenset(),
+        model=MODEL,
+        digest=b"",
+        kv_format="",
+        context_tokens=0,
+        vocab_size=0,
+        accelerators=8,
+    )
+
+
+async def ask(router: RouterHarness, **fields: Any) -> admin_pb2.GetMarginResponse:
+    fields = {"from_ms": NOON, "to_ms": NOON + 2 * HOUR_MS, "currency": "USD", **fields}
+    request = admin_pb2.GetMarginRequest(**fields)
+    answer: admin_pb2.GetMarginResponse = await router.admin.GetMargin(
+        request, metadata=bearer(ADMIN_KEY)
+    )
+    return answer
+
+
+async def error_of(router: RouterHarness, **fields: Any) -> TidemillError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await ask(router, **fields)
+    return from_rpc_error(caught.value)
+
+
+def total(rows: Sequence[admin_pb2.MarginRow]) -> tuple[int, int, int, int, int]:
+    return (
+        sum(row.tokens for row in rows),
+        sum(row.accelerator_us for row in rows),
+        sum(row.cost_nano for row in rows),
+        sum(row.revenue_nano for row in rows),
+        sum(row.margin_nano for row in rows),
+    )
+
+
+async def test_cost_revenue_and_margin_of_all_that_the_journals_tell(
+    router: RouterHarness,
+) -> None:
+    one, two = await journal_of(router, "margin-a"), await journal_of(router, "margin-b")
+    other = await journal_of(router, "margin-c", "CNY")
+    charged = await one.settled(usage_of(128, 30, 40), NOON + 5, busy(1, 2))
+    await one.settled(usage_of(64, 8, 9, "cache_disk"), NOON + HOUR_MS + 5, busy(2, 3))
+    await one.settled(usage_of(0, 8, 9), NOON + 2 * HOUR_MS, busy(5, 5))  # the hour after
+    await two.settled(usage_of(0, 70, 1), NOON + HOUR_MS - 1, busy(3, 1))
+    await two.released(NOON + 7, busy(1, 1))
+    await other.settled(usage_of(0, 5, 5), NOON + 1, busy(4, 4))
+    await one.refunded(charged, NOON + HOUR_MS + 9, 1000)
+
+    hours = FleetHours(router.process.ledger, lambda: NOON + 30 * MINUTE_MS)
+    hours.saw(worker(), uptime_us=1, prefill_us=0, decode_us=0)
+    hours.saw(worker(), uptime_us=1800 * MICRO, prefill_us=10 * MICRO, decode_us=9 * MICRO)
+    await hours.write()
+
+    by_tenant = await ask(router, by=["MARGIN_DIMENSION_TENANT"], accelerator_hour_nano=PRICE)
+    assert (by_tenant.currency, by_tenant.accelerator_hour_nano) == ("USD", PRICE)
+    rows = {row.tenant_id or row.phase: row for row in by_tenant.rows}
+    assert set(rows) == {"margin-a", "margin-b", "unattributed", "idle"}
+    assert rows["margin-a"].accelerator_us == 8 * 8 * MICRO
+    assert rows["margin-b"].accelerator_us == 8 * 6 * MICRO
+    # In the first hour it was busy for 19 s; of 9 s the dollars' journals tell, of 8 s the yuans'.
+    assert rows["unattributed"].accelerator_us == 8 * 2 * MICRO
+    assert rows["idle"].accelerator_us == 8 * (1800 - 19) * MICRO
+    assert rows["margin-b"].tokens == 71
+    assert rows["margin-b"].cost_nano == pytest.approx(48 * PRICE / 3600, abs=2)
+    # USD prices: hit 0.07, miss 0.27, output 1.10 a million
+    first = 128 * 70 + 30 * 270 + 40 * 1100
+    second = 64 * 70 + 8 * 270 + 9 * 1100
+    assert rows["margin-a"].revenue_nano == first + second - 1000
+    for row in by_tenant.rows:
+        assert row.margin_nano == row.revenue_nano - row.cost_nano
+
+    cells = (await ask(router, by=EVERYTHING, accelerator_hour_nano=PRICE)).rows
+    for count in range(5):
+        for by in itertools.combinations(EVERYTHING, count):
+            answer = await ask(router, by=by, accelerator_hour_nano=PRICE)
+            assert total(answer.rows) == total(cells)
+    first_hour, second_hour = [
+        (
+            await ask(
+                router,
+                by=EVERYTHING,
+                accelerator_hour_nano=PRICE,
+                from_ms=NOON + number * HOUR_MS,
+                to_ms=NOON + (number + 1) * HOUR_MS,
+            )
+        ).rows
+        for number in range(2)
+    ]
+    assert total([*first_hour, *second_hour]) == total(cells)
+
+    yuan = await ask(router, currency="CNY", accelerator_hour_nano=PRICE)
+    work = [row for row in yuan.rows if not row.phase]
+    assert [row.accelerator_us for row in work] == [8 * 8 * MICRO]
+    assert work[0].tokens == 10
+
+
+async def test_a_span_must_be_of_whole_hours_and_a_price_known(router: RouterHarness) -> None:
+    for fields in (
+        {"from_ms": NOON + 1},
+        {"to_ms": NOON + MINUTE_MS},
+        {"to_ms": NOON},
+        {"to_ms": NOON + 401 * 24 * HOUR_MS},
+    ):
+        error = await error_of(router, accelerator_hour_nano=PRICE, **fields)
+        assert error.reason == "INVALID_REQUEST"
+    assert (await error_of(router)).reason == "NO_ACCELERATOR_PRICE"
+
+
+async def test_several_routers_write_an_hour_in_any_order(router: RouterHarness) -> None:
+    day = NOON - 24 * HOUR_MS
+    clock = [day + 10 * MINUTE_MS]
+    one, two = (FleetHours(router.process.ledger, lambda: clock[0]) for _ in range(2))
+
+    def at(hours: FleetHours, minute: int, *, busy_us: int = 0) -> None:
+        clock[0] = day + minute * MINUTE_MS
+        hours.saw(
+            worker(),
+            uptime_us=(minute - 5) * 60 * MICRO,  # it started at minute 5
+            prefill_us=busy_us,
+            decode_us=minute,
+        )
+
+    at(one, 10, busy_us=10)
+    at(two, 20, busy_us=20)
+    at(one, 59, busy_us=59)
+    at(two, 58, busy_us=58)
+    await two.write()
+    await one.write()
+    at(two, 30, busy_us=30)  # late, and of no consequence
+    at(two, 61, busy_us=61)
+    at(one, 90, busy_us=90)
+    for hours in (one, two, one):
+        await hours.write()
+    expected = [
+        WorkerHour(
+            worker_id="w0",
+            model=MODEL,
+            hour_ms=day + number * HOUR_MS,
+            prefill_us=busy_us,
+            decode_us=busy_us,
+            uptime_us=uptime_s * MICRO,
+            accelerators=8,
+        )
+        for number, (busy_us, uptime_s) in enumerate([(59, 54 * 60), (31, 31 * 60)])
+    ]
+    assert await one.read(day, day + 2 * HOUR_MS) == expected
+    assert await two.read(day + HOUR_MS, day + 2 * HOUR_MS) == expected[1:]
+
+
+async def test_what_went_before_the_first_report_of_an_old_worker_is_not_counted(
+    router: RouterHarness,
+) -> None:
+    day = NOON - 48 * HOUR_MS
+    clock = [day + 10 * MINUTE_MS]
+    hours = FleetHours(router.process.ledger, lambda: clock[0])
+    hours.saw(worker(), uptime_us=5 * HOUR_US, prefill_us=100, decode_us=200)
+    clock[0] += MINUTE_MS
+    hours.saw(worker(), uptime_us=5 * HOUR_US + 60 * MICRO, prefill_us=103, decode_us=204)
+    hours.saw(worker("silent"), uptime_us=0, prefill_us=0, decode_us=0)
+    await hours.write()
+    (hour,) = await hours.read(day, day + HOUR_MS)
+    assert (hour.prefill_us, hour.decode_us, hour.uptime_us) == (3, 4, 60 * MICRO)
