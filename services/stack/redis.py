@@ -18,7 +18,8 @@ _CACHE = "~tm:b:* ~tm:cache:* +@read +@write +@scripting +@connection -@dangerou
 _WORKER = "~tm:worker* +@read +@write +@transaction +@connection -@dangerous"
 _ROUTER = "%R~tm:worker* +@read +@connection -@dangerous"
 _LEDGER = (
-    "~tm:* +@read +@write +@scripting +@transaction +@connection -@dangerous +config|get +info"
+    "~tm:* +@read +@write +@scripting +@transaction +@connection -@dangerous"
+    " +config|get +info +time"
 )
 
 
