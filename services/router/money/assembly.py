@@ -10,7 +10,6 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry
 
 from services.router.config import MoneyConfig
-from services.router.fleet import Fleet
 from services.router.metrics import RouterMetrics
 from services.router.money.accounts import Accounts
 from services.router.money.bank import Bank, Books
@@ -19,7 +18,7 @@ from services.router.money.clock import LedgerWatch
 from services.router.money.leases import Leases
 from services.router.money.ledger import Ledger
 from services.router.money.metrics import MoneyMetrics
-from services.router.money.resolver import Resolver
+from services.router.money.resolver import Decoders, Resolver
 from services.router.money.signing import Signer
 from services.router.money.spool import Spool
 from services.router.money.treasury import Treasury
@@ -40,7 +39,7 @@ class Money:
         ledger: Ledger,
         book: PriceBook,
         signer: Signer,
-        fleet: Fleet,
+        decoders: Decoders,
         owned: OwnedTasks,
         requests: RouterMetrics,
         registry: CollectorRegistry,
@@ -59,12 +58,12 @@ class Money:
             ledger_answers=lambda: self._watch.answers,
             adopt_every_s=config.lease_s,
         )
-        self._leases = Leases(self.accounts, owner=router_id, lease_ms=lease_ms, now_ms=now_ms)
-        metrics.watch_holds("open", lambda: len(self._leases))
+        self.leases = Leases(self.accounts, owner=router_id, lease_ms=lease_ms, now_ms=now_ms)
+        metrics.watch_holds("open", lambda: len(self.leases))
         bank = Bank(
             accounts=self.accounts,
             cashier=self._cashier,
-            leases=self._leases,
+            leases=self.leases,
             tasks=owned,
             signed=signer.signed,
             metrics=metrics,
@@ -75,8 +74,8 @@ class Money:
         )
         self._books = Books(self.accounts, book)
         self.treasury = Treasury(bank, self._books, self._watch)
-        self._resolver = Resolver(bank, self._books, fleet, self._watch)
-        self._background: list[asyncio.Task[None]] = []
+        self._resolver = Resolver(bank, self._books, decoders, self._watch)
+        self.background: list[asyncio.Task[None]] = []
         self._failed: list[str] = []
 
     @property
@@ -94,16 +93,16 @@ class Money:
         for name, part in (
             ("the ledger's watch", self._watch.run()),
             ("the cashier", self._cashier.run()),
-            ("lease renewal", self._leases.run()),
+            ("lease renewal", self.leases.run()),
             ("the resolver", self._resolver.run()),
         ):
             task = asyncio.create_task(part, name=name)
             task.add_done_callback(self._ended)
-            self._background.append(task)
+            self.background.append(task)
 
     async def stop(self) -> None:
         """Leave what is unsettled in the spool, for this router's return or another's."""
-        await tasks.end(*self._background)
+        await tasks.end(*self.background)
         await self._cashier.close()
 
     def _ended(self, task: "asyncio.Task[None]") -> None:

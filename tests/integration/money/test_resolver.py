@@ -1,0 +1,178 @@
+import asyncio
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+
+from services.router.finish import Completed
+from services.router.money import record
+from services.router.money.hold import Hold
+from tests.money_desk import (
+    LEASE_S,
+    Desk,
+    KeptFinals,
+    desk,
+    kept_final,
+    progress,
+    settle,
+    system_ms,
+)
+from tests.redis_process import RedisProcess
+from tests.router_harness import DURABLE
+from tidemill.billing import ledger as rules
+from tidemill.errors import RequestInProgress
+
+pytestmark = pytest.mark.redis
+
+
+@pytest.fixture
+def server(redis_server: Callable[..., RedisProcess]) -> RedisProcess:
+    return redis_server(**DURABLE)
+
+
+async def vanished(server: RedisProcess, folder: Path, *, tokens: int | None) -> Hold:
+    """A hold whose router is no more, with a checkpoint at so many tokens, or None."""
+    async with desk(server, folder, resolving=False) as gone:
+        await gone.top_up(10**9)
+        hold = await gone.hold("r1")
+        if tokens is not None:
+            hold.checkpoint(progress(tokens))
+            await gone.tasks.join(1.0)
+    return hold
+
+
+async def settled(own: Desk) -> record.Record:
+    await own.until("r1", rules.State.SETTLED)
+    account = await own.account()
+    assert account.balance.held_nano == 0
+    posted = account.requests["r1"].posted
+    assert posted is not None
+    return record.settled(posted)
+
+
+async def test_the_final_that_a_worker_kept_is_billed_and_acknowledged(
+    server: RedisProcess, tmp_path: Path
+) -> None:
+    hold = await vanished(server, tmp_path, tokens=5)
+    worker = KeptFinals(kept_final(hold, 30))
+    async with desk(server, tmp_path, workers=[worker]) as own:
+        found = (await settled(own)).completed
+        assert found.usage.completion_tokens == found.usage.generated_tokens == 30
+        assert found.usage.cache_hit_tokens == 64
+        assert found.finish.name == "CANCELLED"
+        assert found.receipt.hold_nano >= found.receipt.charge.amount_nano
+        assert [each.attempt for each in worker.acknowledged] == [1]
+        assert own.metric("tidemill_router_resolutions_total", known_from="final") == 1
+
+
+async def test_a_final_is_enough_without_a_checkpoint(server: RedisProcess, tmp_path: Path) -> None:
+    hold = await vanished(server, tmp_path, tokens=None)
+    async with desk(server, tmp_path, workers=[KeptFinals(kept_final(hold, 30))]) as own:
+        assert (await settled(own)).completed.usage.completion_tokens == 30
+
+
+async def test_the_checkpoint_is_billed_when_no_final_turns_up_within_two_leases(
+    server: RedisProcess, tmp_path: Path
+) -> None:
+    await vanished(server, tmp_path, tokens=5)
+    async with desk(server, tmp_path, workers=[KeptFinals()]) as own:
+        await own.until("r1", rules.State.ORPHAN)
+        orphaned_ms = system_ms()
+        assert (await settled(own)).completed.usage.completion_tokens == 5
+        assert system_ms() - orphaned_ms > 1.8 * LEASE_S * 1000
+        assert own.metric("tidemill_router_resolutions_total", known_from="checkpoint") == 1
+
+
+async def test_with_neither_the_money_is_freed(server: RedisProcess, tmp_path: Path) -> None:
+    await vanished(server, tmp_path, tokens=None)
+    async with desk(server, tmp_path) as own:
+        await own.until("r1", rules.State.RELEASED)
+        assert (await own.account()).balance == rules.Balance(0, 10**9, 0)
+
+
+async def test_what_was_generated_beyond_the_funds_is_not_billed(
+    server: RedisProcess, tmp_path: Path
+) -> None:
+    hold = await vanished(server, tmp_path, tokens=5)
+    async with desk(server, tmp_path, workers=[KeptFinals(kept_final(hold, 90))]) as own:
+        usage = (await settled(own)).completed.usage
+        assert (usage.completion_tokens, usage.unbilled.overrun) == (64, 26)
+
+
+async def test_an_attempt_that_still_runs_is_waited_for(
+    server: RedisProcess, tmp_path: Path
+) -> None:
+    hold = await vanished(server, tmp_path, tokens=5)
+    worker = KeptFinals()
+    worker.running = True
+    async with desk(server, tmp_path, workers=[worker]) as own:
+        await own.until("r1", rules.State.ORPHAN)
+        worker.finals.append(kept_final(hold, 30))
+        await asyncio.sleep(0.3)
+        assert await own.state("r1") is rules.State.ORPHAN
+        worker.running = False
+        assert (await settled(own)).completed.usage.completion_tokens == 30
+
+
+async def test_several_resolvers_charge_once(server: RedisProcess, tmp_path: Path) -> None:
+    hold = await vanished(server, tmp_path, tokens=5)
+    async with AsyncExitStack() as stack:
+        desks = [
+            await stack.enter_async_context(
+                desk(server, tmp_path, workers=[KeptFinals(kept_final(hold, 30))])
+            )
+            for _ in range(3)
+        ]
+        await settled(desks[0])
+        await asyncio.sleep(2 * LEASE_S)
+        account = await desks[0].account()
+        assert account.position == 1
+        known = [
+            each.metric("tidemill_router_resolutions_total", known_from="final") for each in desks
+        ]
+        assert sum(known) == 1
+
+
+async def test_a_retry_meets_a_resolver_at_work_and_later_its_receipt(
+    server: RedisProcess, tmp_path: Path
+) -> None:
+    hold = await vanished(server, tmp_path, tokens=5)
+    worker = KeptFinals()
+    async with desk(server, tmp_path, workers=[worker]) as own:
+        await own.until("r1", rules.State.ORPHAN)
+        with pytest.raises(RequestInProgress):
+            await own.open("r1")
+        worker.finals.append(kept_final(hold, 30))
+        found = (await settled(own)).completed
+        again = await own.open("r1")
+        assert isinstance(again, Completed)
+        assert again.again
+        assert again.receipt == found.receipt
+
+
+async def test_an_owner_that_lives_after_all_settles_before_the_resolver(
+    server: RedisProcess, tmp_path: Path
+) -> None:
+    async with desk(server, tmp_path) as own:
+        await own.top_up(10**9)
+        hold = await own.hold("r1")
+        own.money.leases.discard(hold)
+        await own.until("r1", rules.State.ORPHAN)
+        completed = await settle(hold, 12)
+        assert completed.chained is not None
+        await asyncio.sleep(3 * LEASE_S)
+        assert (await own.account()).position == 1
+
+
+async def test_nothing_is_orphaned_within_a_lease_of_the_ledgers_restart(
+    server: RedisProcess, tmp_path: Path
+) -> None:
+    await vanished(server, tmp_path, tokens=5)
+    await asyncio.sleep(LEASE_S)
+    server.kill()
+    server.start()
+    async with desk(server, tmp_path, lease_s=1.5) as own:
+        started_ms = system_ms()
+        await own.until("r1", rules.State.ORPHAN)
+        assert system_ms() - started_ms >= 1400

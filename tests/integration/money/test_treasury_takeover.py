@@ -1,0 +1,173 @@
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from services.router.finish import Completed, Finish, Timing
+from services.router.money.hold import Hold
+from tests.money_desk import (
+    LEASE_S,
+    SITE,
+    Desk,
+    desk,
+    eventually,
+    progress,
+    settle,
+    usage,
+)
+from tests.redis_process import RedisProcess
+from tests.router_harness import DURABLE
+from tidemill.billing import ledger as rules
+from tidemill.errors import Aborted, Internal, RequestInProgress
+
+pytestmark = pytest.mark.redis
+
+Pair = tuple[Desk, Desk]
+
+
+@pytest.fixture
+async def pair(redis_server: Callable[..., RedisProcess], tmp_path: Path) -> AsyncIterator[Pair]:
+    """Two routers at one ledger that resolve nothing by themselves."""
+    server = redis_server(**DURABLE)
+    async with (
+        desk(server, tmp_path, resolving=False) as one,
+        desk(server, tmp_path, resolving=False) as two,
+    ):
+        await one.top_up(10**9)
+        yield one, two
+
+
+async def vanish(own: Desk, hold: Hold) -> None:
+    """The hold's router is heard of no more."""
+    own.money.leases.discard(hold)
+    await asyncio.sleep(LEASE_S + 0.1)
+
+
+async def test_a_living_owner_keeps_its_request(pair: Pair) -> None:
+    one, two = pair
+    await one.hold("r1")
+    await asyncio.sleep(2 * LEASE_S)
+    with pytest.raises(RequestInProgress):
+        await two.open("r1")
+
+
+async def test_a_retry_takes_a_vanished_routers_request_over(pair: Pair) -> None:
+    one, two = pair
+    first = await one.hold("r1", seed=7)
+    first.checkpoint(progress(20))
+    await one.tasks.join(1.0)
+    held = (await one.account()).balance.held_nano
+    await vanish(one, first)
+    second = await two.hold("r1", seed=8)
+    assert (second.fence, second.next_attempt) == (2, 2)
+    assert second.before is not None
+    assert (second.before.usage, second.before.site) == (usage(20), SITE)
+    assert second.admitted.sampling.seed == 7, "the draws of its first life"
+    assert second.admitted.admitted_at_ms == first.admitted.admitted_at_ms
+    assert (await one.account()).balance.held_nano == held, "nothing is held twice"
+    completed = await settle(second, 30)
+    assert completed.usage.completion_tokens == 30
+    assert completed.usage.unbilled.failover_redo == 20
+    assert completed.usage.generated_tokens == 50
+    assert (await one.account()).position == 1
+
+
+async def test_the_prompts_split_is_the_first_one_whoever_settles(pair: Pair) -> None:
+    one, two = pair
+    first = await one.hold("r1")
+    first.checkpoint(progress(20))
+    await one.tasks.join(1.0)
+    await vanish(one, first)
+    second = await two.hold("r1")
+    second.checkpoint(progress(1))
+    await two.tasks.join(1.0)
+    await vanish(two, second)
+    third = await one.hold("r1")
+    assert third.before is not None
+    assert third.before.usage.unbilled.failover_redo == 20
+    completed = await third.settle(
+        usage(5, host=0), finish=Finish.STOP, site=SITE, timing=Timing(), attempts=3, busy=()
+    )
+    assert (completed.usage.cache_hit_tokens, completed.usage.reused.host) == (64, 64)
+    assert completed.usage.unbilled.failover_redo == 21
+
+
+async def test_a_router_that_lost_its_request_stops_it_and_charges_nothing(pair: Pair) -> None:
+    one, two = pair
+    first = await one.hold("r1")
+    lost: list[bool] = []
+    first.on_lost = lambda: lost.append(True)
+    await vanish(one, first)
+    second = await two.hold("r1")
+    one.money.leases.add(first)
+    await eventually(lambda: bool(lost))
+    assert await first.fund(progress(3)) is None
+    with pytest.raises(Aborted) as refused:
+        await settle(first, 10)
+    assert (refused.value.reason, refused.value.metadata["fence"]) == ("STALE_FENCE", "2")
+    with pytest.raises(Aborted):
+        await first.release(usage(3), Internal("lost"))
+    assert one.metric("tidemill_router_settlements_total", outcome="stale") == 2
+    completed = await settle(second, 7)
+    assert (await two.account()).position == 1
+    late = await settle(first, 10)
+    assert late.receipt == completed.receipt, "the other one's"
+
+
+async def test_a_checkpoint_of_an_older_fence_is_not_written(pair: Pair) -> None:
+    one, two = pair
+    first = await one.hold("r1")
+    await vanish(one, first)
+    second = await two.hold("r1")
+    second.checkpoint(progress(2))
+    await two.tasks.join(1.0)
+    first.checkpoint(progress(50))
+    await one.tasks.join(1.0)
+    assert '"completion_tokens":2,' in (await one.account()).requests["r1"].checkpoint
+
+
+async def test_of_many_retries_one_takes_the_request(pair: Pair) -> None:
+    one, two = pair
+    await vanish(one, await one.hold("r1"))
+    answers = await asyncio.gather(
+        *(each.open("r1") for each in (one, two) * 10), return_exceptions=True
+    )
+    assert sum(isinstance(each, Hold) for each in answers) == 1
+    assert sum(isinstance(each, RequestInProgress) for each in answers) == 19
+
+
+async def test_routers_whose_clocks_disagree_charge_once_and_the_one_that_is_off_is_not_ready(
+    redis_server: Callable[..., RedisProcess], tmp_path: Path
+) -> None:
+    server = redis_server(**DURABLE)
+    async with (
+        desk(server, tmp_path) as right,
+        desk(server, tmp_path, skew_ms=-700) as behind,
+        desk(server, tmp_path, skew_ms=400) as ahead,
+    ):
+        await eventually(lambda: right.money.readiness is None)
+        await eventually(lambda: ahead.money.readiness is None)
+        await eventually(lambda: "clock" in (behind.money.readiness or ""))
+        await right.top_up(10**9)
+        hold = await ahead.hold("r1")
+        ahead.money.leases.discard(hold)
+        with pytest.raises(RequestInProgress):
+            await behind.open("r1")
+        await right.until("r1", rules.State.ORPHAN)
+        completed = await settle(hold, 4)
+        assert completed.receipt.decided_at_ms >= completed.receipt.admitted_at_ms
+        other = await behind.hold("r2")
+        assert (await settle(other, 4)).receipt.decided_at_ms >= other.admitted.admitted_at_ms
+        assert (await right.account()).position == 2
+
+
+async def test_a_settled_takeover_is_answered_alike_by_every_router(pair: Pair) -> None:
+    one, two = pair
+    await vanish(one, await one.hold("r1"))
+    completed = await settle(await two.hold("r1"), 7)
+    for each in pair:
+        again = await each.open("r1")
+        assert isinstance(again, Completed)
+        assert again.again
+        assert again.receipt == completed.receipt
