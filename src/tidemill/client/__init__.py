@@ -25,6 +25,7 @@ from tidemill.client.account import (
 )
 from tidemill.client.account_calls import UsageBy
 from tidemill.client.aio import AsyncAdmin, AsyncClient, AsyncStream
+from tidemill.client.margin import MarginBy, MarginReport, MarginRow
 from tidemill.client.request import Options
 from tidemill.client.retry import RetryPolicy
 from tidemill.client.sync import Admin, Client, Stream
@@ -69,6 +70,9 @@ __all__ = [
     "Key",
     "LimitState",
     "Limits",
+    "MarginBy",
+    "MarginReport",
+    "MarginRow",
     "MaxCost",
     "Message",
     "Model",

@@ -13,6 +13,7 @@ from tidemill.client import (
     cli_account,
     cli_admin,
     cli_answer,
+    cli_margin,
     cli_options,
     cli_prices,
     cli_receipts,
@@ -67,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_keys(commands, connection)
     cli_account.add(commands, connection)
     cli_receipts.add(commands, connection)
+    cli_margin.add(commands, connection)
     _add_certs(commands)
     cli_prices.add_parser(commands)
     return parser

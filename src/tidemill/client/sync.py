@@ -30,6 +30,7 @@ from tidemill.client.account_calls import UsageBy
 from tidemill.client.calls import Call, Stubs
 from tidemill.client.exchange import Exchange
 from tidemill.client.generation import Generation, Progress
+from tidemill.client.margin import MarginBy, MarginReport, get_margin
 from tidemill.client.request import Conversation, Options, Prepared, prepare_quote
 from tidemill.client.retry import RetryPolicy
 from tidemill.client.session import Session
@@ -360,3 +361,26 @@ class Admin:
         while token:
             page, token = self._client._run(account_calls.list_journal(tenant_id, token))
             yield from page
+
+    def margin(
+        self,
+        from_ms: int,
+        to_ms: int,
+        *,
+        by: Sequence[MarginBy | str] = (),
+        currency: str = "USD",
+        accelerator_hour_nano: int | None = None,
+    ) -> MarginReport:
+        """Cost, revenue and margin of the full hours (UTC) in [from_ms, to_ms), told apart `by`.
+
+        Of the accounts in `currency`. Without a price of an accelerator-hour it is the router's.
+        """
+        return self._client._run(
+            get_margin(
+                from_ms,
+                to_ms,
+                by=by,
+                currency=currency,
+                accelerator_hour_nano=accelerator_hour_nano,
+            )
+        )

@@ -1,6 +1,8 @@
 """GetMargin over real journals, and the fleet's hours in a real ledger."""
 
+import asyncio
 import itertools
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +19,8 @@ from tidemill.api.router.v1 import admin_service_pb2 as admin_pb2
 from tidemill.billing import BusyPart, Reuse, Unbilled, Usage, issue_receipt, load_price_book
 from tidemill.billing import ledger as rules
 from tidemill.billing.margin import HOUR_MS, WorkerHour
+from tidemill.client import AsyncClient, MarginBy
+from tidemill.client.cli import main
 from tidemill.errors import TidemillError
 from tidemill.rpc.status import from_rpc_error
 
@@ -316,3 +320,37 @@ async def test_what_went_before_the_first_report_of_an_old_worker_is_not_counted
     await hours.write()
     (hour,) = await hours.read(day, day + HOUR_MS)
     assert (hour.prefill_us, hour.decode_us, hour.uptime_us) == (3, 4, 60 * MICRO)
+
+
+async def test_the_sdk_and_the_command_show_it(
+    router: RouterHarness, capsys: pytest.CaptureFixture[str]
+) -> None:
+    later = NOON + 30 * 24 * HOUR_MS
+    one = await journal_of(router, "margin-cli")
+    await one.settled(usage_of(64, 36, 10), later, busy(900, 2700))
+    address = router.process.server.address
+    async with AsyncClient(address, ADMIN_KEY) as client:
+        report = await client.admin.margin(
+            later, later + HOUR_MS, by=["tier"], accelerator_hour_nano=PRICE
+        )
+        with pytest.raises(ValueError, match="colour"):
+            await client.admin.margin(0, 1, by=["colour"])
+    assert [row.tier for row in report.rows] == ["computed", "device", "output"]
+    assert report.total.cost_nano == 8 * PRICE
+    assert report.total.margin_nano == report.total.revenue_nano - 8 * PRICE
+
+    span = ["--from", "2025-03-29T12:00", "--to", "2025-03-29T14:00+01:00"]
+    connection = ["--address", address, "--api-key", ADMIN_KEY]
+    price = ["--accelerator-hour-price", "2"]
+    by = ["--by", "tenant,hour"]
+    command = ["margin", *span, *connection, *price, *by]
+    assert await asyncio.to_thread(main, command) == 0
+    shown = capsys.readouterr().out
+    assert "margin-cli  2025-03-29 12:00Z" in shown
+    assert "8.000000  16.000000000 USD" in shown
+    assert "margin is -100 % of cost, at 2.000000000 USD an accelerator-hour" in shown
+    assert await asyncio.to_thread(main, [*command, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["total"]["cost_nano"] == sum(row["cost_nano"] for row in shown["rows"])
+    assert shown["rows"][0]["hour_ms"] == later
+    assert [*MarginBy] == ["tenant", "model", "hour", "phase", "tier"]
