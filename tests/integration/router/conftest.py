@@ -1,11 +1,13 @@
 """A ledger Redis for the session; two scripted workers and a router for each test."""
 
+import itertools
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.bank import Bank
 from tests.redis_process import RedisProcess
 from tests.router_harness import (
     DURABLE,
@@ -17,7 +19,10 @@ from tests.router_harness import (
     write_byte_tokenizer,
 )
 from tests.scripted_worker import ScriptedWorker, answer
+from tests.settlements import Settlements, ledger_accounts
 from tidemill.rpc.tls import TlsFiles
+
+_tenants = itertools.count()
 
 
 @pytest.fixture(scope="session")
@@ -61,3 +66,17 @@ async def router(  # noqa: PLR0917 - fixtures
         config = router_config(model_dir, ledger, endpoints, tls_files("router"), **limits)
         async with running_router(config) as harness:
             yield harness
+
+
+@pytest.fixture
+async def bank(
+    router: RouterHarness,
+    model_dir: Path,
+    ledger: RedisProcess,
+    tls_files: Callable[[str], TlsFiles],
+) -> AsyncIterator[Bank]:
+    config = router_config(model_dir, ledger, ["both@127.0.0.1:1"], tls_files("router"))
+    tenant_id = f"bank-{next(_tenants)}"
+    key = await router.make_tenant(tenant_id)
+    async with ledger_accounts(config) as accounts:
+        yield Bank(router, Settlements(accounts, tenant_id), key)
