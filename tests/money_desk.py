@@ -28,6 +28,7 @@ from services.router.sampling import Sampling
 from services.router.tasks import OwnedTasks
 from tests.redis_process import RedisProcess
 from tests.router_harness import BOOK_PATH
+from tidemill.api.common.v1 import lifecycle_pb2
 from tidemill.api.decode.v1 import decode_service_pb2 as decode_pb2
 from tidemill.billing import Reuse, Usage, load_price_book
 from tidemill.billing import ledger as rules
@@ -55,6 +56,7 @@ class KeptFinals:
         self.running = False
         self.asked: list[str] = []
         self.acknowledged: list[Any] = []
+        self.description = SimpleNamespace(accelerators=2)
         self.decode = SimpleNamespace(ListFinals=self._list, AckFinal=self._acknowledge)
 
     async def _list(self, request: Any, **_: float) -> decode_pb2.ListFinalsResponse:
@@ -142,7 +144,7 @@ async def desk(
         ledger=ledger,
         book=BOOK,
         signer=SIGNER,
-        decoders=SimpleNamespace(decoders=lambda: cast(list[Worker], list(workers))),
+        workers=SimpleNamespace(decoders=lambda: cast(list[Worker], workers), get=lambda _: None),
         owned=tasks,
         requests=RouterMetrics(registry),
         registry=registry,
@@ -231,7 +233,12 @@ def kept_final(
     hold: Hold, generated: int, *, attempt: int = 1, fence: int | None = None
 ) -> decode_pb2.Final:
     """What a worker kept of an attempt at the hold's request."""
-    final = decode_pb2.Final(reason=4, generated_tokens=generated)
+    final = decode_pb2.Final(
+        reason=lifecycle_pb2.FINISH_REASON_CANCELLED,
+        generated_tokens=generated,
+        busy_seconds=0.25,
+        prefill_busy_seconds=0.5,
+    )
     final.id.request_id = f"{hold.tenant_id}:{hold.request_id}"
     final.id.attempt, final.id.fence = attempt, fence or hold.fence
     final.prompt.prompt_tokens, final.prompt.computed_tokens = 100, 36

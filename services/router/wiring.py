@@ -113,7 +113,7 @@ class RouterProcess:
             ledger=self.ledger,
             book=book,
             signer=self._signer,
-            decoders=self.fleet,
+            workers=self.fleet,
             owned=self.tasks,
             requests=metrics,
             registry=registry,

@@ -18,7 +18,8 @@ from services.router.money.clock import LedgerWatch
 from services.router.money.leases import Leases
 from services.router.money.ledger import Ledger
 from services.router.money.metrics import MoneyMetrics
-from services.router.money.resolver import Decoders, Resolver
+from services.router.money.resolver import Resolver
+from services.router.money.retained import Workers
 from services.router.money.signing import Signer
 from services.router.money.spool import Spool
 from services.router.money.treasury import Treasury
@@ -39,7 +40,7 @@ class Money:
         ledger: Ledger,
         book: PriceBook,
         signer: Signer,
-        decoders: Decoders,
+        workers: Workers,
         owned: OwnedTasks,
         requests: RouterMetrics,
         registry: CollectorRegistry,
@@ -74,7 +75,7 @@ class Money:
         )
         self._books = Books(self.accounts, book)
         self.treasury = Treasury(bank, self._books, self._watch)
-        self._resolver = Resolver(bank, self._books, decoders, self._watch)
+        self._resolver = Resolver(bank, self._books, workers, self._watch)
         self.background: list[asyncio.Task[None]] = []
         self._failed: list[str] = []
 

@@ -4,46 +4,25 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
-
-import grpc
 
 from services.router.crash_points import crash_point
-from services.router.finish import Completed, Finish, PrefillSite, Timing
-from services.router.fleet import Worker
-from services.router.money import record
+from services.router.finish import Completed, Timing
+from services.router.money import record, retained
 from services.router.money.bank import Bank, Books
 from services.router.money.clock import LedgerWatch
-from services.router.money.resolution import (
-    AttemptEnd,
-    Resolution,
-    Split,
-    decisive,
-    resolve,
-)
+from services.router.money.resolution import Resolution, decisive, resolve
+from services.router.money.retained import Retained, Workers
 from services.router.money.terms import Progress, Terms
 from services.router.money.treasury import size_of
-from tidemill.api.common.v1 import usage_pb2
-from tidemill.api.common.v1.lifecycle_pb2 import AttemptId
-from tidemill.api.decode.v1 import decode_service_pb2 as decode_pb2
-from tidemill.billing import PriceBook, Reuse, clamp_decided_at, issue_receipt
+from tidemill.billing import BusyPart, PriceBook, clamp_decided_at, issue_receipt
 from tidemill.billing import ledger as rules
 from tidemill.errors import ConfigError, LedgerUnavailable, UsageError
 
-_ASK_TIMEOUT_S = 2.0
 _ASK_EVERY = 0.1  # of a lease
 _PAGE = 200
 _WHY = "ROUTER_LOST"
 
 logger = logging.getLogger(__name__)
-
-
-class Decoders(Protocol):
-    """The fleet, as far as a resolver needs it."""
-
-    def decoders(self) -> list[Worker]:
-        """Every connected worker that decodes, whether or not it takes new work."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +32,7 @@ class _Case:
     orphan: rules.Orphaned
     terms: Terms
     found: Resolution
+    busy: Sequence[BusyPart]
 
 
 class Resolver:
@@ -66,12 +46,12 @@ class Resolver:
         self,
         bank: Bank,
         books: Books,
-        decoders: Decoders,
+        workers: Workers,
         watch: LedgerWatch,
     ) -> None:
         self._bank = bank
         self._books = books
-        self._decoders = decoders
+        self._workers = workers
         self._watch = watch
         self._resolving: set[tuple[str, str]] = set()
         bank.metrics.watch_holds("resolving", lambda: len(self._resolving))
@@ -121,22 +101,23 @@ class Resolver:
             terms = Terms.decode(orphan.terms)
             book = await self._books.get(terms.book_digest)
             progress = Progress.decode(orphan.checkpoint) if orphan.checkpoint else None
-            finals = await self._finals(terms, progress, orphan)
+            finals = await self._finals(terms.wire_id, progress, orphan)
             crash_point("resolve.before")
             size = size_of(terms, book, orphan.admitted_at_ms)
             found = resolve(
                 terms,
                 progress,
-                [_end_of(final) for final in finals],
+                [each.end for each in finals],
                 funded_tokens=size.funded_tokens(orphan.held_nano),
             )
-            case = _Case(tenant_id, request_id, orphan, terms, found)
+            busy = retained.busy(self._workers, finals)
+            case = _Case(tenant_id, request_id, orphan, terms, found, busy)
             if found.usage.prompt_tokens:
                 await self._settle(case, book)
             else:
                 await self._release(case)
             crash_point("resolve.after")
-            await self._acknowledge(finals)
+            await retained.acknowledge(finals)
         except LedgerUnavailable as error:
             logger.info("%s waits for its resolution: %s", request_id, error)
         except (ConfigError, UsageError) as error:
@@ -145,36 +126,17 @@ class Resolver:
             self._resolving.discard((tenant_id, request_id))
 
     async def _finals(
-        self, terms: Terms, progress: Progress | None, orphan: rules.Orphaned
-    ) -> list[decode_pb2.Final]:
+        self, wire_id: str, progress: Progress | None, orphan: rules.Orphaned
+    ) -> list[Retained]:
         """Those that workers keep; they are asked until that decides it, or for two leases."""
         give_up_ms = orphan.orphaned_at_ms + 2 * self._bank.lease_ms
         while True:
-            finals, running = await self._ask(terms.wire_id)
-            ends = [_end_of(final) for final in finals]
-            if not running and decisive(progress, ends):
+            finals, running = await retained.ask(self._workers, wire_id)
+            if not running and decisive(progress, [each.end for each in finals]):
                 return finals
             if self._bank.now_ms() >= give_up_ms:
                 return finals
             await asyncio.sleep(_ASK_EVERY * self._bank.lease_ms / 1000)
-
-    async def _ask(self, wire_id: str) -> tuple[list[decode_pb2.Final], bool]:
-        """Every worker's Finals of the request, and whether any still runs it."""
-        request = decode_pb2.ListFinalsRequest(request_id=wire_id)
-        workers = self._decoders.decoders()
-        asked = [each.decode.ListFinals(request, timeout=_ASK_TIMEOUT_S) for each in workers]
-        answers = await asyncio.gather(*asked, return_exceptions=True)
-        finals: list[decode_pb2.Final] = []
-        running = False
-        for worker, answer in zip(workers, answers, strict=True):
-            if isinstance(answer, decode_pb2.ListFinalsResponse):
-                finals += answer.finals
-                running = running or answer.running
-            elif isinstance(answer, grpc.aio.AioRpcError):
-                logger.info("%s says nothing of %s: %s", worker.id, wire_id, answer.details())
-            else:
-                raise answer
-        return finals, running
 
     async def _settle(self, case: _Case, book: PriceBook) -> None:
         now_ms, orphan, terms, found = self._bank.now_ms(), case.orphan, case.terms, case.found
@@ -210,7 +172,7 @@ class Resolver:
             decided_at_ms=receipt.decided_at_ms,
             amount_nano=receipt.charge.amount_nano,
             content_sha256=receipt.content_sha256,
-            record=record.encode(completed, busy=[]),
+            record=record.encode(completed, busy=case.busy),
             total_tokens=found.usage.prompt_tokens + found.usage.completion_tokens,
         )
         answer = await self._bank.accounts.settle(case.tenant_id, command)
@@ -226,7 +188,7 @@ class Resolver:
             fence=case.orphan.fence,
             now_ms=now_ms,
             unbilled=record.encode_release(
-                usage.unbilled, model=model, decided_at_ms=now_ms, busy=[]
+                usage.unbilled, model=model, decided_at_ms=now_ms, busy=case.busy
             ),
             reason=_WHY,
         )
@@ -237,47 +199,3 @@ class Resolver:
             self._bank.report_unbilled(
                 case.tenant_id, case.request_id, model=model, usage=usage, reason=_WHY
             )
-
-    async def _acknowledge(self, finals: Sequence[decode_pb2.Final]) -> None:
-        """Whoever keeps them may forget them; a worker that does not hear it forgets them late."""
-        workers = self._decoders.decoders()
-        calls = [
-            each.decode.AckFinal(
-                decode_pb2.AckFinalRequest(id=AttemptId.FromString(final.id.SerializeToString())),
-                timeout=_ASK_TIMEOUT_S,
-            )
-            for final in finals
-            for each in workers
-        ]
-        await asyncio.gather(*calls, return_exceptions=True)
-
-
-def _end_of(final: decode_pb2.Final) -> AttemptEnd:
-    return AttemptEnd(
-        fence=final.id.fence,
-        attempt=final.id.attempt,
-        finish=Finish(final.reason or Finish.SERVER_FAULT),
-        generated_tokens=final.generated_tokens,
-        relayed_tokens=final.relayed_tokens,
-        drafted_tokens=final.drafted_tokens,
-        accepted_tokens=final.accepted_tokens,
-        split=_split_of(final.prompt) if final.HasField("prompt") else None,
-    )
-
-
-def _split_of(usage: usage_pb2.PromptUsage) -> Split:
-    return Split(
-        prompt_tokens=usage.prompt_tokens,
-        computed_tokens=usage.computed_tokens,
-        reused=Reuse(
-            device=usage.reused_device_tokens,
-            host=usage.reused_host_tokens,
-            cache_ram=usage.reused_cache_ram_tokens,
-            cache_disk=usage.reused_cache_disk_tokens,
-            peer=usage.reused_peer_tokens,
-        ),
-        site=PrefillSite(
-            worker_id=usage.prefill_worker_id,
-            in_place=usage.prefill_site == usage_pb2.PREFILL_SITE_DECODE_WORKER,
-        ),
-    )

@@ -20,6 +20,7 @@ from tests.money_desk import (
 )
 from tests.redis_process import RedisProcess
 from tests.router_harness import DURABLE
+from tidemill.billing import BusyPart
 from tidemill.billing import ledger as rules
 from tidemill.errors import RequestInProgress
 
@@ -57,7 +58,12 @@ async def test_the_final_that_a_worker_kept_is_billed_and_acknowledged(
     hold = await vanished(server, tmp_path, tokens=5)
     worker = KeptFinals(kept_final(hold, 30))
     async with desk(server, tmp_path, workers=[worker]) as own:
-        found = (await settled(own)).completed
+        kept = await settled(own)
+        found = kept.completed
+        assert list(kept.busy) == [
+            BusyPart("d1", "prefill", 500_000, 2),
+            BusyPart("d1", "decode", 250_000, 2),
+        ]
         assert found.usage.completion_tokens == found.usage.generated_tokens == 30
         assert found.usage.cache_hit_tokens == 64
         assert found.finish.name == "CANCELLED"
