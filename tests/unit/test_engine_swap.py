@@ -153,6 +153,23 @@ def test_blocks_held_by_others_make_sequences_wait_and_never_fail() -> None:
     bench.run()
 
 
+def test_an_end_starves_nobody_though_its_blocks_come_free_only_once_it_is_heard() -> None:
+    bench = HashingBench(num_blocks=4, swap_blocks=8)
+    old, young = bench.submit("old", 60, 190), bench.submit("young", 60, 190)
+    while len(old.block_table) < 4:
+        bench.step()
+    assert bench.engine._tables.is_swapped(young)
+    num_steps = len(bench.runner.steps)
+    bench.engine.stop("old", "cancelled")
+    (end,) = bench.engine.step()
+    assert isinstance(end, FinishedOutput)
+    assert len(bench.runner.steps) == num_steps
+    assert not bench.engine.starved
+    bench.outputs.append(end)
+    bench.engine.pool.release(old.block_table)
+    bench.run()
+
+
 def test_a_sequence_that_cannot_go_on_stays_swapped_out_until_it_can() -> None:
     bench = HashingBench(num_blocks=4, swap_blocks=0)
     bench.submit("old", 60, 60, funded=1)

@@ -244,7 +244,8 @@ class Engine:
         with self._lock:
             outputs = self._apply_stops() + self._settle_arrived()
             step = self.current_step = self._scheduler.next_step()
-            self.starved = not step and self._scheduler.has_work
+            # Outputs of an empty step are ends: their blocks come free once they have been heard.
+            self.starved = not step and not outputs and self._scheduler.has_work
         if not step:
             return outputs
         costs = self._cost(step)
