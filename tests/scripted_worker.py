@@ -38,8 +38,9 @@ Script = Callable[["Talk"], Awaitable[None]]
 class Talk:
     """One attempt from the worker's side.
 
-    `stopped` gets the Stop of the whole attempt, `stops[choice]` that of one choice. Where the
-    task asks for log-probabilities they are those of `likelihood`.
+    `stopped` gets the Stop of the whole attempt, `stops[choice]` that of one choice. `funded` are
+    the tokens that are paid for, None: all. Where the task asks for log-probabilities they are
+    those of `likelihood`.
     """
 
     def __init__(self, worker: "ScriptedWorker", start: decode_pb2.Start, context: Context) -> None:
@@ -51,6 +52,7 @@ class Talk:
         self.stops: list[asyncio.Future[decode_pb2.Stop]] = [
             loop.create_future() for _ in range(self.sampling.n or 1)
         ]
+        self.funded = start.funded_tokens if start.HasField("funded_tokens") else None
         self.hung_up = asyncio.Event()
         self.counts = [0] * len(self.stops)
         self._context = context
@@ -223,7 +225,9 @@ class ScriptedWorker(DecodeServiceServicer, WorkerServiceServicer):
 
     async def _listen(self, requests: AsyncIterator[decode_pb2.DecodeRequest], talk: Talk) -> None:
         async for request in requests:
-            assert request.HasField("stop")
+            if request.HasField("fund"):
+                talk.funded = request.fund.total_tokens
+                continue
             self.stops.append(request.stop)
             whole = not request.stop.HasField("choice")
             told = talk.stopped if whole else talk.stops[request.stop.choice]
@@ -242,6 +246,12 @@ class ScriptedWorker(DecodeServiceServicer, WorkerServiceServicer):
         self, request: decode_pb2.GetFinalRequest, context: Context
     ) -> decode_pb2.GetFinalResponse:
         raise NotFound("scripted workers keep nothing")
+
+    @override
+    async def ListFinals(
+        self, request: decode_pb2.ListFinalsRequest, context: Context
+    ) -> decode_pb2.ListFinalsResponse:
+        return decode_pb2.ListFinalsResponse()
 
     @override
     async def DescribeWorker(

@@ -120,8 +120,6 @@ class LimitsConfig:
     coalesce_s: float = 0.05
     max_lost_attempts: int = 2
     lost_patience_s: float = 1.5
-    retained_requests: int = 10_000
-    retained_s: float = 3600.0
     tokenizer_threads: int = 2
 
 

@@ -1,4 +1,4 @@
-"""One admitted request, from its place in the queue to its bill.
+"""One request, from its place in the queue to its bill.
 
 It runs in a task that the client's call does not own: a client that vanishes ends the request, and
 never its settlement.
@@ -11,29 +11,35 @@ from collections.abc import Callable
 
 from services.router.admission import Admitted
 from services.router.config import LimitsConfig
+from services.router.crash_points import crash_point
 from services.router.dispatch import Dispatcher, Ticket
 from services.router.finish import Completed, Finish, Timing
+from services.router.money.hold import Hold
+from services.router.money.terms import Progress
+from services.router.money.treasury import Treasury
 from services.router.outbox import Outbox
 from services.router.relay import Relay
 from services.router.requests import RequestBook
 from services.router.serving import Serving
-from services.router.settle import Settler
+from services.router.tally import Prefilled
 from services.router.tasks import OwnedTasks
-from tidemill.billing import Usage
-from tidemill.errors import DeadlineExceeded, Internal, TidemillError, Unavailable
+from tidemill.errors import Aborted, DeadlineExceeded, Internal, TidemillError, Unavailable
 
 logger = logging.getLogger(__name__)
 
 
 class Generation:
-    """Queues, dispatches, relays and settles one request; `outbox` is what its client reads."""
+    """Queues, pays for, serves and settles one request; `outbox` is what its client reads.
+
+    `admitted` is the request as the ledger has it, once it has started.
+    """
 
     def __init__(
         self,
         admitted: Admitted,
         *,
         dispatcher: Dispatcher,
-        settler: Settler,
+        treasury: Treasury,
         book: RequestBook,
         tasks: OwnedTasks,
         limits: LimitsConfig,
@@ -44,19 +50,22 @@ class Generation:
             max_tokens=limits.coalesce_tokens, max_delay_s=limits.coalesce_s, clock=clock
         )
         self._dispatcher = dispatcher
-        self._settler = settler
+        self._treasury = treasury
         self._book = book
         self._tasks = tasks
         self._limits = limits
         self._clock = clock
-        self._relay = Relay(admitted, self.outbox, max_tokens=limits.coalesce_tokens)
-        self._tally = self._relay.tally
-        self._over = False
         self._admitted_at = clock()
+        self._started = self._over = False
+        self._ending: Finish | None = None
+        self._why: TidemillError | None = None
 
-    def start(self) -> None:
-        """Take a place in the queue and run; QueueFull if there is none."""
-        loop = asyncio.get_running_loop()
+    async def start(self) -> Completed | None:
+        """Take a place in the queue, have the money held and run.
+
+        Returns how the request was settled before, if it was. Raises QueueFull, and what
+        `Treasury.open` raises. But for a request that runs, nothing is left here.
+        """
         ticket = Ticket(
             key=self.admitted.key,
             tenant_id=self.admitted.tenant.id,
@@ -64,11 +73,39 @@ class Generation:
             max_tokens=self.admitted.sampling.max_tokens,
             block_hashes=self.admitted.block_hashes,
             moved=self.outbox.move,
-            placed=loop.create_future(),
+            placed=asyncio.get_running_loop().create_future(),
         )
         position = self._dispatcher.enqueue(ticket)
+        hold: Hold | Completed | None = None
+        try:
+            hold = await self._treasury.open(self.admitted)
+        finally:
+            if not isinstance(hold, Hold):
+                self._dispatcher.withdraw(ticket)
+                self._dispatcher.release(ticket.key)
+        if isinstance(hold, Completed):
+            return hold
+        self._begin(hold, ticket)
+        self.outbox.accept(position)
+        return None
+
+    def end(self, finish: Finish) -> None:
+        """Bring the request to its end; only the first reason counts."""
+        if self._started and not self._over:
+            self._serving.end(finish)
+        self._ending = self._ending or finish
+
+    def _begin(self, hold: Hold, ticket: Ticket) -> None:
+        """Run in a task of its own, now that the money is there."""
+        loop = asyncio.get_running_loop()
+        self.admitted = hold.admitted
+        self._hold = hold
+        self._relay = Relay(hold.admitted, self.outbox, max_tokens=self._limits.coalesce_tokens)
+        self._tally = self._relay.tally
+        if hold.before is not None and hold.before.usage.prompt_tokens:
+            self._tally.prefilled = _split_of(hold.before)
         self._serving = Serving(
-            self.admitted,
+            hold,
             ticket,
             self._relay,
             dispatcher=self._dispatcher,
@@ -76,86 +113,94 @@ class Generation:
             limits=self._limits,
             clock=self._clock,
         )
-        self.outbox.accept(position)
+        self._started = True
+        if self._ending is not None:
+            self._serving.end(self._ending)
+        hold.on_lost = self._lose
         self._timers = [
             loop.call_later(self.admitted.first_token_timeout_s, self._first_token_is_late),
             loop.call_later(self.admitted.total_timeout_s, self.end, Finish.DEADLINE),
         ]
         self._tasks.spawn(self._run(), name=f"generation {self.admitted.key}")
 
-    def end(self, finish: Finish) -> None:
-        """Bring the request to its end; only the first reason counts."""
-        if not self._over:
-            self._serving.end(finish)
-
     def _first_token_is_late(self) -> None:
         if not self._tally.received:
             self.end(Finish.DEADLINE)
+
+    def _lose(self) -> None:
+        """Another router has the request."""
+        self._why = Aborted("another router has taken this request over", reason="STALE_FENCE")
+        self.end(Finish.SERVER_FAULT)
 
     async def _run(self) -> None:
         failure: TidemillError | None = None
         try:
             await self._serving.run()
             if self._serving.ending is Finish.SERVER_FAULT:
-                failure = Unavailable("the router is stopping", reason="ROUTER_STOPPING")
+                failure = self._why or _stopping()
         except asyncio.CancelledError:
-            failure = Unavailable("the router is stopping", reason="ROUTER_STOPPING")
+            failure = _stopping()
             raise
         except TidemillError as error:
             failure = error
         except Exception as error:
-            failure = Internal("internal error", error_id=uuid.uuid4().hex)
-            logger.error("generation failed", exc_info=error, extra=failure.metadata)
+            failure = _surprise("generation failed", error)
         finally:
             self._over = True
             for timer in self._timers:
                 timer.cancel()
-            self._settle(failure)
+            await self._close(failure)
 
-    def _settle(self, failure: TidemillError | None) -> None:
-        """Once, whatever happened: write off or bill, remember, tell the client, acknowledge."""
-        if failure is not None:
-            self._tally.fail()
-        finish = self._finish() if failure is None else Finish.SERVER_FAULT
-        usage = self._tally.usage()
-        completed: Completed | None = None
+    async def _close(self, failure: TidemillError | None) -> None:
+        """Once, whatever happened: bill or write off, tell the client, acknowledge."""
+        end: Completed | TidemillError
         try:
             if failure is None:
-                completed = self._bill(usage, finish)
+                end = await self._settle()
             else:
-                self._settler.write_off(self.admitted, usage, failure)
-            if completed and completed.finish is Finish.DEADLINE and not usage.prompt_tokens:
-                failure = DeadlineExceeded("no token was generated before the deadline")
+                await self._write_off(failure)
+                end = failure
+            acknowledged = self._serving.finals
+        except TidemillError as error:
+            end, acknowledged = error, []
         except Exception as error:
-            failure = Internal("internal error", error_id=uuid.uuid4().hex)
-            logger.error("settlement failed", exc_info=error, extra=failure.metadata)
-        keep = completed if failure is None and usage.prompt_tokens else None
-        self._book.end(self.admitted.key, keep)
-        if failure is not None:
-            failure.request_id = self.admitted.ask.request_id
-        self.outbox.close(failure or completed or Internal("nothing was settled"))
-        for attempt in self._serving.finals:
+            end, acknowledged = _surprise("settlement failed", error), []
+        self._book.end(self.admitted.key)
+        if _is_late(end):
+            end = DeadlineExceeded("no token was generated before the deadline")
+        if isinstance(end, TidemillError):
+            end.request_id = self.admitted.ask.request_id
+        self.outbox.close(end)
+        crash_point("ack.before")
+        for attempt in acknowledged:
             self._tasks.spawn(attempt.acknowledge(), name="acknowledge")
 
-    def _bill(self, usage: Usage, finish: Finish) -> Completed:
-        serving, began = self._serving, self._admitted_at
-        now = self._clock()
-        placed_at = began if serving.placed_at is None else serving.placed_at
-        first_token_at = began if serving.first_token_at is None else serving.first_token_at
-        timing = Timing(
-            queued_us=round((placed_at - began) * 1e6),
-            first_token_us=round((first_token_at - began) * 1e6),
-            total_us=round((now - began) * 1e6),
-            prefill_us=self._tally.prefilled.prefill_us if self._tally.prefilled else 0,
-            decode_busy_seconds=self._tally.busy_seconds,
-        )
-        return self._settler.settle(
-            self.admitted,
-            usage,
+    async def _settle(self) -> Completed:
+        finish = self._finish()
+        return await self._hold.settle(
+            self._tally.usage(),
             finish=finish,
             site=self._tally.site,
-            timing=timing,
-            attempts=max(serving.num_attempts, 1),
+            timing=self._timing(),
+            attempts=max(self._serving.num_attempts, 1),
+            busy=self._tally.busy(self._serving.accelerators),
+        )
+
+    async def _write_off(self, failure: TidemillError) -> None:
+        self._tally.fail()
+        busy = self._tally.busy(self._serving.accelerators)
+        await self._hold.release(self._tally.usage(), failure, busy=busy)
+
+    def _timing(self) -> Timing:
+        serving, began = self._serving, self._admitted_at
+        placed_at = began if serving.placed_at is None else serving.placed_at
+        first_token_at = began if serving.first_token_at is None else serving.first_token_at
+        return Timing(
+            queued_us=round((placed_at - began) * 1e6),
+            first_token_us=round((first_token_at - began) * 1e6),
+            total_us=round((self._clock() - began) * 1e6),
+            prefill_us=self._tally.prefilled.prefill_us if self._tally.prefilled else 0,
+            decode_busy_seconds=self._tally.busy_seconds,
         )
 
     def _finish(self) -> Finish:
@@ -164,3 +209,33 @@ class Generation:
         for choice in self._relay.choices:
             self._relay.end(choice, finish)
         return self._relay.last_finish or finish
+
+
+def _is_late(end: Completed | TidemillError) -> bool:
+    """Whether the deadline came before anything that costs."""
+    return (
+        isinstance(end, Completed) and end.finish is Finish.DEADLINE and not end.usage.prompt_tokens
+    )
+
+
+def _split_of(before: Progress) -> Prefilled:
+    """The prompt's split as the router before this one read it."""
+    usage = before.usage
+    return Prefilled(
+        token_ids=(),
+        prompt_tokens=usage.prompt_tokens,
+        computed_tokens=usage.computed_tokens,
+        reused=usage.reused,
+        site=before.site,
+        prefill_us=0,
+    )
+
+
+def _stopping() -> TidemillError:
+    return Unavailable("the router is stopping", reason="ROUTER_STOPPING")
+
+
+def _surprise(what: str, error: Exception) -> TidemillError:
+    internal = Internal("internal error", error_id=uuid.uuid4().hex)
+    logger.error(what, exc_info=error, extra=internal.metadata)
+    return internal

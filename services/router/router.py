@@ -9,8 +9,8 @@ from services.router.finish import Completed, Finish
 from services.router.generation import Generation
 from services.router.keys import Caller, Tenant
 from services.router.metrics import RouterMetrics
+from services.router.money.treasury import Treasury
 from services.router.requests import RequestBook
-from services.router.settle import Settler
 from services.router.tasks import OwnedTasks
 from tidemill.errors import TidemillError, Unavailable
 
@@ -23,7 +23,7 @@ class Router:
         *,
         admission: Admission,
         dispatchers: Mapping[str, Dispatcher],
-        settler: Settler,
+        treasury: Treasury,
         book: RequestBook,
         tasks: OwnedTasks,
         limits: LimitsConfig,
@@ -32,7 +32,7 @@ class Router:
     ) -> None:
         self._admission = admission
         self._dispatchers = dispatchers
-        self._settler = settler
+        self._treasury = treasury
         self._book = book
         self._tasks = tasks
         self._limits = limits
@@ -77,23 +77,23 @@ class Router:
     ) -> Generation | Completed:
         self._admission.catalogue.get(ask.model)
         key = request_key(caller.tenant.id, ask.request_id)
-        ended = self._book.begin(key, ask.body_sha256)
-        if ended is not None:
-            return ended
+        self._book.begin(key, ask.body_sha256)
         try:
             admitted = await self._admission.admit(ask, caller, call_timeout_s=call_timeout_s)
             generation = Generation(
                 admitted,
                 dispatcher=self._dispatchers[ask.model],
-                settler=self._settler,
+                treasury=self._treasury,
                 book=self._book,
                 tasks=self._tasks,
                 limits=self._limits,
                 clock=self._clock,
             )
             self._book.attach(key, generation)
-            generation.start()
+            settled = await generation.start()
         except BaseException:
-            self._book.end(key, None)
+            self._book.end(key)
             raise
-        return generation
+        if settled is not None:
+            self._book.end(key)
+        return settled or generation

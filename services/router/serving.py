@@ -9,17 +9,19 @@ from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-from services.router.admission import Admitted
 from services.router.attempt import Attempt
 from services.router.config import LimitsConfig
+from services.router.crash_points import crash_point
 from services.router.dispatch import Dispatcher, Placed, Ticket
 from services.router.finish import Finish
 from services.router.fleet import Worker
+from services.router.money.hold import Hold
+from services.router.money.terms import Progress
 from services.router.relay import Choice, Relay
 from services.router.reports import Report
 from services.router.tally import ChoiceEnded, Ended, Generated, Prefilled, Run
 from services.router.tasks import OwnedTasks
-from services.router.worker_task import FIRST_FENCE, start_message
+from services.router.worker_task import start_message
 from tidemill.api.common.v1.logprobs_pb2 import TokenLogprobs
 from tidemill.errors import Overloaded, PrefillFull, TidemillError, WorkerLost
 
@@ -30,14 +32,19 @@ _STAFFED_POLL_S = 0.2
 
 @dataclass(eq=False, slots=True)
 class _Lane:
-    """Choices that one attempt after the other generates, and the attempt that does so now."""
+    """Choices that one attempt after the other generates, and the attempt that does so now.
+
+    They may come to `funded_tokens`, those that were relayed before included.
+    """
 
     choices: Sequence[Choice]
     ticket: Ticket
+    funded_tokens: int = 0
     num_lost: int = 0
     lost: WorkerLost | None = None
     num_refused: int = 0
     attempt: Attempt | None = None
+    number: int = 0
     run: Run | None = None
     patience: asyncio.Timeout | None = None
     successors: "Sequence[_Lane]" = ()
@@ -47,6 +54,11 @@ class _Lane:
         """Its choices that have not ended."""
         return [choice for choice in self.choices if choice.finish is None]
 
+    @property
+    def received(self) -> int:
+        """Tokens of its choices that have come."""
+        return sum(choice.counts.received for choice in self.choices)
+
     def await_final(self, within_s: float) -> None:
         """From now on the attempt's Final is due."""
         if self.patience is not None:
@@ -54,15 +66,17 @@ class _Lane:
 
 
 class Serving:
-    """Places, attempts and relays; `ticket` is the request's place in the queue.
+    """Places, attempts and relays within what `hold` pays for; `ticket` is the place in the queue.
 
-    `finals` are the attempts whose Final is to be acknowledged once it is settled. Instants are the
-    clock's: of the first placement and the first token, None before.
+    `num_attempts` counts those of routers before this one too. `finals` are the attempts whose
+    Final is to be acknowledged once it is settled. Instants are the clock's: of the placement that
+    led to the first token, and of that token; None before. `accelerators` are those of the workers
+    that took part, by id.
     """
 
     def __init__(
         self,
-        admitted: Admitted,
+        hold: Hold,
         ticket: Ticket,
         relay: Relay,
         *,
@@ -72,11 +86,13 @@ class Serving:
         clock: Callable[[], float],
     ) -> None:
         self.ending: Finish | None = None
-        self.num_attempts = 0
+        self.num_attempts = hold.next_attempt - 1
         self.finals: list[Attempt] = []
         self.placed_at: float | None = None
         self.first_token_at: float | None = None
-        self._admitted = admitted
+        self.accelerators: dict[str, int] = {}
+        self._hold = hold
+        self._admitted = hold.admitted
         self._relay = relay
         self._tally = relay.tally
         self._dispatcher = dispatcher
@@ -84,6 +100,7 @@ class Serving:
         self._limits = limits
         self._clock = clock
         self._failure: TidemillError | None = None
+        self._funding = False
         self._lanes = [_Lane(relay.choices, ticket)]
 
     def end(self, finish: Finish) -> None:
@@ -103,6 +120,20 @@ class Serving:
         if self._failure is not None:
             raise self._failure
 
+    def progress(self) -> Progress:
+        """How far the request is, for whoever has to finish it."""
+        running = {
+            lane.number: lane.run.generated
+            for lane in self._lanes
+            if lane.attempt is not None and lane.run is not None and lane.run.ended is None
+        }
+        return Progress(
+            usage=self._tally.usage(),
+            site=self._tally.site,
+            attempts=self.num_attempts,
+            running=running,
+        )
+
     async def _carry(self, lane: _Lane) -> None:
         """Attempt until the lane's choices have ended, here or each in a lane of its own."""
         try:
@@ -116,6 +147,7 @@ class Serving:
         finally:
             self._dispatcher.release(lane.ticket.key)
             self._lanes.remove(lane)
+        self._share_funds()
         async with asyncio.TaskGroup() as group:
             for successor in lane.successors:
                 group.create_task(self._carry(successor))
@@ -152,19 +184,12 @@ class Serving:
 
     async def _serve(self, lane: _Lane, placed: Placed) -> None:
         """One attempt, to its Final."""
-        if self.first_token_at is None:
-            self.placed_at = self._clock()
-        self.num_attempts += 1
-        start = start_message(
-            self._admitted,
-            placed,
-            lane.choices,
-            attempt=self.num_attempts,
-            fence=FIRST_FENCE,
-            funded_tokens=None,
-        )
-        attempt = Attempt(placed.decode, start, final_wait_s=self._limits.final_wait_s)
-        lane.run = None
+        if not await self._is_funded(lane):
+            for choice in lane.going_on:
+                self._relay.end(choice, Finish.BUDGET)
+        if self.ending is not None or not lane.going_on:
+            return
+        attempt = self._begin(lane, placed)
         try:
             async with asyncio.timeout(None) as lane.patience:
                 lane.attempt = attempt
@@ -179,9 +204,28 @@ class Serving:
         self._end_choices(lane)
         self._note_filled(lane, placed.decode)
 
+    def _begin(self, lane: _Lane, placed: Placed) -> Attempt:
+        if self.first_token_at is None:
+            self.placed_at = self._clock()
+        for worker in (placed.decode, placed.prefill or placed.decode):
+            self.accelerators[worker.id] = worker.description.accelerators
+        self.num_attempts += 1
+        lane.number, lane.run = self.num_attempts, None
+        most = len(lane.choices) * self._admitted.sampling.max_tokens
+        start = start_message(
+            self._admitted,
+            placed,
+            lane.choices,
+            attempt=lane.number,
+            fence=self._hold.fence,
+            funded_tokens=None if lane.funded_tokens >= most else lane.funded_tokens,
+        )
+        return Attempt(placed.decode, start, final_wait_s=self._limits.final_wait_s)
+
     def _take(self, lane: _Lane, attempt: Attempt, report: Report) -> None:
         if lane.run is None:
-            lane.run = self._tally.begin([choice.counts for choice in lane.choices])
+            counts = [choice.counts for choice in lane.choices]
+            lane.run = self._tally.begin(counts, worker_id=attempt.worker.id)
         match report:
             case Prefilled():
                 if self.first_token_at is None:
@@ -192,6 +236,8 @@ class Serving:
                 for position, token_id in enumerate(report.token_ids):
                     logprobs = report.logprobs[position : position + 1]
                     self._pass_on(lane, position, (token_id,), logprobs)
+                self._hold.checkpoint(self.progress())
+                crash_point("prefill_done")
             case Generated():
                 self._pass_on(lane, report.choice, report.token_ids, report.logprobs)
             case ChoiceEnded():
@@ -201,6 +247,9 @@ class Serving:
             case Ended():
                 self._tally.end(lane.run, report)
                 self.finals.append(attempt)
+        if not self._funding and self._hold.fund_due(self._tally.received):
+            self._funding = True
+            self._tasks.spawn(self._fund(), name="fund")
 
     def _pass_on(
         self,
@@ -250,6 +299,44 @@ class Serving:
             self._put_back(successor, without=blamed, for_s=_LOST_S)
         self._lanes += lane.successors
 
+    async def _is_funded(self, lane: _Lane) -> bool:
+        """Whether a further token of the lane is paid for."""
+        self._share_funds()
+        if lane.funded_tokens <= lane.received:
+            await self._fund()
+        return lane.funded_tokens > lane.received
+
+    async def _fund(self) -> None:
+        """Have more tokens paid for, if that can be had."""
+        self._funding = True
+        try:
+            if await self._hold.fund(self.progress()) is not None:
+                self._share_funds()
+        finally:
+            self._funding = False
+
+    def _share_funds(self) -> None:
+        """Give what no lane has yet to those that go on, alike for each of their choices.
+
+        What a lane was given stays its own until it ends, so all together never come to more than
+        is paid for.
+        """
+        most = self._admitted.sampling.max_tokens
+        elsewhere = self._tally.received - sum(lane.received for lane in self._lanes)
+        given = sum(lane.funded_tokens for lane in self._lanes)
+        spare = self._hold.funded_tokens - elsewhere - given
+        lanes = [lane for lane in self._lanes if lane.going_on and not lane.successors]
+        open_choices = sum(len(lane.going_on) for lane in lanes)
+        for lane in sorted(lanes, key=lambda lane: -lane.funded_tokens):
+            room = len(lane.choices) * most - lane.funded_tokens
+            share = min(room, max(spare, 0) * len(lane.going_on) // open_choices)
+            spare -= share
+            open_choices -= len(lane.going_on)
+            if share > 0:
+                lane.funded_tokens += share
+                if lane.attempt is not None:
+                    self._tasks.spawn(lane.attempt.fund(lane.funded_tokens), name="fund")
+
     def _completed(self, choice: Choice) -> Finish | None:
         """Why the choice's tokens are all there is, though no Final said so; None if not."""
         sampling = self._admitted.sampling
@@ -270,7 +357,8 @@ class Serving:
             block_hashes=admitted.chain(choice.token_ids),
             excluded=dict(lane.ticket.excluded),
         )
-        return _Lane([choice], ticket, num_lost=lane.num_lost, lost=lane.lost)
+        received = choice.counts.received
+        return _Lane([choice], ticket, received, num_lost=lane.num_lost, lost=lane.lost)
 
     def _put_back(self, lane: _Lane, *, without: Worker, for_s: float) -> None:
         if self.ending is None:

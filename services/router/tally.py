@@ -1,11 +1,11 @@
 """Counting one request's tokens over all its attempts, as its workers report them (U1-U3, M4)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from services.router.finish import Finish, PrefillSite
 from tidemill.api.common.v1.logprobs_pb2 import TokenLogprobs
-from tidemill.billing import Reuse, Unbilled, Usage
+from tidemill.billing import BusyPart, Reuse, Unbilled, Usage
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +49,8 @@ class ChoiceEnded:
 class Ended:
     """An attempt's last word; `generated_tokens` are all choices', the first tokens included.
 
-    Seconds are of the decoding and of the prefilling worker's compute.
+    Seconds are of the decoding and of the prefilling worker's compute, `prefill_worker_id` names
+    the latter.
     """
 
     finish: Finish
@@ -58,6 +59,7 @@ class Ended:
     accepted_tokens: int
     busy_seconds: float
     prefill_busy_seconds: float = 0.0
+    prefill_worker_id: str = ""
 
 
 @dataclass(slots=True)
@@ -84,10 +86,12 @@ class Counts:
 class Run:
     """What one attempt generates of `choices`; each choice is one run's at a time."""
 
-    def __init__(self, choices: Sequence[Counts]) -> None:
+    def __init__(self, choices: Sequence[Counts], worker_id: str) -> None:
         self.choices = choices
+        self.worker_id = worker_id
         self.relayed = [choice.received for choice in choices]
         self.ended: Ended | None = None
+        self.prefill_worker_id = ""
         self.prefill_busy_seconds = 0.0
         self._generated: int | None = None
 
@@ -121,15 +125,12 @@ class Run:
 class Tally:
     """What has been reported so far, over all attempts.
 
-    `prefilled` is the split that counts: the first that was read (U2). `former_tokens` had been
-    generated when another router left the request to this one, for a stream that began anew.
-    `funded_tokens` are paid for, all choices together; None: all that may come.
+    `prefilled` is the split that counts: the first that was read (U2), by this router or by the
+    one that it took the request over from.
     """
 
     choices: Sequence[Counts]
     prefilled: Prefilled | None = None
-    former_tokens: int = 0
-    funded_tokens: int | None = None
     _runs: list[Run] = field(default_factory=list, init=False)
     _redone: int = field(default=0, init=False)
     _lost: int = field(default=0, init=False)
@@ -145,24 +146,33 @@ class Tally:
         """Tokens of all choices that the router has read."""
         return sum(choice.received for choice in self.choices)
 
+    def busy(self, accelerators: Mapping[str, int]) -> list[BusyPart]:
+        """Compute of every attempt, prompt and output apart; a worker not named has one."""
+        parts = []
+        for run in self._runs:
+            if run.prefill_worker_id:
+                parts.append((run.prefill_worker_id, "prefill", run.prefill_busy_seconds))
+            if run.ended is not None:
+                parts.append((run.worker_id, "decode", run.ended.busy_seconds))
+        return [
+            BusyPart(worker_id, phase, _microseconds(seconds), accelerators.get(worker_id, 1))
+            for worker_id, phase, seconds in parts
+        ]
+
     @property
     def busy_seconds(self) -> float:
         """Decode compute of all attempts."""
         return sum(run.ended.busy_seconds for run in self._runs if run.ended)
 
-    @property
-    def prefill_busy_seconds(self) -> float:
-        """Prefill compute of all attempts."""
-        return sum(run.prefill_busy_seconds for run in self._runs)
-
-    def begin(self, choices: Sequence[Counts]) -> Run:
-        """An attempt takes these choices up where they are."""
-        run = Run(choices)
+    def begin(self, choices: Sequence[Counts], *, worker_id: str) -> Run:
+        """An attempt at that decode worker takes these choices up where they are."""
+        run = Run(choices, worker_id)
         self._runs.append(run)
         return run
 
     def prefill(self, run: Run, prefilled: Prefilled) -> None:
         """Take in an attempt's PrefillDone."""
+        run.prefill_worker_id = prefilled.site.worker_id
         run.prefill_busy_seconds = prefilled.busy_seconds
         if self.prefilled is None:
             self.prefilled = prefilled
@@ -170,7 +180,9 @@ class Tally:
     def end(self, run: Run, ended: Ended) -> None:
         """Take in an attempt's Final; what it counts beyond the tokens received is a choice's."""
         run.ended = ended
-        run.prefill_busy_seconds = max(run.prefill_busy_seconds, ended.prefill_busy_seconds)
+        if ended.prefill_worker_id:
+            run.prefill_worker_id = ended.prefill_worker_id
+            run.prefill_busy_seconds = ended.prefill_busy_seconds
         if len(run.choices) == 1:
             run.report(0, ended.generated_tokens)
 
@@ -214,21 +226,23 @@ class Tally:
         """Billed completion tokens, and the reasoning among them."""
         billed = sum(choice.billed for choice in self.choices)
         reasoning = sum(min(choice.reasoning, choice.billed) for choice in self.choices)
-        if self.funded_tokens is not None:
-            billed = min(billed, self.funded_tokens)
-        return billed, min(reasoning, billed)
+        return billed, reasoning
 
     def _unbilled(self, billed: int) -> Unbilled:
         if self._failed:
             counted = sum(run.generated for run in self._runs if run.ended)
             return Unbilled(
-                failover_redo=self.former_tokens,
                 lost=sum(run.generated for run in self._runs) - counted,
                 server_fault=counted,
             )
         generated = sum(run.generated for run in self._runs)
         return Unbilled(
             overrun=generated - billed - self._redone - self._lost,
-            failover_redo=self.former_tokens + self._redone,
+            failover_redo=self._redone,
             lost=self._lost,
         )
+
+
+def _microseconds(seconds: float) -> int:
+    """Whole ones, rounded down from whole nanoseconds, as workers round theirs."""
+    return round(seconds * 1e9) // 1000

@@ -32,7 +32,6 @@ from services.router.registry import Registry
 from services.router.requests import RequestBook
 from services.router.router import Router
 from services.router.service import RouterService
-from services.router.settle import Settler
 from services.router.statements import Statements
 from services.router.tasks import OwnedTasks
 from tidemill.api.billing.v1 import billing_service_pb2, billing_service_pb2_grpc
@@ -97,7 +96,7 @@ class RouterProcess:
             model.name: _dispatcher(config, model.name, self.fleet) for model in catalogue
         }
         limits = config.limits
-        self.requests = RequestBook(limits.retained_requests, limits.retained_s, time.monotonic)
+        self.requests = RequestBook()
         admission = Admission(
             catalogue=catalogue,
             fleet=self.fleet,
@@ -131,7 +130,7 @@ class RouterProcess:
         return Router(
             admission=admission,
             dispatchers=self.dispatchers,
-            settler=Settler(book=admission.book, metrics=metrics, now_ms=self._now_ms),
+            treasury=self.money.treasury,
             book=self.requests,
             tasks=self.tasks,
             limits=self._config.limits,

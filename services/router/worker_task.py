@@ -13,7 +13,6 @@ from tidemill.api.decode.v1 import decode_service_pb2 as decode_pb2
 from tidemill.policy.seeds import choice_seed
 
 MAX_WIRE_ID = 64
-FIRST_FENCE = 1
 
 
 def wire_id(tenant_id: str, request_id: str) -> str:

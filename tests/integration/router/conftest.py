@@ -1,4 +1,4 @@
-"""A ledger Redis for the session; two scripted workers and a router for each test."""
+"""An empty ledger Redis, two scripted workers and a router for each test."""
 
 import itertools
 from collections.abc import AsyncIterator, Callable
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 
 from tests.bank import Bank
 from tests.redis_process import RedisProcess
@@ -33,8 +34,16 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def ledger(redis_server: Callable[..., RedisProcess]) -> RedisProcess:
+def ledger_redis(redis_server: Callable[..., RedisProcess]) -> RedisProcess:
     return redis_server(**DURABLE)
+
+
+@pytest.fixture
+def ledger(ledger_redis: RedisProcess) -> RedisProcess:
+    """Empty: a request id that was settled in one test is new in the next."""
+    with redis.Redis.from_url(ledger_redis.url) as client:
+        client.flushall()
+    return ledger_redis
 
 
 @pytest.fixture

@@ -176,34 +176,28 @@ async def test_metadata_beyond_its_limit_is_refused(router: RouterHarness) -> No
     await lives_on(router)
 
 
-async def test_max_cost_is_held_against_the_worst_case(router: RouterHarness) -> None:
-    def affordable(nano: int, request_id: str) -> router_pb2.GenerateRequest:
+async def test_max_cost_must_pay_for_the_prompt_and_a_token_of_every_choice(
+    router: RouterHarness,
+) -> None:
+    def limited(nano: int, request_id: str, n: int = 1) -> router_pb2.GenerateRequest:
         cost = router_pb2.MaxCost(currency="USD", nano=nano)
-        return ask(request_id, max_cost=cost, sampling=sampling_pb2.Sampling(max_tokens=10))
+        return ask(request_id, max_cost=cost, sampling=sampling_pb2.Sampling(max_tokens=10, n=n))
 
-    heard = await router.generate(affordable(1, "r1"))
-    assert heard.error is not None
-    assert (heard.error.code, heard.error.reason) == (
-        grpc.StatusCode.FAILED_PRECONDITION,
-        "MAX_COST_EXCEEDED",
-    )
-    worst = int(heard.error.metadata["worst_case_nano"])
-    assert (await router.generate(affordable(worst - 1, "r2"))).error is not None
-    paid = await router.generate(affordable(worst, "r3"))
-    assert paid.completed.receipt.amount_nano <= worst
-
-
-async def test_the_worst_case_counts_every_choice(router: RouterHarness) -> None:
-    async def worst(n: int) -> int:
-        cost = router_pb2.MaxCost(currency="USD", nano=1)
-        sampling = sampling_pb2.Sampling(max_tokens=10, n=n)
-        heard = await router.generate(ask(f"n{n}", max_cost=cost, sampling=sampling))
+    least = []
+    for n in (1, 2, 4):
+        heard = await router.generate(limited(1, f"refused-{n}", n))
         assert heard.error is not None
-        return int(heard.error.metadata["worst_case_nano"])
-
-    one, two, four = [await worst(n) for n in (1, 2, 4)]
+        assert (heard.error.code, heard.error.reason) == (
+            grpc.StatusCode.FAILED_PRECONDITION,
+            "MAX_COST_EXCEEDED",
+        )
+        least.append(int(heard.error.metadata["least_nano"]))
+    one, two, four = least
     assert abs((four - two) - 2 * (two - one)) <= 2  # rounded up to whole nano-units
     assert two > one
+    assert (await router.generate(limited(one - 1, "r2"))).error is not None
+    paid = await router.generate(limited(one, "r3"))
+    assert paid.completed.receipt.amount_nano <= one
 
 
 async def test_cancel_generation_is_validated_too(router: RouterHarness) -> None:

@@ -303,6 +303,9 @@ async def test_a_repeated_request_gets_the_same_receipt_and_no_text(
     first = await router.generate(ask())
     again = await router.generate(ask())
     assert again.kinds == ["completed"]
+    assert again.completed.HasField("text_replayed")
+    assert not again.completed.text_replayed
+    again.completed.ClearField("text_replayed")
     assert again.completed == first.completed
     other = await router.generate(ask(stop=["x"]))
     assert isinstance(other.error, AlreadyExists)

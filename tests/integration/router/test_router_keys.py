@@ -152,7 +152,7 @@ async def test_the_ledger_holds_no_secret(router: RouterHarness, ledger: RedisPr
     assert secret not in dump
 
 
-async def test_keys_in_use_outlive_a_short_absence_of_the_ledger(
+async def test_without_the_ledger_nothing_begins_and_keys_last_two_seconds(
     model_dir: Path,
     redis_server: Callable[..., RedisProcess],
     tls_files: Callable[[str], TlsFiles],
@@ -165,16 +165,24 @@ async def test_keys_in_use_outlive_a_short_absence_of_the_ledger(
             other = await router.make_tenant("other")
             assert (await router.generate(ask("r1"))).error is None
             ledger.kill()
-            assert (await router.generate(ask("r2"))).error is None
-            heard = await router.generate(ask("r3"), key=other)
-            assert heard.error is not None
-            assert (heard.error.code, heard.error.reason) == (
-                grpc.StatusCode.UNAVAILABLE,
-                "LEDGER_UNAVAILABLE",
+            for key in (None, other):
+                heard = await router.generate(ask("r2"), key=key)
+                assert heard.error is not None
+                assert (heard.error.code, heard.error.reason) == (
+                    grpc.StatusCode.UNAVAILABLE,
+                    "LEDGER_UNAVAILABLE",
+                )
+                assert heard.error.retry_after_s is not None
+            listing = router.stub.ListModels(
+                router_pb2.ListModelsRequest(), metadata=bearer(router.key)
             )
-            assert heard.error.retry_after_s is not None
+            assert (await listing).models, "a key in use outlives a short absence"
             await asyncio.sleep(2.1)
-            assert (await router.generate(ask("r4"))).error is not None
+            listing = router.stub.ListModels(
+                router_pb2.ListModelsRequest(), metadata=bearer(router.key)
+            )
+            with pytest.raises(grpc.aio.AioRpcError):
+                await listing
             ledger.start()
             await router.until(lambda: router.process.ready)
             assert (await router.generate(ask("r5"))).error is None

@@ -59,7 +59,7 @@ async def test_one_worker_doing_both_gives_the_same_answer(
         worker_at(Role.BOTH, tiny_dir, tls_files) as both,
         router_over(tiny_dir, ledger, tls_files, f"both@{both.address}") as router,
     ):
-        whole = await router.generate(ask("r1"))
+        whole = await router.generate(ask("r2"))
         await settled(both)
     assert whole.token_ids == split.token_ids
     site = check_usage(whole, 200).prompt.prefill_site

@@ -215,7 +215,7 @@ async def test_a_schema_that_the_worker_cannot_compile_is_the_clients_mistake_an
     assert len(decode.starts) == 1, "it was sent to a worker again"
     await router.check_idle()
     assert router.metric("tidemill_router_revenue_nano_total", model=MODEL, currency="USD") == 0
-    good = await router.generate(ask(response_format=schema("{}")))
+    good = await router.generate(bad)
     assert good.completed.usage.completion_tokens == 2, "the id was not free again"
 
 

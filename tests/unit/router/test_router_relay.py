@@ -68,7 +68,7 @@ def test_all_tokens_are_told_counted_and_billed_once(
 ) -> None:
     outbox = Outbox(max_tokens=4, max_delay_s=0.0, clock=lambda: 0.0)
     relay = Relay(admitted(tokenizer, 3, stop, min_tokens), outbox, max_tokens=4)
-    run = relay.tally.begin([choice.counts for choice in relay.choices])
+    run = relay.tally.begin([choice.counts for choice in relay.choices], worker_id="d")
     relay.tally.prefill(run, PREFILLED)
     sent: list[list[int]] = [[], [], []]
     for index, report in reports:

@@ -37,13 +37,14 @@ def ended(
         accepted_tokens=4,
         busy_seconds=busy_seconds,
         prefill_busy_seconds=prefill_busy_seconds,
+        prefill_worker_id="p" if prefill_busy_seconds else "",
     )
 
 
 def running(*received: int, most: int = 100) -> tuple[Tally, Run]:
     """An attempt whose choices have come so far."""
     tally = Tally([Counts(most) for _ in received])
-    run = tally.begin(tally.choices)
+    run = tally.begin(tally.choices, worker_id="d")
     tally.prefill(run, prefilled())
     for choice, count in zip(tally.choices, received, strict=True):
         choice.received = count
@@ -85,18 +86,9 @@ def test_never_more_is_billed_than_max_tokens() -> None:
     assert (found.completion_tokens, found.unbilled.overrun) == (5, 4)
 
 
-def test_never_more_is_billed_than_was_paid_for() -> None:
-    tally, _ = running(9, 4)
-    tally.funded_tokens = 10
-    tally.choices[0].reasoning = 9
-    tally.choices[1].reasoning = 4
-    found = tally.usage()
-    assert (found.completion_tokens, found.reasoning_tokens, found.unbilled.overrun) == (10, 10, 3)
-
-
 def test_without_a_first_token_nothing_is_billed() -> None:
     tally = Tally([Counts(100)])
-    tally.end(tally.begin(tally.choices), ended(1, Finish.CANCELLED))
+    tally.end(tally.begin(tally.choices, worker_id="d"), ended(1, Finish.CANCELLED))
     found = tally.usage()
     assert (found.prompt_tokens, found.completion_tokens) == (0, 0)
     assert (found.generated_tokens, found.unbilled.overrun) == (1, 1)
@@ -105,7 +97,7 @@ def test_without_a_first_token_nothing_is_billed() -> None:
 def test_what_a_lost_attempt_relayed_is_billed_once_with_what_the_next_adds() -> None:
     tally, run = running(9)
     tally.lose(run)
-    again = tally.begin(tally.choices)
+    again = tally.begin(tally.choices, worker_id="d")
     tally.prefill(again, prefilled("q"))
     tally.choices[0].received += 3
     tally.end(again, ended(3))
@@ -116,7 +108,7 @@ def test_what_a_lost_attempt_relayed_is_billed_once_with_what_the_next_adds() ->
 def test_the_first_split_that_was_read_counts() -> None:
     tally, run = running(1)
     tally.lose(run)
-    tally.prefill(tally.begin(tally.choices), prefilled("q"))
+    tally.prefill(tally.begin(tally.choices, worker_id="d"), prefilled("q"))
     assert tally.site.worker_id == "p"
     assert tally.usage().prompt_tokens == 130
 
@@ -138,20 +130,11 @@ def test_tokens_that_a_lost_attempt_spoke_of_without_final_are_lost() -> None:
     assert (found.completion_tokens, found.unbilled.lost, found.generated_tokens) == (13, 3, 16)
 
 
-def test_a_former_routers_tokens_are_redone() -> None:
-    tally, run = running(9)
-    tally.former_tokens = 40
-    tally.end(run, ended(9))
-    found = tally.usage()
-    assert (found.completion_tokens, found.unbilled.failover_redo) == (9, 40)
-    assert found.generated_tokens == 49
-
-
 def test_a_request_that_failed_by_our_fault_costs_nothing() -> None:
     tally, run = running(9)
     tally.end(run, ended(10, Finish.SERVER_FAULT))
     tally.lose(run)
-    tally.begin(tally.choices)
+    tally.begin(tally.choices, worker_id="d")
     tally.choices[0].received += 2
     tally.fail()
     found = tally.usage()
@@ -159,15 +142,25 @@ def test_a_request_that_failed_by_our_fault_costs_nothing() -> None:
     assert (found.unbilled.server_fault, found.unbilled.lost, found.generated_tokens) == (10, 2, 12)
 
 
-def test_compute_adds_up_over_attempts_each_side_apart() -> None:
+def test_compute_is_told_by_worker_and_phase_of_every_attempt() -> None:
     tally, run = running(9)
-    tally.prefill(run, prefilled(busy_seconds=0.25))
-    tally.end(run, ended(9, Finish.SERVER_FAULT, prefill_busy_seconds=0.25))
+    tally.prefill(run, prefilled("p", busy_seconds=0.25))
+    tally.end(run, ended(9, Finish.SERVER_FAULT, prefill_busy_seconds=0.5))
     tally.lose(run)
-    tally.prefill(tally.begin(tally.choices), prefilled(busy_seconds=0.5))
-    other = tally.begin(tally.choices)
-    tally.end(other, ended(0, busy_seconds=2.0, prefill_busy_seconds=1.0))
-    assert (tally.busy_seconds, tally.prefill_busy_seconds) == (2.5, 1.75)
+    tally.prefill(tally.begin(tally.choices, worker_id="e"), prefilled("q", busy_seconds=1.5))
+    last = tally.begin(tally.choices, worker_id="f")
+    tally.end(last, ended(0, busy_seconds=2.0))
+    parts = [
+        (part.worker_id, part.phase, part.busy_us, part.accelerators)
+        for part in tally.busy({"q": 8})
+    ]
+    assert parts == [
+        ("p", "prefill", 500_000, 1),
+        ("d", "decode", 500_000, 1),
+        ("q", "prefill", 1_500_000, 8),
+        ("f", "decode", 2_000_000, 1),
+    ]
+    assert tally.busy_seconds == 2.5
 
 
 def test_choices_add_up_each_with_its_own_end_and_the_prompt_once() -> None:
@@ -235,7 +228,6 @@ class Model:
     first_told=st.none() | st.integers(0, 30),
     alone=st.lists(st.lists(went, min_size=1, max_size=3), min_size=4, max_size=4),
     kept=st.lists(st.none() | st.integers(0, 20), min_size=4, max_size=4),
-    former=st.integers(0, 50),
     failed=st.booleans(),
 )
 def test_every_token_of_every_attempt_is_billed_or_unbilled_for_one_reason(
@@ -244,12 +236,11 @@ def test_every_token_of_every_attempt_is_billed_or_unbilled_for_one_reason(
     first_told: int | None,
     alone: list[list[Went]],
     kept: list[int | None],
-    former: int,
     failed: bool,
 ) -> None:
     """M4: one attempt at all choices is lost, then each goes on alone through some more."""
-    tally = Tally([Counts(MOST) for _ in first], former_tokens=former)
-    run = tally.begin(tally.choices)
+    tally = Tally([Counts(MOST) for _ in first])
+    run = tally.begin(tally.choices, worker_id="d")
     tally.prefill(run, prefilled())
     for choice, received in zip(tally.choices, first, strict=True):
         choice.received += received
@@ -263,7 +254,7 @@ def test_every_token_of_every_attempt_is_billed_or_unbilled_for_one_reason(
         models.append(model)
         for number, this in enumerate(attempts):
             last = number == len(attempts) - 1
-            run = tally.begin([choice])
+            run = tally.begin([choice], worker_id="d")
             choice.received += this.received
             if this.told is not None:
                 tally.end(run, ended(this.told, Finish.LENGTH if last else Finish.SERVER_FAULT))
@@ -275,18 +266,18 @@ def test_every_token_of_every_attempt_is_billed_or_unbilled_for_one_reason(
         tally.fail()
     found = tally.usage()
     unbilled = found.unbilled
-    generated = former + common + sum(model.told + model.lost for model in models)
+    generated = common + sum(model.told + model.lost for model in models)
     assert found.generated_tokens == generated == found.completion_tokens + unbilled.total
     if failed:
         lost = sum(model.lost for model in models) + (common if first_told is None else 0)
         assert (found.prompt_tokens, found.completion_tokens, unbilled.overrun) == (0, 0, 0)
-        assert (unbilled.lost, unbilled.failover_redo) == (lost, former)
+        assert (unbilled.lost, unbilled.failover_redo) == (lost, 0)
         return
     billed = [
         min(model.relayed + model.unseen, MOST if cut is None else min(cut, MOST))
         for model, cut in zip(models, kept, strict=False)
     ]
-    redone = sum(model.redone for model in models) + former
+    redone = sum(model.redone for model in models)
     assert found.completion_tokens == sum(billed)
     assert unbilled.failover_redo == redone + (0 if first_told is None else common - sum(first))
     assert (unbilled.lost, unbilled.server_fault) == (0, 0)
