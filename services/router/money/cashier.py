@@ -95,16 +95,16 @@ class Cashier:
         loop = asyncio.get_running_loop()
         while True:
             spool = self._opened()
-            if loop.time() >= adopt_at:
-                await self._block(spool.adopt)
-                adopt_at = loop.time() + self._adopt_every_s
             await self._retry_unstored()
-            if self._ledger_answers():
-                try:
+            try:
+                if loop.time() >= adopt_at:
+                    await self._block(spool.adopt)
+                    adopt_at = loop.time() + self._adopt_every_s
+                if self._ledger_answers():
                     await self._replay(spool)
                     self._replayed = True
-                except (LedgerUnavailable, OSError) as error:
-                    logger.warning("the spool waits: %s", error)
+            except (LedgerUnavailable, OSError) as error:
+                logger.warning("the spool waits: %s", error)
             await asyncio.sleep(_RETRY_S)
 
     async def close(self) -> None:

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import logging
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,7 +91,8 @@ class Folder:
         """Unlock the folder, and remove it if it is empty."""
         if not any(each.name != _LOCK for each in self.path.iterdir()):
             (self.path / _LOCK).unlink(missing_ok=True)
-            self.path.rmdir()
+            with suppress(OSError):  # somebody may be taking it this moment
+                self.path.rmdir()
         os.close(self._lock)
 
 
