@@ -21,6 +21,7 @@ class Bank:
         self.router = router
         self.settlements = settlements
         self.tenant_id = settlements.tenant_id
+        self.key = key
         self.metadata = bearer(key)
         self.settle = settlements.settle
         self.key_id = key.removeprefix("tm_").partition(".")[0]

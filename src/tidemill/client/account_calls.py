@@ -1,7 +1,10 @@
 """The calls about money: request, method and result of each, the same for both stacks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
+from typing import TypeVar
+
+from google.protobuf.message import Message
 
 from tidemill.api.billing.v1 import billing_service_pb2 as billing_pb
 from tidemill.api.billing.v1 import receipt_pb2
@@ -22,6 +25,9 @@ from tidemill.client.account import (
 from tidemill.client.calls import Call
 from tidemill.client.request import Prepared
 from tidemill.client.types import Receipt
+from tidemill.errors import InvalidRequest
+
+M = TypeVar("M", bound=Message)
 
 PAGE_SIZE = 500
 
@@ -62,13 +68,14 @@ def list_usage(
     zone: str | None,
     page_token: str,
 ) -> Call[tuple[list[UsageRow], str]]:
-    """One page of usage, and the next page's token ("" at the end). ValueError for a wrong `by`."""
+    """One page of usage, and the next page's token ("" at the end)."""
     return Call(
         lambda stubs: stubs.billing.ListUsage,
-        billing_pb.ListUsageRequest(
+        _message(
+            billing_pb.ListUsageRequest,
             from_ms=from_ms,
             to_ms=to_ms,
-            by=[_DIMENSIONS[UsageBy(each)] for each in by],
+            by=map(_dimension, by),
             key_id=key_id,
             model=model,
             zone=zone,
@@ -88,7 +95,8 @@ def list_receipts(
     """One page of receipts, and the next page's token."""
     return Call(
         lambda stubs: stubs.billing.ListReceipts,
-        billing_pb.ListReceiptsRequest(
+        _message(
+            billing_pb.ListReceiptsRequest,
             from_ms=from_ms,
             to_ms=to_ms,
             key_id=key_id,
@@ -104,7 +112,7 @@ def get_receipt(request_id: str) -> Call[SettledReceipt]:
     """One receipt and its refunds."""
     return Call(
         lambda stubs: stubs.billing.GetReceipt,
-        billing_pb.GetReceiptRequest(request_id=request_id),
+        _message(billing_pb.GetReceiptRequest, request_id=request_id),
         account_convert.settled_receipt,
     )
 
@@ -113,8 +121,10 @@ def quote(prepared: Prepared, expected_completion_tokens: int | None) -> Call[Qu
     """What a request would cost."""
     return Call(
         lambda stubs: stubs.billing.Quote,
-        billing_pb.QuoteRequest(
-            request=prepared.message, expected_completion_tokens=expected_completion_tokens
+        _message(
+            billing_pb.QuoteRequest,
+            request=prepared.message,
+            expected_completion_tokens=expected_completion_tokens,
         ),
         account_convert.quote,
     )
@@ -124,7 +134,7 @@ def get_price_book(digest: str | None) -> Call[PriceBook]:
     """A price book by its digest in hexadecimal; None: the one in force."""
     return Call(
         lambda stubs: stubs.billing.GetPriceBook,
-        billing_pb.GetPriceBookRequest(digest=bytes.fromhex(digest or "")),
+        _message(billing_pb.GetPriceBookRequest, digest=_digest(digest)),
         account_convert.price_book,
     )
 
@@ -142,8 +152,12 @@ def top_up(tenant_id: str, operation_id: str, amount_nano: int, note: str) -> Ca
     """Adds money that was paid."""
     return Call(
         lambda stubs: stubs.admin.TopUp,
-        admin_pb.TopUpRequest(
-            tenant_id=tenant_id, operation_id=operation_id, amount_nano=amount_nano, note=note
+        _message(
+            admin_pb.TopUpRequest,
+            tenant_id=tenant_id,
+            operation_id=operation_id,
+            amount_nano=amount_nano,
+            note=note,
         ),
         lambda answer: account_convert.operation(operation_id, amount_nano, answer),
     )
@@ -153,8 +167,12 @@ def grant(tenant_id: str, operation_id: str, amount_nano: int, note: str) -> Cal
     """Adds money that the operator gives."""
     return Call(
         lambda stubs: stubs.admin.Grant,
-        admin_pb.GrantRequest(
-            tenant_id=tenant_id, operation_id=operation_id, amount_nano=amount_nano, note=note
+        _message(
+            admin_pb.GrantRequest,
+            tenant_id=tenant_id,
+            operation_id=operation_id,
+            amount_nano=amount_nano,
+            note=note,
         ),
         lambda answer: account_convert.operation(operation_id, amount_nano, answer),
     )
@@ -166,7 +184,8 @@ def refund(
     """Gives a charge back, all that is left of it where no amount is given."""
     return Call(
         lambda stubs: stubs.admin.Refund,
-        admin_pb.RefundRequest(
+        _message(
+            admin_pb.RefundRequest,
             tenant_id=tenant_id,
             operation_id=operation_id,
             request_id=request_id,
@@ -181,7 +200,8 @@ def set_limits(tenant_id: str, operation_id: str, limits: Limits, key_id: str | 
     """Replaces limits; whether this call changed them."""
     return Call(
         lambda stubs: stubs.admin.SetLimits,
-        admin_pb.SetLimitsRequest(
+        _message(
+            admin_pb.SetLimitsRequest,
             tenant_id=tenant_id,
             operation_id=operation_id,
             key_id=key_id,
@@ -195,7 +215,7 @@ def get_account(tenant_id: str) -> Call[Account]:
     """A tenant's balances and limits."""
     return Call(
         lambda stubs: stubs.admin.GetAccount,
-        admin_pb.GetAccountRequest(tenant_id=tenant_id),
+        _message(admin_pb.GetAccountRequest, tenant_id=tenant_id),
         account_convert.account,
     )
 
@@ -204,8 +224,11 @@ def list_journal(tenant_id: str, page_token: str) -> Call[tuple[list[JournalEntr
     """One page of a journal, and the next page's token."""
     return Call(
         lambda stubs: stubs.admin.ListJournal,
-        admin_pb.ListJournalRequest(
-            tenant_id=tenant_id, page_size=PAGE_SIZE, page_token=page_token
+        _message(
+            admin_pb.ListJournalRequest,
+            tenant_id=tenant_id,
+            page_size=PAGE_SIZE,
+            page_token=page_token,
         ),
         lambda answer: (
             [account_convert.journal_entry(entry) for entry in answer.entries],
@@ -216,3 +239,25 @@ def list_journal(tenant_id: str, page_token: str) -> Call[tuple[list[JournalEntr
 
 def _receipts(messages: Sequence[receipt_pb2.Receipt]) -> list[Receipt]:
     return [convert.receipt(message) for message in messages]
+
+
+def _message(kind: Callable[..., M], **fields: object) -> M:
+    """A message of these fields; InvalidRequest where a value cannot even be written down."""
+    try:
+        return kind(**fields)
+    except (ValueError, OverflowError) as error:
+        raise InvalidRequest(str(error)) from error
+
+
+def _digest(text: str | None) -> bytes:
+    try:
+        return bytes.fromhex(text or "")
+    except ValueError as error:
+        raise InvalidRequest(f"no digest: {error}", violations=[("digest", str(error))]) from error
+
+
+def _dimension(name: UsageBy | str) -> int:
+    try:
+        return _DIMENSIONS[UsageBy(name)]
+    except ValueError as error:
+        raise InvalidRequest(str(error), violations=[("by", str(error))]) from error

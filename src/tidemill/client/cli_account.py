@@ -27,6 +27,7 @@ from tidemill.client.cli_answer import served_model
 from tidemill.client.cli_options import options
 from tidemill.client.cli_table import instant, instant_ms, nano, table
 from tidemill.client.types import Message
+from tidemill.errors import ConfigError
 
 Commands = Any  # argparse's, which has no public name
 
@@ -144,12 +145,15 @@ def refund(args: argparse.Namespace) -> int:
 
 def change_limits(args: argparse.Namespace) -> int:
     """Replace all limits of a tenant or a key by those given."""
-    limits = Limits(
-        requests_per_minute=args.requests_per_minute,
-        tokens_per_minute=args.tokens_per_minute,
-        concurrency=args.concurrency,
-        daily_budget_nano=args.daily_budget,
-    )
+    try:
+        limits = Limits(
+            requests_per_minute=args.requests_per_minute,
+            tokens_per_minute=args.tokens_per_minute,
+            concurrency=args.concurrency,
+            daily_budget_nano=args.daily_budget,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     with connect(args, admin=True) as client:
         applied = client.admin.set_limits(
             args.tenant_id, limits, key_id=args.key_id, operation_id=args.operation_id
