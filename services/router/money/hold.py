@@ -82,7 +82,7 @@ class Hold:
         return due and self._size.step_nano(self._held_nano) > 0
 
     async def fund(self, progress: Progress) -> int | None:
-        """Hold up to 512 tokens more, and write down how far the request is.
+        """Hold 512 tokens more, or what can be had, and write down how far the request is.
 
         The new `funded_tokens`; None if nothing more can be had at the moment.
         """
@@ -90,19 +90,10 @@ class Hold:
             add_nano = self._size.step_nano(self._held_nano)
             if self._ended or self._lost or add_nano <= 0:
                 return None
-            command = rules.Extend(
-                request_id=self.request_id,
-                fence=self.fence,
-                now_ms=self._bank.now_ms(),
-                add_nano=add_nano,
-                checkpoint=self._whole_progress(progress).encode(),
-            )
             crash_point("fund.before")
-            try:
-                answer = await self._bank.accounts.extend(self.tenant_id, command)
-            except LedgerUnavailable as error:
-                answer = None
-                logger.warning("%s is not extended: %s", self.request_id, error)
+            answer = await self._extend(add_nano, progress)
+            if isinstance(answer, rules.Refused) and self._pays(answer.available_nano):
+                answer = await self._extend(answer.available_nano, progress)
             crash_point("fund.after")
             return self._extended(answer, progress.usage.generated_tokens)
 
@@ -178,6 +169,24 @@ class Hold:
         if not self._lost and not self._ended:
             self._lost = True
             self.on_lost()
+
+    async def _extend(self, add_nano: int, progress: Progress) -> rules.ExtendReply | None:
+        command = rules.Extend(
+            request_id=self.request_id,
+            fence=self.fence,
+            now_ms=self._bank.now_ms(),
+            add_nano=add_nano,
+            checkpoint=self._whole_progress(progress).encode(),
+        )
+        try:
+            return await self._bank.accounts.extend(self.tenant_id, command)
+        except LedgerUnavailable as error:
+            logger.warning("%s is not extended: %s", self.request_id, error)
+            return None
+
+    def _pays(self, add_nano: int) -> bool:
+        """Whether so much more would fund another token."""
+        return self._size.funded_tokens(self._held_nano + add_nano) > self.funded_tokens
 
     def _extended(self, answer: rules.ExtendReply | None, generated_tokens: int) -> int | None:
         if isinstance(answer, rules.Extended):

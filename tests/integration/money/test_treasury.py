@@ -138,7 +138,7 @@ async def test_max_cost_bounds_what_is_funded_while_the_stream_goes_on(own: Desk
 
 
 async def test_a_hold_grows_by_steps_when_half_of_the_last_is_used(own: Desk) -> None:
-    await own.top_up(await full_nano(own, max_tokens=STEP_TOKENS) + 10_000)
+    await own.top_up(await full_nano(own, max_tokens=STEP_TOKENS) + 1000)
     hold = await own.hold("r1", max_tokens=2000)
     assert hold.funded_tokens == STEP_TOKENS
     assert not hold.fund_due(255)
@@ -156,6 +156,14 @@ async def test_a_hold_grows_by_steps_when_half_of_the_last_is_used(own: Desk) ->
     assert not hold.fund_due(2000)
     await settle(hold, 2000)
     await own.account()
+
+
+async def test_a_hold_grows_by_what_is_left_where_that_is_no_whole_step(own: Desk) -> None:
+    await own.top_up(await full_nano(own, max_tokens=STEP_TOKENS + 40))
+    hold = await own.hold("r1", max_tokens=2000)
+    assert await hold.fund(progress(256)) == STEP_TOKENS + 40
+    assert (await own.account()).balance.topped_up_nano == 0
+    assert await hold.fund(progress(STEP_TOKENS + 30)) is None
 
 
 async def test_every_step_writes_how_far_the_request_is(own: Desk) -> None:
