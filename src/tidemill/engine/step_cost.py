@@ -12,8 +12,8 @@ from tidemill.engine.scheduler import PrefillChunk, Step
 from tidemill.models.config import ModelConfig
 from tidemill.models.parameters import num_active_parameters
 
-# FLOPs in the time of reading one byte. A CPU core with AVX-512: some 100 GFLOP/s at 8 GB/s.
-CPU_FLOPS_PER_BYTE = 12
+# FLOPs in the time of reading one byte, as fits the CPU worker's steps best (docs/adr/0017).
+CPU_FLOPS_PER_BYTE = 16
 
 
 @dataclass(frozen=True)
