@@ -1,7 +1,7 @@
 """What an account's holder may read of its receipts: pages, usage, one receipt."""
 
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from zoneinfo import ZoneInfo
 
 from services.router.finish import Completed
@@ -45,7 +45,7 @@ class Snapshot:
 class Statements:
     """Reads one tenant's receipts from the ledger. Raises LedgerUnavailable.
 
-    `pending(tenant id, request id)` is what this router has priced and not yet settled.
+    `pending(tenant id, request id)` is what this router has priced, signed and not yet settled.
     """
 
     accounts: Accounts
@@ -115,7 +115,7 @@ class Statements:
                 reason="RECEIPT_NOT_FOUND",
                 metadata={} if request is None else {"state": request.state.value},
             )
-        return self.signer.signed(replace(pending, pending=True)), ()
+        return pending, ()
 
     async def _settled(
         self, tenant_id: str, span: Span, snapshot: Snapshot, after: Cursor | None

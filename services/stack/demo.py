@@ -1,13 +1,15 @@
-"""The demo: one long prompt twice, and what each answer cost."""
+"""The demo: one long prompt twice, what each answer cost, and whether the bills are true."""
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from services.stack.plan import MODEL, Plan
+from services.stack.plan import MODEL, PRICE_BOOK, Plan
 from services.stack.prompt import documentation_prompt
-from tidemill.client import AsyncClient, Completion
+from tidemill.billing import load_price_book
+from tidemill.billing.verification import verify_documents
+from tidemill.client import AsyncClient, Completion, Receipt
 from tidemill.errors import LocalError
 
 TENANT = "demo"
@@ -34,18 +36,37 @@ class Answer:
 
 
 async def demo(plan: Plan, say: Callable[[str], None]) -> None:
-    """Ask twice and print both bills. Raises DemoFailed if the second time reused nothing."""
+    """Ask twice, print both bills and check them.
+
+    Raises DemoFailed if the second time reused nothing or a receipt does not verify.
+    """
     key = await make_key(plan, TENANT, "demo")
     async with AsyncClient(plan.address, api_key=key, ca=plan.ca) as client:
         prompt = documentation_prompt()
+        say(f"\nThe tenant {TENANT} has paid in: {(await client.balance()).available} to spend.")
         say(f"\nThe prompt: {len(prompt)} characters of documentation, ending in\n")
         say("    " + prompt.strip().rpartition("\n")[2] + "\n\nThe answer, as it comes:\n")
         first = await _ask(client, prompt)
         say("\nThe same prompt again:\n")
         second = await _ask(client, prompt)
-    say("\n" + side_by_side(first, second))
+        say("\n" + side_by_side(first, second))
+        say(f"\nLeft: {(await client.balance()).available}.")
+        keys = {key.signing_key_id: key.public_key for key in await client.signing_keys()}
+    receipts = [each.completion.receipt for each in (first, second)]
+    check_receipts([receipt for receipt in receipts if receipt], keys)
+    say(f"Both receipts verify, computed anew from {PRICE_BOOK.name}, chained and signed.")
     if second.completion.usage.cache_hit_tokens == 0:
         raise DemoFailed("the second answer reused nothing of the first one's prompt")
+
+
+def check_receipts(receipts: Sequence[Receipt], keys: Mapping[str, bytes]) -> None:
+    """As anyone can who has the price book; DemoFailed names what is wrong."""
+    book = load_price_book(PRICE_BOOK)
+    documents = [receipt.to_dict() for receipt in receipts]
+    verdict = verify_documents(documents, {book.digest: book}, keys)
+    if verdict.faults or verdict.num_receipts != 2:
+        wrong = [f"{fault.field} {fault.problem}" for fault in verdict.faults]
+        raise DemoFailed(f"{verdict.num_receipts} receipts, at fault: {'; '.join(wrong) or 'none'}")
 
 
 async def make_key(plan: Plan, tenant: str, label: str) -> str:

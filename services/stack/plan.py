@@ -28,6 +28,7 @@ from tidemill.rpc.tls import TlsFiles
 T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parents[2]
+PRICE_BOOK = ROOT / "prices" / "deepseek-2025-02.toml"
 MODEL = "tidemill-demo"
 CACHE_BYTES = 512 << 20
 CACHE_DISK_BYTES = 2 << 30
@@ -153,7 +154,7 @@ class Plan:
 
     def _router(self) -> dict[str, Any]:
         return {
-            "price_book": ROOT / "prices" / "deepseek-2025-02.toml",
+            "price_book": PRICE_BOOK,
             "server": self._server(self.router_port, "router"),
             "ledger": {
                 "url": self.ledger_redis.url(self.state, "ledger"),

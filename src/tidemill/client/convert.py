@@ -250,4 +250,5 @@ def _completed(message: router_service_pb2.Completed) -> Completed:
             prefill_s=timing.prefill_us * _US,
             decode_busy_s=timing.decode_busy_seconds,
         ),
+        text_replayed=message.text_replayed if message.HasField("text_replayed") else None,
     )

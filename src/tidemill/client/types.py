@@ -282,13 +282,18 @@ class ChoiceEnd:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Completed:
-    """The end and the bill; of several choices, why the last one ended. The last event."""
+    """The end and the bill; of several choices, why the last one ended. The last event.
+
+    `text_replayed` is None but for a request id that had been settled before; then it says whether
+    the text came once more.
+    """
 
     finish_reason: FinishReason
     usage: Usage
     receipt: Receipt | None
     seed: int
     timing: Timing
+    text_replayed: bool | None = None
 
 
 Event = Accepted | Queued | PromptScored | TextChunk | ChoiceEnd | Completed

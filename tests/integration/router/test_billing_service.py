@@ -14,11 +14,16 @@ import grpc
 import pytest
 
 from tests.bank import Bank
-from tests.router_harness import ADMIN_KEY, bearer
+from tests.redis_process import RedisProcess
+from tests.router_harness import ADMIN_KEY, bearer, listen
+from tests.router_harness import MODEL as TINY
+from tests.scripted_worker import ScriptedWorker, Talk
 from tests.settlements import BOOK, HOUR_MS, NOON_MS, some_usage, totals_of
 from tidemill.api.billing.v1 import account_pb2, receipt_pb2
 from tidemill.api.billing.v1 import billing_service_pb2 as pb
+from tidemill.api.common.v1 import sampling_pb2
 from tidemill.api.router.v1 import admin_service_pb2 as admin_pb2
+from tidemill.api.router.v1 import router_service_pb2 as router_pb2
 from tidemill.billing import decode_book, parse_price_book
 from tidemill.billing.verification import verify_documents
 from tidemill.client import convert
@@ -242,6 +247,51 @@ async def test_a_receipt_is_the_same_however_it_is_read(bank: Bank) -> None:
     assert answer.receipt.chain.hex() == settled.chained.chain  # type: ignore[union-attr]
     assert answer.receipt.granted_nano + answer.receipt.topped_up_nano == answer.receipt.amount_nano
     assert not answer.refunds
+
+
+async def test_a_receipt_that_waits_for_the_ledger_is_pending_and_verifies(
+    bank: Bank, decode: ScriptedWorker, ledger: RedisProcess
+) -> None:
+    gate = asyncio.Event()
+
+    async def held_up(talk: Talk) -> None:
+        await talk.prefill_done(70)
+        await gate.wait()
+        await talk.tokens([71, 72])
+        await talk.final("LENGTH")
+
+    decode.scripts = [held_up]
+    keys = (await bank.call("ListSigningKeys", pb.ListSigningKeysRequest())).keys
+    public = {key.signing_key_id: key.public_key for key in keys}
+    request = router_pb2.GenerateRequest(
+        request_id="late",
+        model=TINY,
+        prompt="hello",
+        sampling=sampling_pb2.Sampling(max_tokens=3),
+    )
+    call = bank.router.call(request, key=bank.key)
+    while not (await call.read()).HasField("chunk"):
+        pass
+    asked = pb.GetReceiptRequest(request_id="late")
+    running = await bank.refused("GetReceipt", asked)
+    assert (running.reason, running.metadata) == ("RECEIPT_NOT_FOUND", {"state": "OPEN"})
+    ledger.kill()
+    gate.set()
+    bill = (await listen(call)).completed.receipt
+    found = (await bank.call("GetReceipt", asked)).receipt
+    assert found == bill
+    assert found.state == receipt_pb2.RECEIPT_STATE_PENDING
+    document = convert.receipt(found).to_dict()
+    assert not verify_documents([document], {BOOK.digest: BOOK}, public).faults
+    unknown = await bank.refused("GetReceipt", pb.GetReceiptRequest(request_id="other"))
+    assert unknown.code is grpc.StatusCode.UNAVAILABLE
+    ledger.start()
+    pending = bank.router.process.money.treasury.pending
+    await bank.router.until(lambda: pending(bank.tenant_id, "late") is None, timeout_s=10)
+    settled = (await bank.call("GetReceipt", asked)).receipt
+    assert settled.state == receipt_pb2.RECEIPT_STATE_SETTLED
+    assert settled.content_sha256 == found.content_sha256
+    assert [settled] == await bank.receipts(to_ms=settled.decided_at_ms + 1)
 
 
 async def test_nobody_reads_the_receipts_of_another(bank: Bank) -> None:
