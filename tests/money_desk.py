@@ -238,6 +238,7 @@ def kept_final(
         generated_tokens=generated,
         busy_seconds=0.25,
         prefill_busy_seconds=0.5,
+        prefill_worker_id="p1",
     )
     final.id.request_id = f"{hold.tenant_id}:{hold.request_id}"
     final.id.attempt, final.id.fence = attempt, fence or hold.fence

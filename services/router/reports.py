@@ -116,7 +116,7 @@ def _ended(final: decode_pb2.Final) -> Ended:
         accepted_tokens=final.accepted_tokens,
         busy_seconds=final.busy_seconds,
         prefill_busy_seconds=final.prefill_busy_seconds,
-        prefill_worker_id=final.prompt.prefill_worker_id,
+        prefill_worker_id=final.prefill_worker_id,
     )
 
 

@@ -62,6 +62,7 @@ async def stopped_in_prefill(
     answer = await attempted.finish()
     assert answer.done is None
     assert answer.final.prefill_busy_seconds > 0
+    assert answer.final.prefill_worker_id == computing.worker.worker_id
     return answer
 
 

@@ -91,14 +91,14 @@ def busy(workers: Workers, retained: Iterable[Retained]) -> list[BusyPart]:
     parts = []
     for each in retained:
         worker, final = each.worker, each.final
-        prefill = workers.get(final.prompt.prefill_worker_id) or worker
-        for phase, where, seconds in (
-            (PREFILL, prefill, final.prefill_busy_seconds),
-            (DECODE, worker, final.busy_seconds),
+        for phase, worker_id, seconds in (
+            (PREFILL, final.prefill_worker_id, final.prefill_busy_seconds),
+            (DECODE, worker.id, final.busy_seconds),
         ):
-            if busy_us := round(seconds * 1e6):
-                accelerators = max(where.description.accelerators, 1)
-                parts.append(BusyPart(where.id, phase, busy_us, accelerators))
+            if busy_us := round(seconds * 1e9) // 1000:
+                known = workers.get(worker_id)
+                accelerators = known.description.accelerators if known else 1
+                parts.append(BusyPart(worker_id, phase, busy_us, accelerators))
     return parts
 
 

@@ -270,12 +270,18 @@ class Attempt:
                 busy_seconds=self._choices.decode_ns / 1e9,
                 prompt=self._prompt_usage,
                 prefill_busy_seconds=self._far_prefill_seconds + self._choices.prefill_ns / 1e9,
+                prefill_worker_id=self._prefill_worker_id,
                 relayed_tokens=self.start.relayed_tokens,
             )
             self._worker.metrics.finals.labels(name_of(ending.reason)).inc()
             self._worker.metrics.generated_tokens.inc(self.outbox.num_generated)
         self._on_end(self, final)
         self.outbox.close(final, ending.error or self._failure)
+
+    @property
+    def _prefill_worker_id(self) -> str:
+        in_place = self._peer is None
+        return self._worker.worker_id if in_place else self.start.prefill.worker_id
 
     def _log_extra(self) -> dict[str, object]:
         task_id = self.start.task.id

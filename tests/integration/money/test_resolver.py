@@ -61,7 +61,7 @@ async def test_the_final_that_a_worker_kept_is_billed_and_acknowledged(
         kept = await settled(own)
         found = kept.completed
         assert list(kept.busy) == [
-            BusyPart("d1", "prefill", 500_000, 2),
+            BusyPart("p1", "prefill", 500_000, 1),
             BusyPart("d1", "decode", 250_000, 2),
         ]
         assert found.usage.completion_tokens == found.usage.generated_tokens == 30

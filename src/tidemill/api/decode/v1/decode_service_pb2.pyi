@@ -284,6 +284,7 @@ class Final(google.protobuf.message.Message):
     PROMPT_FIELD_NUMBER: builtins.int
     PREFILL_BUSY_SECONDS_FIELD_NUMBER: builtins.int
     RELAYED_TOKENS_FIELD_NUMBER: builtins.int
+    PREFILL_WORKER_ID_FIELD_NUMBER: builtins.int
     reason: tidemill.api.common.v1.lifecycle_pb2.FinishReason.ValueType
     """Why; of several choices, why the last one ended."""
     generated_tokens: builtins.int
@@ -298,6 +299,8 @@ class Final(google.protobuf.message.Message):
     """Seconds of the prefilling worker's compute that the prompt used, whichever worker that was."""
     relayed_tokens: builtins.int
     """Completion tokens of the request that earlier attempts relayed, as in Start."""
+    prefill_worker_id: builtins.str
+    """The prefilling worker, also where no prefill finished."""
     @property
     def id(self) -> tidemill.api.common.v1.lifecycle_pb2.AttemptId:
         """Which attempt."""
@@ -318,9 +321,10 @@ class Final(google.protobuf.message.Message):
         prompt: tidemill.api.common.v1.usage_pb2.PromptUsage | None = ...,
         prefill_busy_seconds: builtins.float = ...,
         relayed_tokens: builtins.int = ...,
+        prefill_worker_id: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["id", b"id", "prompt", b"prompt"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["accepted_tokens", b"accepted_tokens", "busy_seconds", b"busy_seconds", "drafted_tokens", b"drafted_tokens", "generated_tokens", b"generated_tokens", "id", b"id", "prefill_busy_seconds", b"prefill_busy_seconds", "prompt", b"prompt", "reason", b"reason", "relayed_tokens", b"relayed_tokens"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["accepted_tokens", b"accepted_tokens", "busy_seconds", b"busy_seconds", "drafted_tokens", b"drafted_tokens", "generated_tokens", b"generated_tokens", "id", b"id", "prefill_busy_seconds", b"prefill_busy_seconds", "prefill_worker_id", b"prefill_worker_id", "prompt", b"prompt", "reason", b"reason", "relayed_tokens", b"relayed_tokens"]) -> None: ...
 
 global___Final = Final
 
