@@ -96,7 +96,7 @@ def busy(workers: Workers, retained: Iterable[Retained]) -> list[BusyPart]:
             (DECODE, worker.id, final.busy_seconds),
         ):
             if busy_us := round(seconds * 1e9) // 1000:
-                known = workers.get(worker_id)
+                known = worker if worker_id == worker.id else workers.get(worker_id)
                 accelerators = known.description.accelerators if known else 1
                 parts.append(BusyPart(worker_id, phase, busy_us, accelerators))
     return parts
