@@ -14,6 +14,7 @@ from services.router.fleet import Description
 from services.router.fleet_hours import FleetHours
 from services.router.money import record
 from services.router.money.accounts import Accounts
+from tests.redis_process import RedisProcess
 from tests.router_harness import ADMIN_KEY, BOOK_PATH, MODEL, RouterHarness, bearer
 from tidemill.api.router.v1 import admin_service_pb2 as admin_pb2
 from tidemill.billing import BusyPart, Reuse, Unbilled, Usage, issue_receipt, load_price_book
@@ -21,8 +22,11 @@ from tidemill.billing import ledger as rules
 from tidemill.billing.margin import HOUR_MS, WorkerHour
 from tidemill.client import AsyncClient, MarginBy
 from tidemill.client.cli import main
-from tidemill.errors import TidemillError
+from tidemill.errors import LedgerUnavailable, TidemillError
+from tidemill.rpc import tasks
 from tidemill.rpc.status import from_rpc_error
+
+pytestmark = pytest.mark.redis
 
 NOON = 1_740_657_600_000  # 27 February 2025, 12:00 UTC: nothing else in this ledger is as old
 MINUTE_MS = 60_000
@@ -320,6 +324,34 @@ async def test_what_went_before_the_first_report_of_an_old_worker_is_not_counted
     await hours.write()
     (hour,) = await hours.read(day, day + HOUR_MS)
     assert (hour.prefill_us, hour.decode_us, hour.uptime_us) == (3, 4, 60 * MICRO)
+
+
+async def test_what_a_ledger_that_is_away_cannot_take_is_written_later(
+    router: RouterHarness, ledger: RedisProcess
+) -> None:
+    day = NOON - 72 * HOUR_MS
+    clock = [day + MINUTE_MS]
+    hours = FleetHours(router.process.ledger, lambda: clock[0])
+    hours.saw(worker(), uptime_us=10 * MICRO, prefill_us=1, decode_us=2)
+    with ledger.frozen(), pytest.raises(LedgerUnavailable):
+        await hours.write()
+    clock[0] += HOUR_MS
+    hours.saw(worker(), uptime_us=10 * MICRO + HOUR_US, prefill_us=11, decode_us=22)
+    await hours.write()
+    first, second = await hours.read(day, day + 2 * HOUR_MS)
+    assert (first.uptime_us, second.uptime_us) == (10 * MICRO, HOUR_US)
+    assert (second.prefill_us, second.decode_us) == (10, 20)
+
+
+async def test_a_router_that_stops_writes_what_it_has_seen(router: RouterHarness) -> None:
+    day = NOON - 96 * HOUR_MS
+    hours = FleetHours(router.process.ledger, lambda: day + MINUTE_MS)
+    hours.saw(worker(), uptime_us=MICRO, prefill_us=1, decode_us=2)
+    running = asyncio.create_task(hours.run())
+    await asyncio.sleep(0)
+    await tasks.end(running)
+    (hour,) = await FleetHours(router.process.ledger, lambda: day).read(day, day + HOUR_MS)
+    assert hour.uptime_us == MICRO
 
 
 async def test_the_sdk_and_the_command_show_it(
