@@ -95,7 +95,7 @@ class Hold:
             if isinstance(answer, rules.Refused) and self._pays(answer.available_nano):
                 answer = await self._extend(answer.available_nano, progress)
             crash_point("fund.after")
-            return self._extended(answer, progress.usage.generated_tokens)
+            return self._extended(answer, progress.usage.completion_tokens)
 
     def checkpoint(self, progress: Progress) -> None:
         """Write down how far the request is, in a task of its own."""
@@ -118,6 +118,7 @@ class Hold:
         a prompt that was prefilled. Raises Aborted STALE_FENCE if another router has the request,
         and what `Cashier.submit` raises.
         """
+        now_ms = self._bank.now_ms()
         async with self._turn:
             self._end()
             usage = self._whole(usage)
@@ -125,7 +126,7 @@ class Hold:
                 finish=finish,
                 usage=usage,
                 site=self.before.site if self.before and self.before.usage.prompt_tokens else site,
-                receipt=self._receipt(usage, attempts),
+                receipt=self._receipt(usage, attempts, now_ms),
                 seed=self.admitted.sampling.seed,
                 timing=timing,
                 num_choices=self.admitted.sampling.n,
@@ -188,14 +189,14 @@ class Hold:
         """Whether so much more would fund another token."""
         return self._size.funded_tokens(self._held_nano + add_nano) > self.funded_tokens
 
-    def _extended(self, answer: rules.ExtendReply | None, generated_tokens: int) -> int | None:
+    def _extended(self, answer: rules.ExtendReply | None, used_tokens: int) -> int | None:
         if isinstance(answer, rules.Extended):
             self._held_nano = answer.held_nano
             self._due_at = self._half_of_the_rest(self.funded_tokens - STEP_TOKENS)
             return self.funded_tokens
         if isinstance(answer, rules.Stale):
             self.lose()
-        self._due_at = self._half_of_the_rest(generated_tokens)
+        self._due_at = self._half_of_the_rest(used_tokens)
         return None
 
     def _half_of_the_rest(self, used_tokens: int) -> int:
@@ -239,7 +240,7 @@ class Hold:
             usage = with_redone(usage, self.before.usage)
         return within_funds(usage, self.funded_tokens)
 
-    def _receipt(self, usage: Usage, attempts: int) -> Receipt:
+    def _receipt(self, usage: Usage, attempts: int, now_ms: int) -> Receipt:
         return issue_receipt(
             self._book,
             request_id=self.request_id,
@@ -252,7 +253,7 @@ class Hold:
             hold_nano=self._held_nano,
             admitted_at_ms=self.admitted.admitted_at_ms,
             decided_at_ms=clamp_decided_at(
-                self._bank.now_ms(),
+                now_ms,
                 admitted_at_ms=self.admitted.admitted_at_ms,
                 deadline_ms=self._terms.deadline_ms,
             ),

@@ -8,7 +8,7 @@ import pytest
 from services.router.finish import Completed
 from services.router.money import cashier, spool
 from services.router.money.spool import Spool
-from tests.money_desk import BOOK, desk, eventually, progress, settle
+from tests.money_desk import BOOK, desk, eventually, progress, settle, system_ms
 from tests.redis_process import RedisProcess
 from tests.router_harness import DURABLE
 from tidemill.billing import ledger as rules
@@ -185,6 +185,21 @@ async def test_a_settlement_that_is_cut_short_is_in_the_spool(
             assert list((tmp_path / "spool" / "r-1").glob("*.intents"))
         await own.until("r1", rules.State.SETTLED)
         assert (await own.account()).position == 1
+
+
+async def test_a_slow_ledger_does_not_move_the_instant_that_decides(
+    ledger_server: RedisProcess, tmp_path: Path
+) -> None:
+    async with desk(ledger_server, tmp_path, timeout_s=3.0) as own:
+        await own.top_up(10**9)
+        hold = await own.hold("r1")
+        with ledger_server.frozen():
+            hold.checkpoint(progress(1))
+            await asyncio.sleep(0.05)
+            ended_ms = system_ms()
+            settling = asyncio.create_task(settle(hold, 10))
+            await asyncio.sleep(0.6)
+        assert (await settling).receipt.decided_at_ms - ended_ms < 300
 
 
 async def test_a_ledger_that_restarts_gives_owners_a_lease_before_others_may_take(
