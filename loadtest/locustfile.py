@@ -2,13 +2,18 @@
 
 Run by `python -m loadtest`, or by locust itself. Beside each call's own time locust shows TTFT
 and TPOT (milliseconds). A usage that breaks U1, U2 or M4 is a failure, and so is any error but a
-refusal for lack of room.
+refusal for lack of room. With the operator's key in TIDEMILL_ADMIN_KEY users are of a new tenant
+with money of its own, and the run ends by reconciling: receipts, ledger and, where --metrics names
+the workers' pages, engines' counters must agree to the token.
 """
 
 import json
+import os
 import sys
 import time
 from argparse import ArgumentParser
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,6 +23,7 @@ from grpc.experimental.gevent import init_gevent
 from locust import User, events, task
 from locust.env import Environment
 
+from loadtest.books import Books
 from loadtest.checks import check
 from loadtest.lengths import Lengths, look_alike, read_trace
 from loadtest.prompts import Prompts
@@ -41,6 +47,9 @@ class Load:
         self.trace = read_trace(Path(options.trace)) if options.trace else None
         self.started_at = time.monotonic()
         self.num_users = 0
+        admin_key = os.environ.get("TIDEMILL_ADMIN_KEY")
+        pages = options.metrics.split()
+        self.books = Books(options.address, admin_key, pages) if admin_key else None
 
     def lengths(self, rng: Random) -> Lengths:
         """Tokens of the next request, scaled."""
@@ -69,6 +78,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--think", "TIDEMILL_LOAD_THINK", type=float, default=0.5, help="mean pause, seconds")
     add("--seed", "TIDEMILL_LOAD_SEED", type=int, default=0)
     add("--report", "TIDEMILL_LOAD_REPORT", default="", help="file to write the summary to, JSON")
+    add("--metrics", "TIDEMILL_LOAD_METRICS", default="", help="URLs of all workers' metrics")
     group.add_argument("--beyond-loopback", action="store_true")
 
 
@@ -98,9 +108,15 @@ def conclude(environment: Environment, **_: Any) -> None:
     records = load.records
     summary = records.summary(time.monotonic() - load.started_at)
     print(table(summary))
+    differences: Sequence[str] = ()
+    if load.books is not None:
+        reconciled = load.books.reconcile(records.receipts)
+        print(reconciled)
+        differences = reconciled.differences
+        summary["reconciled"] = asdict(reconciled)
     if load.options.report:
         Path(load.options.report).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    bad = records.failures or records.violations or not records.answers
+    bad = records.failures or records.violations or differences or not records.answers
     environment.process_exit_code = 1 if bad else 0
 
 
@@ -113,7 +129,12 @@ class ChatUser(User):
         self.load.num_users += 1
         self.rng = Random(f"{self.load.options.seed}/{self.load.num_users}")
         # Retries would hide refusals and stretch TTFT: none.
-        self.client = Client(self.load.options.address, retry=RetryPolicy(max_retries=0))
+        books = self.load.books
+        self.client = Client(
+            self.load.options.address,
+            books.api_key if books else None,
+            retry=RetryPolicy(max_retries=0),
+        )
         served = {model.name: model for model in self.client.models()}
         self.model = served[self.load.options.model or min(served)]
 
@@ -175,7 +196,7 @@ class ChatUser(User):
             total_s=total_s,
             num_tokens=len(stream.token_ids),
             usage=stream.completed.usage,
-            amount_nano=stream.completed.receipt.amount_nano if stream.completed.receipt else 0,
+            receipt=stream.completed.receipt,
             cancelled=cancelled,
         )
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tidemill.client import Usage
+from tidemill.client import Receipt, Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Answer:
     total_s: float
     num_tokens: int
     usage: Usage
-    amount_nano: int
+    receipt: Receipt | None
     cancelled: bool
 
     @property
@@ -41,6 +41,11 @@ class Records:
     failures: list[str] = field(default_factory=list)
     violations: list[str] = field(default_factory=list)
 
+    @property
+    def receipts(self) -> list[Receipt]:
+        """Of all answers."""
+        return [answer.receipt for answer in self.answers if answer.receipt is not None]
+
     def summary(self, elapsed_s: float) -> dict[str, Any]:
         """Plain values for JSON; times in milliseconds."""
         whole = [answer for answer in self.answers if not answer.cancelled]
@@ -58,7 +63,7 @@ class Records:
             "cache_hit_share": round(hits / prompt, 4) if prompt else 0.0,
             "completion_tokens": output,
             "output_tokens_per_s": round(output / elapsed_s, 1),
-            "amount_nano": sum(answer.amount_nano for answer in self.answers),
+            "amount_nano": sum(receipt.amount_nano for receipt in self.receipts),
             "ttft_ms": _quantiles([a.ttft_s for a in whole if a.ttft_s is not None]),
             "tpot_ms": _quantiles([a.tpot_s for a in whole if a.tpot_s is not None]),
             "total_ms": _quantiles([a.total_s for a in whole]),

@@ -7,6 +7,7 @@ metrics, and serves tiny models.
 
 import asyncio
 import json
+import os
 import random
 import signal
 import socket
@@ -15,7 +16,7 @@ import sys
 import time
 import tomllib
 import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ from tidemill.rpc.tls import TlsFiles
 
 BOOK_PATH = ROOT / "prices" / "deepseek-2025-02.toml"
 ONE_WORKER_MODEL = "one-worker"
+OPENING_NANO = 1000 * 10**9  # 1000 USD
 START_S = 90.0
 STOP_S = 30.0
 
@@ -49,11 +51,15 @@ _random = random.SystemRandom()
 
 
 class Process:
-    """One process of the stack, started again as often as need be; its log is appended to."""
+    """One process of the stack, started again as often as need be; its log is appended to.
+
+    `environ` is what a start adds to our own environment.
+    """
 
     def __init__(self, child: Child, log: Path) -> None:
         self.name = child.name
         self.log_path = log
+        self.environ: dict[str, str] = {}
         self._child = child
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -72,7 +78,12 @@ class Process:
         """Returns at once; see `ready`."""
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                self._child.command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                self._child.command,
+                cwd=ROOT,
+                env=os.environ | self.environ,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
 
     async def ready(self) -> None:
@@ -119,7 +130,8 @@ class Stack:
     """Two Redis, cache, prefill, decode, router, and a worker of both roles for a model of its own.
 
     `settings` are merged into the configuration file's sections; section [both] is the one-worker
-    model's [decode].
+    model's [decode]. Each of `twins` (prefill, decode, router) is there twice, the second one as
+    "router-1" and so on.
     """
 
     def __init__(
@@ -128,6 +140,7 @@ class Stack:
         model_dir: Path,
         *,
         one_worker: bool = False,
+        twins: Sequence[str] = (),
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         directory.mkdir(exist_ok=True)
@@ -156,10 +169,12 @@ class Stack:
         }
         if one_worker:
             self._ports["both"] = lasting_port()
+        self._ports |= {f"{name}-1": lasting_port() for name in twins}
         self.metrics_ports = {name: lasting_port() for name in self._ports}
         self.plan.write_config()
         self.config = self._configure(settings or {})
         children = [*self.plan.stores(), *self.plan.services()]
+        children += [self._twin(name) for name in twins]
         if one_worker:
             children.insert(-1, self._one_worker())
         self.processes = {
@@ -172,7 +187,12 @@ class Stack:
     @property
     def workers(self) -> list[str]:
         """Names of those that hold KV."""
-        return [name for name in self._ports if name not in {"cache", "router"}]
+        return [name for name in self._ports if _kind(name) not in {"cache", "router"}]
+
+    @property
+    def routers(self) -> list[str]:
+        """Names of those that clients may call."""
+        return [name for name in self._ports if _kind(name) == "router"]
 
     def _configure(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """What `python -m services` would run with, changed where tests need it to be."""
@@ -190,7 +210,8 @@ class Stack:
             (model,) = document["router"]["models"]
             document["router"]["models"].append({**model, "name": ONE_WORKER_MODEL})
         for name, port in self.metrics_ports.items():
-            document[name]["server"]["metrics_address"] = f"127.0.0.1:{port}"
+            if name in document:
+                document[name]["server"]["metrics_address"] = f"127.0.0.1:{port}"
         document = merged(document, settings)
         one_worker = document.pop("both", None)
         if one_worker is not None:
@@ -216,6 +237,24 @@ class Stack:
             return await self.health("both") == "SERVING"
 
         return Child("both", command, ready)
+
+    def _twin(self, name: str) -> Child:
+        """The second of its kind: the first one's configuration, another place and name."""
+        twin = f"{name}-1"
+        server = {
+            "address": f"127.0.0.1:{self._ports[twin]}",
+            "metrics_address": f"127.0.0.1:{self.metrics_ports[twin]}",
+        }
+        own = {"money": {"router_id": twin}} if name == "router" else {"worker_id": twin}
+        section = merged(self.config[name], {"server": server, **own})
+        path = self.plan.state.path / f"{twin}.toml"
+        path.write_text(toml.dumps({name: section}))
+        command = (sys.executable, "-m", f"services.{name}", "--config", str(path))
+
+        async def ready() -> bool:
+            return await self.health(twin) == "SERVING"
+
+        return Child(twin, command, ready)
 
     def _tls(self, name: str) -> TlsFiles:
         certs = self.plan.state.certs
@@ -248,15 +287,17 @@ class Stack:
                     statuses[process.name] = process.wait()
         return statuses
 
-    def client(self, key: str, *, retry: RetryPolicy = TOLD_ONCE) -> AsyncClient:
+    def client(
+        self, key: str, *, retry: RetryPolicy = TOLD_ONCE, router: str = "router"
+    ) -> AsyncClient:
         """The SDK with a tenant's key; without retries, so that a refusal is seen."""
-        return AsyncClient(self.address, key, self.ca, retry=retry)
+        return AsyncClient(f"127.0.0.1:{self._ports[router]}", key, self.ca, retry=retry)
 
-    async def key_of(self, tenant_id: str) -> str:
-        """A new key of a tenant, which is made if need be and has paid in 1000 USD, once."""
+    async def key_of(self, tenant_id: str, *, paid_nano: int = OPENING_NANO) -> str:
+        """A new key of a tenant, which is made if need be and has paid in `paid_nano`, once."""
         async with AsyncClient(self.address, self.admin_key, self.ca) as operator:
             await operator.admin.create_tenant(tenant_id)
-            await operator.admin.top_up(tenant_id, 1000 * 10**9, operation_id="opening")
+            await operator.admin.top_up(tenant_id, paid_nano, operation_id="opening")
             return (await operator.admin.create_key(tenant_id)).key
 
     @asynccontextmanager
@@ -267,9 +308,9 @@ class Stack:
 
     def _channel(self, name: str) -> grpc.aio.Channel:
         address = f"127.0.0.1:{self._ports[name]}"
-        if name == "router":
+        if _kind(name) == "router":
             return sdk_aio_channel(address, ca=self.ca)
-        role = "decode" if name == "both" else name
+        role = "decode" if name == "both" else _kind(name)
         return internal_channel(address, role=role, tls=self._tls("router"))
 
     async def health(self, name: str) -> str:
@@ -297,8 +338,9 @@ class Stack:
         for name in self.workers:
             if self[name].running:
                 await eventually(partial(self._worker_is_idle, name), within_s)
-        if self["router"].running:
-            await eventually(self._router_is_idle, within_s)
+        for name in self.routers:
+            if self[name].running:
+                await eventually(partial(self._router_is_idle, name), within_s)
 
     async def _worker_is_idle(self, name: str) -> bool:
         load, metrics = await self.load(name), await self.metrics(name)
@@ -307,8 +349,8 @@ class Stack:
         kept = metrics.total("tidemill_worker_finals_kept")
         return not any([*held, *left, load.open_handovers, kept])
 
-    async def _router_is_idle(self) -> bool:
-        metrics = await self.metrics("router")
+    async def _router_is_idle(self, name: str) -> bool:
+        metrics = await self.metrics(name)
         return not any(
             metrics.total(f"tidemill_router_{what}_requests") for what in ("queued", "running")
         )
@@ -392,6 +434,10 @@ def _named(files: TlsFiles) -> dict[str, str]:
 
 def _is_store(process: Process) -> bool:
     return process.name.startswith("redis")
+
+
+def _kind(name: str) -> str:
+    return name.removesuffix("-1")
 
 
 def _read(url: str) -> str:
