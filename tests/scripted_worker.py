@@ -112,13 +112,17 @@ class Talk:
 
     async def final(self, reason: str, *, generated: int | None = None) -> None:
         """The end; `generated` unset: what was sent."""
-        final = decode_pb2.Final(
+        final = self.last_word(reason, generated=generated)
+        await self._context.write(decode_pb2.DecodeResponse(final=final))
+
+    def last_word(self, reason: str, *, generated: int | None = None) -> decode_pb2.Final:
+        """What `final` sends."""
+        return decode_pb2.Final(
             id=self.start.task.id,
             reason=lifecycle_pb2.FinishReason.Value(f"FINISH_REASON_{reason}"),
             generated_tokens=self.generated if generated is None else generated,
             busy_seconds=0.25,
         )
-        await self._context.write(decode_pb2.DecodeResponse(final=final))
 
     async def send(self, response: decode_pb2.DecodeResponse) -> None:
         """Anything at all."""
@@ -157,7 +161,10 @@ def answer(token_ids: Sequence[int], *, pause_s: float = 0.0, **reused: int) -> 
 
 
 class ScriptedWorker(DecodeServiceServicer, WorkerServiceServicer):
-    """Plays `scripts` in turn, the last one for ever, and remembers what it was told."""
+    """Plays `scripts` in turn, the last one for ever, and remembers what it was told.
+
+    `finals`, by attempt, are those that GetFinal finds.
+    """
 
     def __init__(
         self,
@@ -182,6 +189,7 @@ class ScriptedWorker(DecodeServiceServicer, WorkerServiceServicer):
         self.reporting = True
         self.starts: list[decode_pb2.Start] = []
         self.stops: list[decode_pb2.Stop] = []
+        self.finals: dict[int, decode_pb2.Final] = {}
         self.acknowledged: list[lifecycle_pb2.AttemptId] = []
         self.running = 0
         self._server: RpcServer | None = None
@@ -245,7 +253,9 @@ class ScriptedWorker(DecodeServiceServicer, WorkerServiceServicer):
     async def GetFinal(
         self, request: decode_pb2.GetFinalRequest, context: Context
     ) -> decode_pb2.GetFinalResponse:
-        raise NotFound("scripted workers keep nothing")
+        if request.id.attempt not in self.finals:
+            raise NotFound("nothing is kept of this attempt", reason="FINAL_NOT_FOUND")
+        return decode_pb2.GetFinalResponse(final=self.finals[request.id.attempt])
 
     @override
     async def ListFinals(

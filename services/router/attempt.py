@@ -2,14 +2,15 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import suppress
+from typing import Any
 
 import grpc
 
 from services.router.finish import Finish
 from services.router.fleet import Worker
-from services.router.reports import Report, ReportReader
+from services.router.reports import Report, ReportReader, read_final
 from services.router.response_format import SCHEMA_FIELD
 from services.router.tally import Ended
 from tidemill.api.common.v1 import lifecycle_pb2
@@ -27,6 +28,8 @@ from tidemill.rpc.interceptors import REQUEST_ID_KEY
 from tidemill.rpc.status import from_rpc_error
 
 _ACK_TIMEOUT_S = 2.0
+_STILL_RUNNING_S = 0.1
+_RUNNING = decode_pb2.Final()
 _GRAMMAR_INVALID = "GRAMMAR_INVALID"
 # No worker here follows formats; the format with the rest of the sampling leaves no token to draw;
 # the choices together need more blocks than the worker has.
@@ -126,6 +129,14 @@ class Attempt:
         finally:
             self.worker.open_attempts.count -= 1
 
+    def recover(self) -> Coroutine[Any, Any, Ended | None]:
+        """The Final of an attempt whose call broke, if its worker lives on and still has it.
+
+        To be acknowledged like one that was read.
+        """
+        self.worker.open_attempts.count += 1
+        return self._recover()
+
     async def close(self) -> None:
         """Leave nothing running at the worker: stop what has not ended, then hang up."""
         if not self._ended and not self._call.done():
@@ -139,6 +150,24 @@ class Attempt:
         self._call.cancel()
         if not self._ended:
             self.worker.open_attempts.count -= 1
+
+    async def _recover(self) -> Ended | None:
+        request = decode_pb2.GetFinalRequest(id=self._id)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._final_wait_s):
+                while (final := await self._get_final(request)) is _RUNNING:  # noqa: ASYNC110 - there is no event
+                    await asyncio.sleep(_STILL_RUNNING_S)
+                if final is not None:
+                    return read_final(final)
+        self.worker.open_attempts.count -= 1
+        return None
+
+    async def _get_final(self, request: decode_pb2.GetFinalRequest) -> decode_pb2.Final | None:
+        """None if there is none and never will be, _RUNNING while the worker still stops."""
+        try:
+            return (await self.worker.decode.GetFinal(request, timeout=_ACK_TIMEOUT_S)).final
+        except grpc.aio.AioRpcError as error:
+            return _RUNNING if from_rpc_error(error).reason == "ATTEMPT_RUNNING" else None
 
     async def _hang_up(self) -> None:
         """Close our side, after a Stop that is under way: the worker waits for that."""

@@ -41,7 +41,7 @@ class ReportReader:
             case "choice_ended":
                 return self._choice_ended(response.choice_ended)
             case "final":
-                return _ended(response.final)
+                return read_final(response.final)
             case _:
                 raise _broken("an event that this router does not know")
 
@@ -108,7 +108,8 @@ class ReportReader:
             raise _broken(f"{len(logprobs)} log-probabilities for {len(token_ids)} tokens")
 
 
-def _ended(final: decode_pb2.Final) -> Ended:
+def read_final(final: decode_pb2.Final) -> Ended:
+    """An attempt's last word."""
     return Ended(
         finish=Finish(final.reason or Finish.SERVER_FAULT),
         generated_tokens=final.generated_tokens,

@@ -5,9 +5,10 @@ gets attempts of its own, which continue from its own tokens.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from typing import Any
 
 from services.router.attempt import Attempt
 from services.router.config import LimitsConfig
@@ -28,6 +29,7 @@ from tidemill.errors import Overloaded, PrefillFull, TidemillError, WorkerLost
 _REFUSED_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0)
 _LOST_S = 3.0
 _STAFFED_POLL_S = 0.2
+_FUND_AGAIN_S = 0.2
 
 
 @dataclass(eq=False, slots=True)
@@ -101,7 +103,13 @@ class Serving:
         self._clock = clock
         self._failure: TidemillError | None = None
         self._funding = False
+        self._recoveries: list[asyncio.Task[None]] = []
         self._lanes = [_Lane(relay.choices, ticket)]
+
+    @property
+    def _over(self) -> bool:
+        """Whether there is nothing left to pay for."""
+        return self.ending is not None or not any(lane.going_on for lane in self._lanes)
 
     def end(self, finish: Finish) -> None:
         """Bring all choices to their end; only the first reason counts."""
@@ -117,6 +125,7 @@ class Serving:
     async def run(self) -> None:
         """Until every choice has ended or `end` was obeyed. Raises why the request fails."""
         await self._carry(self._lanes[0])
+        await asyncio.gather(*self._recoveries)
         if self._failure is not None:
             raise self._failure
 
@@ -189,7 +198,25 @@ class Serving:
                 self._relay.end(choice, Finish.BUDGET)
         if self.ending is not None or not lane.going_on:
             return
-        attempt = self._begin(lane, placed)
+        run, attempt = self._begin(lane, placed)
+        try:
+            await self._follow(lane, attempt)
+        except Overloaded:
+            self._tally.discard(run)
+            raise
+        except WorkerLost:
+            if run.ended is None:
+                recovering = self._recover(run, attempt, attempt.recover())
+                self._recoveries.append(self._tasks.spawn(recovering, name="recover Final"))
+            raise
+        finally:
+            lane.attempt = lane.patience = None
+            await attempt.close()
+        self._end_choices(lane)
+        self._note_filled(lane, placed.decode)
+
+    async def _follow(self, lane: _Lane, attempt: Attempt) -> None:
+        """Take in what the worker says, to the end; WorkerLost where a Final is overdue."""
         try:
             async with asyncio.timeout(None) as lane.patience:
                 lane.attempt = attempt
@@ -197,20 +224,25 @@ class Serving:
                     async for report in reports:
                         self._take(lane, attempt, report)
         except TimeoutError:
-            raise WorkerLost(f"decode worker {placed.decode.id} sent no Final") from None
-        finally:
-            lane.attempt = lane.patience = None
-            await attempt.close()
-        self._end_choices(lane)
-        self._note_filled(lane, placed.decode)
+            raise WorkerLost(f"decode worker {attempt.worker.id} sent no Final") from None
 
-    def _begin(self, lane: _Lane, placed: Placed) -> Attempt:
+    async def _recover(
+        self, run: Run, attempt: Attempt, final: Coroutine[Any, Any, Ended | None]
+    ) -> None:
+        """Count what a lost attempt's worker still tells of it."""
+        if (ended := await final) is not None:
+            self._tally.recover(run, ended)
+            self.finals.append(attempt)
+
+    def _begin(self, lane: _Lane, placed: Placed) -> tuple[Run, Attempt]:
         if self.first_token_at is None:
             self.placed_at = self._clock()
         for worker in (placed.decode, placed.prefill or placed.decode):
             self.accelerators[worker.id] = worker.description.accelerators
         self.num_attempts += 1
-        lane.number, lane.run = self.num_attempts, None
+        lane.number = self.num_attempts
+        counts = [choice.counts for choice in lane.choices]
+        lane.run = self._tally.begin(counts, worker_id=placed.decode.id)
         most = len(lane.choices) * self._admitted.sampling.max_tokens
         start = start_message(
             self._admitted,
@@ -220,12 +252,11 @@ class Serving:
             fence=self._hold.fence,
             funded_tokens=None if lane.funded_tokens >= most else lane.funded_tokens,
         )
-        return Attempt(placed.decode, start, final_wait_s=self._limits.final_wait_s)
+        attempt = Attempt(placed.decode, start, final_wait_s=self._limits.final_wait_s)
+        return lane.run, attempt
 
     def _take(self, lane: _Lane, attempt: Attempt, report: Report) -> None:
-        if lane.run is None:
-            counts = [choice.counts for choice in lane.choices]
-            lane.run = self._tally.begin(counts, worker_id=attempt.worker.id)
+        assert lane.run is not None
         match report:
             case Prefilled():
                 if self.first_token_at is None:
@@ -280,8 +311,8 @@ class Serving:
 
     def _lose(self, lane: _Lane, loss: WorkerLost, *, blamed: Worker) -> None:
         """Give each choice that lacks something a place again; raise `loss` once too often."""
-        if lane.run is not None:
-            self._tally.lose(lane.run)
+        assert lane.run is not None
+        self._tally.lose(lane.run)
         for choice in lane.going_on:
             if (finish := self._completed(choice)) is not None:
                 self._relay.end(choice, finish)
@@ -302,16 +333,19 @@ class Serving:
     async def _is_funded(self, lane: _Lane) -> bool:
         """Whether a further token of the lane is paid for."""
         self._share_funds()
-        if lane.funded_tokens <= lane.received:
-            await self._fund()
+        if lane.funded_tokens <= lane.received and await self._hold.fund(self.progress()):
+            self._share_funds()
         return lane.funded_tokens > lane.received
 
     async def _fund(self) -> None:
-        """Have more tokens paid for, if that can be had."""
+        """Have more tokens paid for; while all stand still for want of funds, ask again."""
         self._funding = True
         try:
-            if await self._hold.fund(self.progress()) is not None:
-                self._share_funds()
+            while await self._hold.fund(self.progress()) is None:
+                if self._over or self._tally.received < self._hold.funded_tokens:
+                    return
+                await asyncio.sleep(_FUND_AGAIN_S)
+            self._share_funds()
         finally:
             self._funding = False
 

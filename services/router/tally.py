@@ -116,6 +116,24 @@ class Run:
             choice.unseen = 0
         return self._generated - self._received
 
+    def end(self, ended: Ended) -> None:
+        """Its Final has come."""
+        self.ended = ended
+        if ended.prefill_worker_id:
+            self.prefill_worker_id = ended.prefill_worker_id
+            self.prefill_busy_seconds = ended.prefill_busy_seconds
+
+    def learn(self, generated: int) -> int:
+        """It generated so many, as is known after it was closed; returns how many are news."""
+        known = self.generated
+        self._generated = max(known, generated)
+        return self._generated - known
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether another run may have its choices."""
+        return self._generated is not None
+
     @property
     def _received(self) -> int:
         return sum(choice.received for choice in self.choices) - sum(self.relayed)
@@ -179,10 +197,7 @@ class Tally:
 
     def end(self, run: Run, ended: Ended) -> None:
         """Take in an attempt's Final; what it counts beyond the tokens received is a choice's."""
-        run.ended = ended
-        if ended.prefill_worker_id:
-            run.prefill_worker_id = ended.prefill_worker_id
-            run.prefill_busy_seconds = ended.prefill_busy_seconds
+        run.end(ended)
         if len(run.choices) == 1:
             run.report(0, ended.generated_tokens)
 
@@ -196,6 +211,18 @@ class Tally:
             self._lost += unreceived
         else:
             self._redone += unreceived
+
+    def recover(self, run: Run, ended: Ended) -> None:
+        """The Final of an attempt whose call broke: once it was lost, its news are redone."""
+        if not run.is_closed:
+            self.end(run, ended)
+            return
+        run.end(ended)
+        self._redone += run.learn(ended.generated_tokens)
+
+    def discard(self, run: Run) -> None:
+        """The attempt was refused: it never began."""
+        self._runs.remove(run)
 
     def fail(self) -> None:
         """The request failed by our fault: nobody pays for its prompt or its tokens."""

@@ -226,6 +226,25 @@ async def test_tokens_that_only_the_dead_workers_final_counted_are_redone(
     assert usage.generated_tokens == len(ids) + 2
 
 
+async def test_a_worker_that_lives_on_after_its_call_broke_is_asked_for_its_final(
+    router: RouterHarness, decodes: list[ScriptedWorker], model_dir: Path
+) -> None:
+    ids = spell(model_dir, "a long answer")
+
+    def cut(talk: Talk) -> None:
+        talk.worker.finals[1] = talk.last_word("SERVER_FAULT", generated=6)
+        lost(talk)
+
+    script(decodes, goes_on(ids, until=4, then=cut), goes_on(ids))
+    usage = (await router.generate(ask(ids))).completed.usage
+    assert (usage.completion_tokens, usage.unbilled.failover_redo_tokens) == (len(ids), 2)
+    await router.check_idle()
+    acknowledged = [id_.attempt for decode in decodes for id_ in decode.acknowledged]
+    assert sorted(acknowledged) == [1, 2]
+    workers = [router.process.fleet.get(decode.worker_id) for decode in decodes]
+    assert [worker.open_attempts.count for worker in workers if worker] == [0, 0, 0]
+
+
 async def test_the_first_split_is_the_bills(
     router: RouterHarness, decodes: list[ScriptedWorker], model_dir: Path
 ) -> None:

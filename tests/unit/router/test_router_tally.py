@@ -130,6 +130,31 @@ def test_tokens_that_a_lost_attempt_spoke_of_without_final_are_lost() -> None:
     assert (found.completion_tokens, found.unbilled.lost, found.generated_tokens) == (13, 3, 16)
 
 
+def test_a_final_that_is_found_late_adds_what_nobody_had_heard_of() -> None:
+    tally, run = running(9)
+    tally.lose(run)
+    again = tally.begin(tally.choices, worker_id="e")
+    tally.choices[0].received += 3
+    tally.end(again, ended(3))
+    tally.recover(run, ended(13, Finish.SERVER_FAULT))
+    found = tally.usage()
+    assert (found.completion_tokens, found.unbilled.failover_redo) == (12, 4)
+    assert (found.generated_tokens, found.drafted_tokens, tally.busy_seconds) == (16, 12, 1.0)
+
+
+def test_a_final_that_is_found_for_a_cancelled_request_is_billed_like_one_that_was_read() -> None:
+    tally, run = running(4)
+    tally.recover(run, ended(11, Finish.CANCELLED))
+    assert tally.usage().completion_tokens == 11
+
+
+def test_a_refused_attempt_is_no_attempt() -> None:
+    tally = Tally([Counts(100)])
+    tally.discard(tally.begin(tally.choices, worker_id="d"))
+    assert tally.usage().generated_tokens == 0
+    assert tally.busy({}) == []
+
+
 def test_a_request_that_failed_by_our_fault_costs_nothing() -> None:
     tally, run = running(9)
     tally.end(run, ended(10, Finish.SERVER_FAULT))
