@@ -153,7 +153,7 @@ def content_faults(
         return {"usage": str(error)} | _hash_faults(content, content_sha256)
     try:
         faults = _differences(content, _issued_again(receipt, book).to_fields())
-    except (ConfigError, ValueError) as error:
+    except (ConfigError, OverflowError, ValueError) as error:
         faults = {"content": f"cannot be recomputed: {error}"}
     if receipt.charge.amount_nano > receipt.hold_nano:
         faults["hold_nano"] = (

@@ -22,6 +22,7 @@ SETTLED = "settled"
 _UNSETTLED = ("priced", "pending")
 _HASHES = ("content_sha256", "previous_chain", "chain", "signature")
 _TEXTS = (*_HASHES, "state", "signing_key_id")
+_MOST = 1 << 64
 _COUNTS = ("position", "granted_nano", "topped_up_nano")
 
 
@@ -109,8 +110,8 @@ def _form_faults(document: Document) -> dict[str, str]:
     for name, value in document.items():
         if type(value) not in (str, int):
             faults[name] = f"must be a string or an integer, got {type(value).__name__}"
-        elif name in _COUNTS and (type(value) is not int or value < 0):
-            faults[name] = f"must be an integer from 0 on, got {value!r}"
+        elif name in _COUNTS and (type(value) is not int or not 0 <= value < _MOST):
+            faults[name] = f"must be an integer of 64 bits, got {value!r}"
         elif name in _TEXTS and not isinstance(value, str):
             faults[name] = f"must be a string, got {value!r}"
         elif name in _HASHES and not _is_hex(str(value), 64 if name == "signature" else 32):

@@ -142,6 +142,17 @@ async def test_the_clients_own_bound_caps_what_is_held(bank: Bank) -> None:
     assert told.max_nano == told.hold_nano == 100_000
 
 
+async def test_a_small_balance_is_held_for_the_prompt_and_a_first_step(bank: Bank) -> None:
+    tenant = {"tenant_id": f"{bank.tenant_id}-poor"}
+    await bank.admin("CreateTenant", admin_pb2.CreateTenantRequest(**tenant, currency="USD"))
+    made = await bank.admin("CreateKey", admin_pb2.CreateKeyRequest(**tenant))
+    poor = Bank(bank.router, bank.settlements, made.key)
+    told = await quote(poor, ask(sampling=sampling(max_tokens=2000)))
+    assert cost_nano(told.now.prices, miss=300, output=512) <= told.hold_nano < told.max_nano
+    rich = await quote(bank, ask(sampling=sampling(max_tokens=2000)))
+    assert rich.hold_nano >= rich.max_nano
+
+
 async def test_nothing_is_held_queued_or_remembered(bank: Bank) -> None:
     for _ in range(3):
         await quote(bank, ask())

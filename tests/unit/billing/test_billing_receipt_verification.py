@@ -70,6 +70,18 @@ def test_a_field_of_another_kind_is_named(field: str, value: object) -> None:
     assert any(field in words for words in found), found
 
 
+WEIRD: list[str | int] = [-1, 0, 2**63, 2**64, 10**30, "", "x", "0" * 64, "\ud800", "\0", "settled"]
+
+
+@pytest.mark.parametrize("field", sorted(Ledger().settle("r")))
+def test_no_value_is_too_strange_to_be_judged(field: str) -> None:
+    for value in WEIRD:
+        receipt = Ledger().settle("r")
+        if receipt[field] != value:
+            assert verdict(receipt | {field: value}).faults, value
+            verdict(receipt | {field: value}, keys=None)
+
+
 def test_every_figure_at_fault_is_named_with_the_true_value() -> None:
     receipt = Ledger().settle("r") | {"amount_nano": 1, "price_hit_pico": 7, "window": "night"}
     found = {fault.field: fault.problem for fault in verdict(receipt).faults}
