@@ -69,8 +69,10 @@ class Attempt:
         the attempt up, and Internal when it broke the contract. When that was after it had begun,
         and it could still say so, Ended comes first.
         """
-        await self._write(decode_pb2.DecodeRequest(start=self._start))
-        self._started.set()
+        try:
+            await self._write(decode_pb2.DecodeRequest(start=self._start))
+        finally:
+            self._started.set()
         reader = ReportReader(self._start.task)
         report: Report | None = None
         while (response := await self._read()) is not None:

@@ -70,10 +70,9 @@ class _Lane:
 class Serving:
     """Places, attempts and relays within what `hold` pays for; `ticket` is the place in the queue.
 
-    `num_attempts` counts those of routers before this one too. `finals` are the attempts whose
-    Final is to be acknowledged once it is settled. Instants are the clock's: of the placement that
-    led to the first token, and of that token; None before. `accelerators` are those of the workers
-    that took part, by id.
+    `finals` are the attempts whose Final is to be acknowledged once it is settled. Instants are
+    the clock's: of the placement that led to the first token, and of that token; None before.
+    `accelerators` are those of the workers that took part, by id.
     """
 
     def __init__(
@@ -88,7 +87,6 @@ class Serving:
         clock: Callable[[], float],
     ) -> None:
         self.ending: Finish | None = None
-        self.num_attempts = hold.next_attempt - 1
         self.finals: list[Attempt] = []
         self.placed_at: float | None = None
         self.first_token_at: float | None = None
@@ -102,6 +100,8 @@ class Serving:
         self._limits = limits
         self._clock = clock
         self._failure: TidemillError | None = None
+        self._last_number = hold.next_attempt - 1
+        self._unused_numbers: list[int] = []
         self._funding = False
         self._recoveries: list[asyncio.Task[None]] = []
         self._lanes = [_Lane(relay.choices, ticket)]
@@ -110,6 +110,11 @@ class Serving:
     def _over(self) -> bool:
         """Whether there is nothing left to pay for."""
         return self.ending is not None or not any(lane.going_on for lane in self._lanes)
+
+    @property
+    def num_attempts(self) -> int:
+        """Attempts that were not refused, those of routers before this one included."""
+        return self._last_number - len(self._unused_numbers)
 
     def end(self, finish: Finish) -> None:
         """Bring all choices to their end; only the first reason counts."""
@@ -139,7 +144,7 @@ class Serving:
         return Progress(
             usage=self._tally.usage(),
             site=self._tally.site,
-            attempts=self.num_attempts,
+            attempts=self._last_number,
             running=running,
         )
 
@@ -203,6 +208,7 @@ class Serving:
             await self._follow(lane, attempt)
         except Overloaded:
             self._tally.discard(run)
+            self._unused_numbers.append(lane.number)
             raise
         except WorkerLost:
             if run.ended is None:
@@ -239,8 +245,7 @@ class Serving:
             self.placed_at = self._clock()
         for worker in (placed.decode, placed.prefill or placed.decode):
             self.accelerators[worker.id] = worker.description.accelerators
-        self.num_attempts += 1
-        lane.number = self.num_attempts
+        lane.number = self._next_number()
         counts = [choice.counts for choice in lane.choices]
         lane.run = self._tally.begin(counts, worker_id=placed.decode.id)
         most = len(lane.choices) * self._admitted.sampling.max_tokens
@@ -254,6 +259,13 @@ class Serving:
         )
         attempt = Attempt(placed.decode, start, final_wait_s=self._limits.final_wait_s)
         return lane.run, attempt
+
+    def _next_number(self) -> int:
+        """A worker that refuses an attempt forgets it, so its number may be used again."""
+        if self._unused_numbers:
+            return self._unused_numbers.pop()
+        self._last_number += 1
+        return self._last_number
 
     def _take(self, lane: _Lane, attempt: Attempt, report: Report) -> None:
         assert lane.run is not None

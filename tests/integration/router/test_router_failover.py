@@ -3,10 +3,15 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence, Sized
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import grpc
 import pytest
 
+from services.router.attempt import Attempt
+from services.router.finish import Finish
+from services.router.fleet import Worker
 from tests.redis_process import RedisProcess
 from tests.router_harness import (
     MODEL,
@@ -20,6 +25,8 @@ from tests.router_harness import (
 )
 from tests.scripted_worker import Script, ScriptedWorker, Talk, likelihood
 from tidemill.api.common.v1 import lifecycle_pb2, sampling_pb2
+from tidemill.api.decode.v1 import decode_service_pb2 as decode_pb2
+from tidemill.api.decode.v1.decode_service_pb2_grpc import DecodeServiceStub
 from tidemill.api.router.v1 import router_service_pb2 as router_pb2
 from tidemill.errors import DecodeFull, Internal, WorkerLost
 from tidemill.policy.seeds import choice_seed
@@ -395,6 +402,22 @@ async def test_what_cannot_be_placed_any_more_fails_and_costs_nothing(
     heard = await listen(call)
     assert isinstance(heard.error, WorkerLost)
     assert router.metric("tidemill_router_revenue_nano_total", model=MODEL, currency="USD") == 0
+
+
+async def test_a_stop_of_an_attempt_that_could_not_start_waits_for_nobody(
+    free_port: Callable[[], int],
+) -> None:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{free_port()}") as channel:
+        worker = Worker(
+            cast(Any, SimpleNamespace(worker_id="w")), cast(Any, DecodeServiceStub(channel))
+        )
+        attempt = Attempt(worker, decode_pb2.Start(), final_wait_s=1.0)
+        stopping = asyncio.create_task(attempt.stop(Finish.CANCELLED))
+        with pytest.raises(WorkerLost):
+            await anext(attempt.reports())
+        await asyncio.wait_for(stopping, 1.0)
+        await attempt.close()
+        assert worker.open_attempts.count == 0
 
 
 class TestChoices:

@@ -86,8 +86,9 @@ async def test_a_refused_request_goes_elsewhere_and_costs_once(
         heard = await router.generate(ask())
         assert heard.completed.usage.completion_tokens == 3
         assert heard.completed.usage.unbilled.lost_tokens == 0
+        assert heard.completed.receipt.attempts == 1
     attempts = [(start.task.id.attempt, start.prefill.worker_id) for start in decode.starts]
-    assert [attempt for attempt, _ in attempts] == [1, 2, 3]
+    assert [attempt for attempt, _ in attempts] == [1, 1, 1], "a refused one never began"
     if refusal is PrefillFull:
         assert attempts[0][1] != attempts[1][1]
 
