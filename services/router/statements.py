@@ -13,7 +13,7 @@ from services.router.usage_report import Dimension, Key, Totals, UsageReport
 from tidemill.billing.ledger import Refunded, Request
 from tidemill.errors import LedgerUnavailable, NotFound
 
-_SCAN_PAGE = 200
+_SCAN_PAGE = 50  # streams wait while one is decoded
 _MOST_SCANNED = 5_000  # for one page of receipts: a rare key's page may come back short
 
 PendingLookup = Callable[[str, str], Completed | None]
