@@ -9,15 +9,16 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import BlockingConnectionPool, Connection, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.commands.core import AsyncScript
+from redis.connection import HiredisRespSerializer
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError, RedisError
-from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.exceptions import RedisError
 
 from services.router.config import LedgerConfig
+from services.router.money.batches import Batches, Part, unavailable
 from services.router.tasks import OwnedTasks
 from tidemill.errors import ConfigError, LedgerUnavailable
 
@@ -28,7 +29,16 @@ REQUIRED_SETTINGS = {
     "appendonly": "yes",
     "appendfsync": "always",
 }
+_SERIALIZER = HiredisRespSerializer()
 _UP_SINCE_S = 7 * 86_400  # when forgotten, the wait after a restart is only repeated
+
+
+class _Connection(Connection):
+    """Packs commands with hiredis, as redis-py does everywhere but here: ours have many parts."""
+
+    def pack_command(self, *args: Any) -> list[bytes]:
+        packed: list[bytes] = _SERIALIZER.pack(*args)
+        return packed
 
 
 class Ledger:
@@ -37,6 +47,7 @@ class Ledger:
     def __init__(self, config: LedgerConfig, tasks: OwnedTasks) -> None:
         pool = BlockingConnectionPool.from_url(
             config.url,
+            connection_class=_Connection,
             max_connections=config.max_connections,
             timeout=config.timeout_s,
             socket_timeout=config.timeout_s,
@@ -46,8 +57,7 @@ class Ledger:
         )
         self._redis: Redis = Redis(connection_pool=pool)
         self._tasks = tasks
-        self._wait_ms = int(config.timeout_s * 1000)
-        self._can_wait = False
+        self._batches = Batches(self._redis, tasks, timeout_s=config.timeout_s)
 
     async def run(self, command: Callable[[Redis], Awaitable[T]]) -> T:
         """Run `command` to its end even if the caller is cancelled meanwhile."""
@@ -63,17 +73,16 @@ class Ledger:
         self,
         script: AsyncScript,
         keys: Sequence[str],
-        arguments: Sequence[str | bytes | int],
+        arguments: Sequence[Part],
         *,
         durably: bool = False,
     ) -> Any:
         """The script's reply; `durably`: not before its effects are on the server's disk.
 
-        AOF `always` sees to that by itself; where the server can be asked (Valkey), it is.
+        AOF `always` sees to that by itself; where the server can be asked (Valkey), it is. A
+        caller that is cancelled leaves the script running, as with `run`.
         """
-        if durably and self._can_wait:
-            return await self.run(lambda redis: self._run_and_wait(redis, script, keys, arguments))
-        return await self.run(lambda redis: script(keys=keys, args=arguments, client=redis))
+        return await self._batches.run(script, keys, arguments, durably=durably)
 
     async def up_since_ms(self, now_ms: int) -> int:
         """When a router first reached the ledger's present process; `now_ms` if none did yet.
@@ -89,7 +98,7 @@ class Ledger:
         """
         try:
             found = await self.run(_settings)
-            self._can_wait = await self.run(_can_wait)
+            self._batches.can_wait = await self.run(_can_wait)
         except LedgerUnavailable as error:
             raise ConfigError(
                 f"ledger Redis cannot be used: {error.__cause__}", reason="LEDGER_UNAVAILABLE"
@@ -105,33 +114,11 @@ class Ledger:
         """Close every connection."""
         await self._redis.aclose(close_connection_pool=True)
 
-    async def _run_and_wait(
-        self,
-        redis: Redis,
-        script: AsyncScript,
-        keys: Sequence[str],
-        arguments: Sequence[str | bytes | int],
-    ) -> Any:
-        """One round trip on one connection: WAITAOF waits for what its own connection wrote."""
-        pipeline = redis.pipeline(transaction=False)
-        pipeline.evalsha(script.sha, len(keys), *keys, *arguments)
-        pipeline.execute_command("WAITAOF", 1, 0, self._wait_ms)
-        try:
-            reply, (on_disk, _) = await pipeline.execute()
-        except NoScriptError:
-            await redis.script_load(script.script)
-            return await self._run_and_wait(redis, script, keys, arguments)
-        if not on_disk:
-            raise RedisTimeoutError("WAITAOF: not on the disk in time")
-        return reply
-
     async def _guarded(self, command: Callable[[Redis], Awaitable[T]]) -> T:
         try:
             return await command(self._redis)
         except (RedisError, OSError) as error:
-            raise LedgerUnavailable(
-                "the ledger does not answer; nothing was charged", retry_after_s=1.0
-            ) from error
+            raise unavailable(error) from error
 
 
 async def _can_wait(redis: Redis) -> bool:

@@ -1,5 +1,6 @@
 -- KEYS: account, request, open holds, journal, receipts
--- ARGV: request id, fence, now, decided at, amount, content (32 bytes), record, total tokens
+-- ARGV: request id, fence, now, decided at, amount, content (32 bytes), record, total tokens,
+--   where the caller thinks the chain ends, and the link that it would add there (32 bytes each)
 -- POSTED, ABOVE_HOLD or STALE; after account.lua, ending.lua, posted.lua and sha256.lua.
 local request = read_request(KEYS[2])
 if request.state == 'SETTLED' then
@@ -16,7 +17,7 @@ local account = read_account(KEYS[1], request.key_id)
 local unused = math.max(request.tokens - tonumber(ARGV[8]), 0)
 local granted, topped_up = end_hold(account, request, amount, unused, now)
 local position, previous = account.position + 1, account.chain
-local chain = chain_of(previous, ARGV[6])
+local chain = previous == ARGV[9] and ARGV[10] or chain_of(previous, ARGV[6])
 local entry = next_entry(account, now)
 redis.call('HINCRBY', KEYS[1], 'revenue', exact(amount))
 write_account(KEYS[1], account, 'position', exact(position), 'chain', chain)

@@ -113,6 +113,17 @@ async def test_chains_are_sha_256(ledger: Ledger) -> None:
         assert found == [hashlib.sha256(previous + content).digest() for previous, content in some]
 
 
+async def test_two_routers_chain_one_accounts_receipts_in_turn(ledger: Ledger) -> None:
+    routers = (Accounts(ledger), Accounts(ledger))  # each remembers where it last saw the end
+    await top_up(routers[0], "chained", 10_000)
+    for number, router in enumerate([0, 0, 1, 0, 1, 1, 0]):
+        await routers[router].reserve("chained", reserve(f"r{number}"))
+        posted = await routers[router].settle("chained", settle(f"r{number}"))
+        assert isinstance(posted, rules.Posted)
+        assert posted.position == number + 1
+    await in_order(routers[0], "chained")
+
+
 async def test_every_command_keeps_to_its_accounts_slot_of_a_cluster(
     redis_server: Callable[..., RedisProcess], free_port: Callable[[], int]
 ) -> None:

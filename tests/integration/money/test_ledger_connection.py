@@ -2,7 +2,8 @@
 
 import asyncio
 import random
-from collections.abc import Callable
+import time
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,28 @@ from tidemill.errors import ConfigError, LedgerUnavailable
 pytestmark = pytest.mark.redis
 
 
+GET = Path(__file__).with_name("get.lua")
+
+
 def config_of(server: RedisProcess, **changed: Any) -> LedgerConfig:
     config = LedgerConfig(url=server.url, pepper_file=Path(), admin_key_file=Path())
     return replace(config, **changed)
 
 
+Ask = Callable[[Ledger, str], Awaitable[Any]]
+
+
+async def by_command(ledger: Ledger, name: str) -> Any:
+    return await ledger.run(lambda redis: redis.get(name))
+
+
+async def by_script(ledger: Ledger, name: str) -> Any:
+    return await ledger.run_script(ledger.script(GET), [name], [])
+
+
+@pytest.mark.parametrize("own_value", [by_command, by_script])
 async def test_cancelled_callers_never_pass_their_reply_to_another(
-    ledger_redis: RedisProcess,
+    ledger_redis: RedisProcess, own_value: Ask
 ) -> None:
     connections = 4
     tasks = OwnedTasks()
@@ -40,8 +56,7 @@ async def test_cancelled_callers_never_pass_their_reply_to_another(
 
     async def ask(name: str) -> None:
         for _ in range(5):
-            found = await ledger.run(lambda redis: redis.get(name))
-            assert found == name.encode()
+            assert await own_value(ledger, name) == name.encode()
 
     cancelled = 0
     for _ in range(10):
@@ -56,15 +71,52 @@ async def test_cancelled_callers_never_pass_their_reply_to_another(
     await tasks.join(5)
     assert len(tasks) == 0
     # Every connection is back, and in step: as many at once as there are, twice over.
-    replies = await asyncio.gather(
-        *(
-            ledger.run(lambda redis, name=name: redis.get(name))  # type: ignore[misc]
-            for name in names[: 2 * connections]
-        )
-    )
+    replies = await asyncio.gather(*(own_value(ledger, name) for name in names[: 2 * connections]))
     assert replies == [name.encode() for name in names[: 2 * connections]]
     info = await ledger.run(lambda redis: redis.client_list())
     assert len(info) <= connections + 2  # the session's other connections
+    await ledger.close()
+
+
+async def test_what_waits_at_the_same_time_shares_its_round_trips(ledger: Ledger) -> None:
+    script = ledger.script(GET)
+    await ledger.run_script(script, ["own:0"], [])
+    before = await ledger.run(lambda redis: redis.info("stats"))
+    await asyncio.gather(*(ledger.run_script(script, ["own:0"], []) for _ in range(100)))
+    after = await ledger.run(lambda redis: redis.info("stats"))
+    assert after["total_commands_processed"] - before["total_commands_processed"] >= 100
+    reads = after["total_reads_processed"] - before["total_reads_processed"]
+    assert reads <= 20  # a read takes 16 KiB at most
+
+
+async def test_a_silent_ledger_fails_those_on_the_way_and_those_that_wait(
+    ledger_redis: RedisProcess,
+) -> None:
+    tasks = OwnedTasks()
+    ledger = Ledger(config_of(ledger_redis, timeout_s=0.3), tasks)
+    script = ledger.script(GET)
+    await ledger.run_script(script, ["own:0"], [])
+    begun = time.monotonic()
+    with ledger_redis.frozen():
+        asked = [asyncio.create_task(by_script(ledger, f"own:{i}")) for i in range(500)]
+        ends = await asyncio.gather(*asked, return_exceptions=True)
+    assert {type(end) for end in ends} == {LedgerUnavailable}
+    assert time.monotonic() - begun < 2.0
+    assert await by_script(ledger, "nothing") is None
+    await tasks.join(1)
+    await ledger.close()
+
+
+async def test_a_call_that_is_cut_off_at_the_end_says_so(ledger_redis: RedisProcess) -> None:
+    tasks = OwnedTasks()
+    ledger = Ledger(config_of(ledger_redis), tasks)
+    await by_script(ledger, "nothing")
+    with ledger_redis.frozen():
+        asked = asyncio.create_task(by_script(ledger, "nothing"))
+        await asyncio.sleep(0.05)
+        await tasks.join(0)
+        with pytest.raises(LedgerUnavailable):
+            await asked
     await ledger.close()
 
 

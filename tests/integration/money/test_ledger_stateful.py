@@ -76,7 +76,7 @@ class Books(RuleBasedStateMachine):
     """`model` is what the rules say; every command goes to it and to the real ledger."""
 
     loop: asyncio.AbstractEventLoop
-    accounts: Accounts
+    accounts: tuple[Accounts, Accounts]  # of two routers, in turn
     numbers = itertools.count()
 
     @initialize(limits=st.none() | bounds)
@@ -94,7 +94,8 @@ class Books(RuleBasedStateMachine):
     def do(self, command: rules.Command) -> None:
         self.sent.append(command)
         self.model, expected = rules.apply(self.model, command)
-        got = self.loop.run_until_complete(send(self.accounts, self.tenant_id, command))
+        accounts = self.accounts[len(self.sent) // 2 % 2]
+        got = self.loop.run_until_complete(send(accounts, self.tenant_id, command))
         assert got == expected, command
 
     def live(self) -> list[str]:
@@ -321,7 +322,7 @@ class Books(RuleBasedStateMachine):
         assert rules.check(self.model) == []
 
     def teardown(self) -> None:
-        stored = self.loop.run_until_complete(self.accounts.read(self.tenant_id))
+        stored = self.loop.run_until_complete(self.accounts[0].read(self.tenant_id))
         assert rules.check(stored) == []
         assert stored == expected_in_redis(self.model)
 
@@ -347,7 +348,7 @@ def run_books(ledger_redis: RedisProcess, **bounds_of_run: Any) -> None:
     ledger = loop.run_until_complete(connect())
 
     class Connected(Books):
-        accounts = Accounts(ledger)
+        accounts = (Accounts(ledger), Accounts(ledger))
 
     Connected.loop = loop
     try:
