@@ -69,7 +69,7 @@ class MoneyConfig:
     """
 
     signing_key_file: Path
-    spool_dir: Path = Path("spool")
+    spool_dir: Path
     router_id: str | None = None
     lease_s: float = 15.0
     signing_keys_dir: Path | None = None

@@ -67,6 +67,7 @@ class Money:
             leases=self.leases,
             tasks=owned,
             signed=signer.signed,
+            workers=workers,
             metrics=metrics,
             requests=requests,
             router_id=router_id,
@@ -75,7 +76,7 @@ class Money:
         )
         self._books = Books(self.accounts, book)
         self.treasury = Treasury(bank, self._books, self._watch)
-        self._resolver = Resolver(bank, self._books, workers, self._watch)
+        self._resolver = Resolver(bank, self._books, self._watch)
         self.background: list[asyncio.Task[None]] = []
         self._failed: list[str] = []
 

@@ -10,6 +10,7 @@ from services.router.money.accounts import Accounts
 from services.router.money.cashier import Cashier
 from services.router.money.leases import Leases
 from services.router.money.metrics import MoneyMetrics
+from services.router.money.retained import Workers
 from services.router.tasks import OwnedTasks
 from tidemill.billing import PriceBook, Usage, decode_book
 from tidemill.errors import ConfigError
@@ -26,6 +27,7 @@ class Bank:
     leases: Leases
     tasks: OwnedTasks
     signed: Callable[[Completed], Completed]
+    workers: Workers
     metrics: MoneyMetrics
     requests: RouterMetrics
     router_id: str

@@ -8,10 +8,12 @@ from dataclasses import replace
 from services.router.admission import Admitted
 from services.router.crash_points import crash_point
 from services.router.finish import Completed, Finish, PrefillSite, Timing
-from services.router.money import record
+from services.router.money import record, retained
 from services.router.money.bank import Bank
 from services.router.money.counting import with_redone, within_funds, written_off
 from services.router.money.intent import Intent
+from services.router.money.resolution import with_former_ends
+from services.router.money.retained import Retained
 from services.router.money.terms import Progress, Terms
 from tidemill.billing import (
     BusyPart,
@@ -121,7 +123,9 @@ class Hold:
         now_ms = self._bank.now_ms()
         async with self._turn:
             self._end()
-            usage = self._whole(usage)
+            former = await self._former()
+            usage = within_funds(self._whole(usage, former), self.funded_tokens)
+            busy = [*busy, *retained.busy(self._bank.workers, former)]
             completed = Completed(
                 finish=finish,
                 usage=usage,
@@ -138,6 +142,7 @@ class Hold:
                 answer = await self._submit(self._release_command(usage, finish.name, busy))
         completed = self._bank.signed(self._answered(answer, completed))
         self._bank.report(completed)
+        self._forget(former)
         return completed
 
     async def release(
@@ -149,7 +154,9 @@ class Hold:
         """
         async with self._turn:
             self._end()
-            usage = written_off(self._whole(usage))
+            former = await self._former()
+            usage = written_off(self._whole(usage, former))
+            busy = [*busy, *retained.busy(self._bank.workers, former)]
             self._bank.report_unbilled(
                 self.tenant_id,
                 self.request_id,
@@ -160,6 +167,7 @@ class Hold:
             answer = await self._submit(self._release_command(usage, error.reason, busy))
         if isinstance(answer, rules.Stale):
             raise self._stale(answer)
+        self._forget(former)
 
     async def abandon(self) -> None:
         """Its request is gone before anything began: free the hold."""
@@ -177,7 +185,7 @@ class Hold:
             fence=self.fence,
             now_ms=self._bank.now_ms(),
             add_nano=add_nano,
-            checkpoint=self._whole_progress(progress).encode(),
+            checkpoint=self._written(progress),
         )
         try:
             return await self._bank.accounts.extend(self.tenant_id, command)
@@ -213,7 +221,7 @@ class Hold:
                 fence=self.fence,
                 now_ms=self._bank.now_ms(),
                 attempts=progress.attempts,
-                checkpoint=self._whole_progress(progress).encode(),
+                checkpoint=self._written(progress),
             )
             try:
                 answer = await self._bank.accounts.checkpoint(self.tenant_id, command)
@@ -227,18 +235,30 @@ class Hold:
         self._ended = True
         self._bank.leases.discard(self)
 
-    def _whole_progress(self, progress: Progress) -> Progress:
-        if self.before is None:
-            return replace(progress, fence=self.fence)
-        usage = with_redone(progress.usage, self.before.usage)
-        site = self.before.site if self.before.usage.prompt_tokens else progress.site
-        return replace(progress, usage=usage, site=site, fence=self.fence)
+    def _written(self, progress: Progress) -> str:
+        """The checkpoint: with what came before this owner."""
+        if self.before is not None:
+            site = self.before.site if self.before.usage.prompt_tokens else progress.site
+            usage = with_redone(progress.usage, self.before.usage)
+            progress = replace(progress, usage=usage, site=site)
+        return progress.under(self.fence, self.before).encode()
 
-    def _whole(self, usage: Usage) -> Usage:
-        """With what older fences generated, and with nothing billed beyond the funds."""
+    async def _former(self) -> list[Retained]:
+        """Finals of older fences, which nobody has counted yet."""
+        if self.fence == 1:
+            return []
+        return await retained.former(self._bank.workers, self._terms.wire_id, fence=self.fence)
+
+    def _whole(self, usage: Usage, former: Sequence[Retained]) -> Usage:
+        """With what was generated under older fences."""
         if self.before is not None:
             usage = with_redone(usage, self.before.usage)
-        return within_funds(usage, self.funded_tokens)
+        return with_former_ends(usage, self.before, [each.end for each in former])
+
+    def _forget(self, former: Sequence[Retained]) -> None:
+        """They are counted: workers need not keep them."""
+        if former:
+            self._bank.tasks.spawn(retained.acknowledge(former), name="acknowledge")
 
     def _receipt(self, usage: Usage, attempts: int, now_ms: int) -> Receipt:
         return issue_receipt(

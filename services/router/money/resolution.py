@@ -4,7 +4,7 @@ Left are the terms, the last checkpoint, and the Finals that workers still keep.
 beyond the checkpoint is added to it; where there is no checkpoint the last Final stands alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from services.router.finish import Finish, PrefillSite
@@ -50,18 +50,20 @@ class Resolution:
 
 def decisive(progress: Progress | None, ends: Sequence[AttemptEnd]) -> bool:
     """Whether nothing that may yet be heard could say more."""
-    ended = {end.attempt for end in ends}
-    return bool(ended) if progress is None else ended >= progress.running.keys()
+    if progress is None:
+        return bool(ends)
+    ended = {end.attempt for end in ends if end.fence == progress.fence}
+    return ended >= progress.running.keys()
 
 
 def resolve(
     terms: Terms, progress: Progress | None, ends: Sequence[AttemptEnd], *, funded_tokens: int
 ) -> Resolution:
     """How the request ended, by what is left of it; what nobody can tell of is lost."""
-    news = [end for end in ends if _is_news(end, progress)]
-    last = max(news, key=lambda end: (end.fence, end.attempt), default=None)
+    news = {end: uncounted(progress, end) for end in ends if is_news(progress, end)}
+    last = _last(progress, news)
     split = _split(terms, progress, ends)
-    generated = _generated(progress, news)
+    generated = (progress.usage.generated_tokens if progress else 0) + sum(news.values())
     completion = 0 if split is None else _completion(terms, progress, news, last)
     completion = min(completion, generated)
     usage = _usage(split, progress, ends, completion=completion, generated=generated)
@@ -75,36 +77,56 @@ def resolve(
     )
 
 
-def _is_news(end: AttemptEnd, progress: Progress | None) -> bool:
+def is_news(progress: Progress | None, end: AttemptEnd) -> bool:
     """Whether the checkpoint does not hold the whole of it."""
-    return progress is None or end.attempt in progress.running or end.attempt > progress.attempts
+    return progress is None or progress.counted(end.fence, end.attempt) is not None
 
 
-def _generated(progress: Progress | None, news: Sequence[AttemptEnd]) -> int:
-    """By all attempts: a Final counts its own, the checkpoint those that left none."""
-    if progress is None:
-        return sum(end.generated_tokens for end in news)
-    told = sum(progress.running.get(end.attempt, 0) for end in news)
-    return progress.usage.generated_tokens - told + sum(end.generated_tokens for end in news)
+def uncounted(progress: Progress | None, end: AttemptEnd) -> int:
+    """How many of its tokens the checkpoint does not hold."""
+    if not is_news(progress, end):
+        return 0
+    told = progress.counted(end.fence, end.attempt) if progress else 0
+    return max(end.generated_tokens - (told or 0), 0)
+
+
+def with_former_ends(usage: Usage, before: Progress | None, ends: Sequence[AttemptEnd]) -> Usage:
+    """`usage` after `with_redone`, and what Finals of older fences count beyond `before`."""
+    news = [end for end in ends if is_news(before, end)]
+    more = sum(uncounted(before, end) for end in news)
+    redone = usage.unbilled.failover_redo + more
+    return replace(
+        usage,
+        generated_tokens=usage.generated_tokens + more,
+        unbilled=replace(usage.unbilled, failover_redo=redone),
+        drafted_tokens=usage.drafted_tokens + sum(end.drafted_tokens for end in news),
+        accepted_tokens=usage.accepted_tokens + sum(end.accepted_tokens for end in news),
+    )
+
+
+def _last(progress: Progress | None, news: Iterable[AttemptEnd]) -> AttemptEnd | None:
+    """The latest of the stream that counts: the latest owner's, who began it anew."""
+    oldest = progress.fence if progress else 0
+    return max(
+        (end for end in news if end.fence >= oldest),
+        key=lambda end: (end.fence, end.attempt),
+        default=None,
+    )
 
 
 def _completion(
-    terms: Terms, progress: Progress | None, news: Sequence[AttemptEnd], last: AttemptEnd | None
+    terms: Terms,
+    progress: Progress | None,
+    news: Mapping[AttemptEnd, int],
+    last: AttemptEnd | None,
 ) -> int:
-    """What a client that went on reading would have been billed for.
-
-    The checkpoint of an older fence is of a stream that a later owner began anew.
-    """
-    completion = 0
-    if progress is not None and last is not None and last.fence > progress.fence:
-        progress = None
-    if progress is not None:
-        completion = progress.usage.completion_tokens + sum(
-            max(end.generated_tokens - progress.running.get(end.attempt, 0), 0) for end in news
-        )
-    if last is not None and (progress is None or terms.choices == 1):
-        completion = max(completion, last.relayed_tokens + last.generated_tokens)
-    return completion
+    """What a client that went on reading would have been billed for."""
+    alone = 0 if last is None else last.relayed_tokens + last.generated_tokens
+    if progress is None or (last is not None and last.fence > progress.fence):
+        return alone
+    more = sum(tokens for end, tokens in news.items() if end.fence == progress.fence)
+    completion = progress.usage.completion_tokens + more
+    return max(completion, alone) if terms.choices == 1 else completion
 
 
 def _split(terms: Terms, progress: Progress | None, ends: Sequence[AttemptEnd]) -> Split | None:

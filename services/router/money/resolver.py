@@ -11,7 +11,7 @@ from services.router.money import record, retained
 from services.router.money.bank import Bank, Books
 from services.router.money.clock import LedgerWatch
 from services.router.money.resolution import Resolution, decisive, resolve
-from services.router.money.retained import Retained, Workers
+from services.router.money.retained import Retained
 from services.router.money.terms import Progress, Terms
 from services.router.money.treasury import size_of
 from tidemill.billing import BusyPart, PriceBook, clamp_decided_at, issue_receipt
@@ -46,12 +46,10 @@ class Resolver:
         self,
         bank: Bank,
         books: Books,
-        workers: Workers,
         watch: LedgerWatch,
     ) -> None:
         self._bank = bank
         self._books = books
-        self._workers = workers
         self._watch = watch
         self._resolving: set[tuple[str, str]] = set()
         bank.metrics.watch_holds("resolving", lambda: len(self._resolving))
@@ -110,7 +108,7 @@ class Resolver:
                 [each.end for each in finals],
                 funded_tokens=size.funded_tokens(orphan.held_nano),
             )
-            busy = retained.busy(self._workers, finals)
+            busy = retained.busy(self._bank.workers, finals)
             case = _Case(tenant_id, request_id, orphan, terms, found, busy)
             if found.usage.prompt_tokens:
                 await self._settle(case, book)
@@ -131,7 +129,7 @@ class Resolver:
         """Those that workers keep; they are asked until that decides it, or for two leases."""
         give_up_ms = orphan.orphaned_at_ms + 2 * self._bank.lease_ms
         while True:
-            finals, running = await retained.ask(self._workers, wire_id)
+            finals, running = await retained.ask(self._bank.workers, wire_id)
             if not running and decisive(progress, [each.end for each in finals]):
                 return finals
             if self._bank.now_ms() >= give_up_ms:

@@ -17,6 +17,8 @@ from tidemill.billing import BusyPart, Reuse
 from tidemill.billing.margin import DECODE, PREFILL
 
 _TIMEOUT_S = 2.0
+_PATIENCE_S = 1.0
+_AGAIN_S = 0.1
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +75,16 @@ async def ask(workers: Workers, wire_id: str) -> tuple[list[Retained], bool]:
         else:
             raise answer
     return retained, running
+
+
+async def former(workers: Workers, wire_id: str, *, fence: int) -> list[Retained]:
+    """What workers keep of the request's older fences, once none runs or patience ends."""
+    give_up_at = asyncio.get_running_loop().time() + _PATIENCE_S
+    while True:
+        retained, running = await ask(workers, wire_id)
+        if not running or asyncio.get_running_loop().time() >= give_up_at:
+            return [each for each in retained if each.final.id.fence < fence]
+        await asyncio.sleep(_AGAIN_S)
 
 
 async def acknowledge(retained: Iterable[Retained]) -> None:

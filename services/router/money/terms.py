@@ -6,7 +6,7 @@ granted; the progress is the checkpoint.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
 from services.router.finish import PrefillSite
@@ -44,13 +44,18 @@ class Terms:
         return cls(**json.loads(text))
 
 
+# Of one owner: the latest attempt it began, and of each without a Final how much is counted.
+Heard = tuple[int, Mapping[int, int]]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
     """How far a request has come.
 
     `usage` counts all attempts so far, as if the request ended here. `attempts` numbers the latest
     one begun. `running` says of each attempt without a Final yet, by its number, how many of
-    `usage.generated_tokens` it generated. `fence` is the owner's; the hold fills it in.
+    `usage.generated_tokens` it generated. The hold fills in its `fence`, and what its checkpoints
+    say of the owners up to it, by fence.
     """
 
     usage: Usage
@@ -58,10 +63,24 @@ class Progress:
     attempts: int
     running: Mapping[int, int]
     fence: int = 0
+    owners: Mapping[int, Heard] = field(default_factory=dict)
+
+    def under(self, fence: int, before: "Progress | None") -> "Progress":
+        """As the owner with this fence writes it down, after those before it."""
+        owners = dict(before.owners) if before else {}
+        return replace(self, fence=fence, owners={**owners, fence: (self.attempts, self.running)})
+
+    def counted(self, fence: int, attempt: int) -> int | None:
+        """How many tokens of an attempt are in `usage`; None: all, its Final was read."""
+        attempts, running = self.owners.get(fence, (0, {}))
+        return 0 if attempt > attempts else running.get(attempt)
 
     def encode(self) -> str:
         """As the ledger keeps it."""
-        return _json({**asdict(self), "running": dict(self.running)})
+        owners = {
+            fence: (number, dict(running)) for fence, (number, running) in self.owners.items()
+        }
+        return _json({**_plain(self), "running": dict(self.running), "owners": owners})
 
     @classmethod
     def decode(cls, text: str) -> Self:
@@ -73,9 +92,26 @@ class Progress:
             usage=Usage(**usage, reused=reused, unbilled=unbilled),
             site=PrefillSite(**found["site"]),
             attempts=found["attempts"],
-            running={int(attempt): tokens for attempt, tokens in found["running"].items()},
+            running=_by_number(found["running"]),
             fence=found["fence"],
+            owners={
+                int(fence): (number, _by_number(running))
+                for fence, (number, running) in found["owners"].items()
+            },
         )
+
+
+def _plain(progress: Progress) -> dict[str, object]:
+    return {
+        "usage": asdict(progress.usage),
+        "site": asdict(progress.site),
+        "attempts": progress.attempts,
+        "fence": progress.fence,
+    }
+
+
+def _by_number(found: Mapping[str, int]) -> dict[int, int]:
+    return {int(number): tokens for number, tokens in found.items()}
 
 
 def _json(content: object) -> str:

@@ -5,13 +5,16 @@ from pathlib import Path
 import pytest
 
 from services.router.finish import Completed, Finish, Timing
+from services.router.money import record
 from services.router.money.hold import Hold
 from tests.money_desk import (
     LEASE_S,
     SITE,
     Desk,
+    KeptFinals,
     desk,
     eventually,
+    kept_final,
     progress,
     settle,
     usage,
@@ -71,6 +74,32 @@ async def test_a_retry_takes_a_vanished_routers_request_over(pair: Pair) -> None
     assert completed.usage.unbilled.failover_redo == 20
     assert completed.usage.generated_tokens == 50
     assert (await one.account()).position == 1
+
+
+async def test_what_an_older_fence_generated_after_its_checkpoint_is_counted_and_acknowledged(
+    redis_server: Callable[..., RedisProcess], tmp_path: Path
+) -> None:
+    server, worker = redis_server(**DURABLE), KeptFinals()
+    async with (
+        desk(server, tmp_path, resolving=False) as one,
+        desk(server, tmp_path, resolving=False, workers=[worker]) as two,
+    ):
+        await one.top_up(10**9)
+        first = await one.hold("r1")
+        first.checkpoint(progress(20))
+        await one.tasks.join(1.0)
+        await vanish(one, first)
+        worker.finals.append(kept_final(first, 52))
+        second = await two.hold("r1")
+        worker.finals.append(kept_final(second, 30, attempt=2))
+        completed = await settle(second, 30)
+        assert completed.usage.unbilled.failover_redo == 52
+        assert completed.usage.generated_tokens == 82
+        await two.tasks.join(1.0)
+        assert [each.fence for each in worker.acknowledged] == [1]
+        posted = (await two.account()).requests["r1"].posted
+        assert posted is not None
+        assert sum(part.busy_us for part in record.settled(posted).busy) == 750_000
 
 
 async def test_the_prompts_split_is_the_first_one_whoever_settles(pair: Pair) -> None:

@@ -5,7 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.router.finish import Finish, PrefillSite
-from services.router.money.resolution import AttemptEnd, Split, decisive, resolve
+from services.router.money.resolution import (
+    AttemptEnd,
+    Split,
+    decisive,
+    resolve,
+    with_former_ends,
+)
 from services.router.money.terms import Progress, Terms
 from tidemill.billing import Reuse, Unbilled, Usage
 
@@ -36,7 +42,8 @@ def progress(completion: int, *, attempts: int = 1, fence: int = 1, **fields: in
         generated_tokens=completion,
     )
     running = {attempts: fields.get("of_it", completion)}
-    return Progress(usage=usage, site=SITE, attempts=attempts, running=running, fence=fence)
+    made = Progress(usage=usage, site=SITE, attempts=attempts, running=running)
+    return made.under(fence, None)
 
 
 def end(generated: int, *, attempt: int = 1, relayed: int = 0, fence: int = 1) -> AttemptEnd:
@@ -104,7 +111,7 @@ def test_a_stream_that_a_later_owner_began_anew_is_billed_by_its_own_final() -> 
 
 
 def test_choices_that_went_on_apart_are_added_up() -> None:
-    known = replace(progress(60, attempts=3), running={2: 20, 3: 10})
+    known = replace(progress(60, attempts=3), running={2: 20, 3: 10}).under(1, None)
     ends = [end(25, attempt=2, relayed=15), end(30, attempt=3, relayed=15)]
     found = resolve(replace(TERMS, choices=2), known, ends, funded_tokens=5000)
     assert found.usage.completion_tokens == 60 + 5 + 20
@@ -155,7 +162,25 @@ def test_every_token_is_in_a_class_and_none_is_billed_beyond_the_funds(
     assert found.usage.generated_tokens >= completion - of_it
 
 
+def test_a_later_owner_counts_what_older_fences_generated_beyond_their_checkpoints() -> None:
+    mine = Usage(completion_tokens=7, generated_tokens=7, prompt_tokens=1, computed_tokens=1)
+    first = progress(20)
+    second = progress(5, attempts=2, fence=2).under(2, first)
+    heard = [
+        end(52),  # beyond the 20 of the first checkpoint
+        end(6, attempt=2, fence=2),  # beyond the 5 of the second
+        end(4, attempt=3, fence=2),  # begun after it
+    ]
+    whole = with_former_ends(mine, second, heard)
+    assert whole.unbilled.failover_redo == 32 + 1 + 4
+    assert whole.completion_tokens == 7
+    ended = replace(first, running={}).under(1, None)
+    assert with_former_ends(mine, ended, [end(52)]) == mine, "its Final had been read"
+    assert with_former_ends(mine, None, [end(52)]).unbilled.failover_redo == 52
+
+
 def test_terms_and_progress_come_back_as_they_were() -> None:
     assert Terms.decode(TERMS.encode()) == TERMS
-    known = progress(40, attempts=2, of_it=5)
+    known = progress(40, attempts=2, of_it=5).under(2, progress(3))
     assert Progress.decode(known.encode()) == known
+    assert known.owners.keys() == {1, 2}
