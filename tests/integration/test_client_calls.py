@@ -8,12 +8,12 @@ import pytest
 
 from tests.scripted_router import (
     REUSE,
-    ScriptedAdmin,
     ScriptedRouter,
     answer,
     break_after,
     choices,
     refuse,
+    scripted_admin,
     serve,
     silence,
     skip_a_chunk,
@@ -352,7 +352,7 @@ async def test_a_router_that_comes_late_is_found_by_a_retry(
 
 
 async def test_models_and_keys_are_plain_values(face_of: FaceOf) -> None:
-    async with serve(ScriptedRouter([answer("ok")]), ScriptedAdmin()) as address:
+    async with serve(ScriptedRouter([answer("ok")]), scripted_admin()) as address:
         face = face_of(address)
         models = await face.call(lambda client: client.models())
         assert await face.call(lambda client: client.admin.create_tenant("mill", currency="CNY"))
