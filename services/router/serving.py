@@ -7,7 +7,7 @@ gets attempts of its own, which continue from its own tokens.
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from services.router.attempt import Attempt
@@ -16,6 +16,7 @@ from services.router.crash_points import crash_point
 from services.router.dispatch import Dispatcher, Placed, Ticket
 from services.router.finish import Finish
 from services.router.fleet import Worker
+from services.router.lanes import Lane, share
 from services.router.money.hold import Hold
 from services.router.money.terms import Progress
 from services.router.relay import Choice, Relay
@@ -30,41 +31,6 @@ _REFUSED_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0)
 _LOST_S = 3.0
 _STAFFED_POLL_S = 0.2
 _FUND_AGAIN_S = 0.2
-
-
-@dataclass(eq=False, slots=True)
-class _Lane:
-    """Choices that one attempt after the other generates, and the attempt that does so now.
-
-    They may come to `funded_tokens`, those that were relayed before included.
-    """
-
-    choices: Sequence[Choice]
-    ticket: Ticket
-    funded_tokens: int = 0
-    num_lost: int = 0
-    lost: WorkerLost | None = None
-    num_refused: int = 0
-    attempt: Attempt | None = None
-    number: int = 0
-    run: Run | None = None
-    patience: asyncio.Timeout | None = None
-    successors: "Sequence[_Lane]" = ()
-
-    @property
-    def going_on(self) -> list[Choice]:
-        """Its choices that have not ended."""
-        return [choice for choice in self.choices if choice.finish is None]
-
-    @property
-    def received(self) -> int:
-        """Tokens of its choices that have come."""
-        return sum(choice.counts.received for choice in self.choices)
-
-    def await_final(self, within_s: float) -> None:
-        """From now on the attempt's Final is due."""
-        if self.patience is not None:
-            self.patience.reschedule(asyncio.get_running_loop().time() + within_s)
 
 
 class Serving:
@@ -104,7 +70,7 @@ class Serving:
         self._unused_numbers: list[int] = []
         self._funding = False
         self._recoveries: list[asyncio.Task[None]] = []
-        self._lanes = [_Lane(relay.choices, ticket)]
+        self._lanes = [Lane(relay.choices, ticket)]
 
     @property
     def _over(self) -> bool:
@@ -148,7 +114,7 @@ class Serving:
             running=running,
         )
 
-    async def _carry(self, lane: _Lane) -> None:
+    async def _carry(self, lane: Lane) -> None:
         """Attempt until the lane's choices have ended, here or each in a lane of its own."""
         try:
             while self.ending is None and lane.going_on and not lane.successors:
@@ -166,7 +132,7 @@ class Serving:
             for successor in lane.successors:
                 group.create_task(self._carry(successor))
 
-    async def _place(self, lane: _Lane) -> Placed | None:
+    async def _place(self, lane: Lane) -> Placed | None:
         """Where to attempt next, None if the place was given up.
 
         Once a worker was lost there must be others, or it is raised again; that all are busy is
@@ -181,7 +147,7 @@ class Serving:
             patience_s = _STAFFED_POLL_S
         return placed.result()
 
-    async def _attempt(self, lane: _Lane, placed: Placed) -> None:
+    async def _attempt(self, lane: Lane, placed: Placed) -> None:
         """One attempt; after it the lane's choices have ended or have places again."""
         try:
             await self._serve(lane, placed)
@@ -196,7 +162,7 @@ class Serving:
             if self.ending is None:
                 self._lose(lane, loss, blamed=_blamed(loss, placed))
 
-    async def _serve(self, lane: _Lane, placed: Placed) -> None:
+    async def _serve(self, lane: Lane, placed: Placed) -> None:
         """One attempt, to its Final."""
         if not await self._is_funded(lane):
             for choice in lane.going_on:
@@ -221,7 +187,7 @@ class Serving:
         self._end_choices(lane)
         self._note_filled(lane, placed.decode)
 
-    async def _follow(self, lane: _Lane, attempt: Attempt) -> None:
+    async def _follow(self, lane: Lane, attempt: Attempt) -> None:
         """Take in what the worker says, to the end; WorkerLost where a Final is overdue."""
         try:
             async with asyncio.timeout(None) as lane.patience:
@@ -240,7 +206,7 @@ class Serving:
             self._tally.recover(run, ended)
             self.finals.append(attempt)
 
-    def _begin(self, lane: _Lane, placed: Placed) -> tuple[Run, Attempt]:
+    def _begin(self, lane: Lane, placed: Placed) -> tuple[Run, Attempt]:
         if self.first_token_at is None:
             self.placed_at = self._clock()
         for worker in (placed.decode, placed.prefill or placed.decode):
@@ -267,7 +233,7 @@ class Serving:
         self._last_number += 1
         return self._last_number
 
-    def _take(self, lane: _Lane, attempt: Attempt, report: Report) -> None:
+    def _take(self, lane: Lane, attempt: Attempt, report: Report) -> None:
         assert lane.run is not None
         match report:
             case Prefilled():
@@ -296,7 +262,7 @@ class Serving:
 
     def _pass_on(
         self,
-        lane: _Lane,
+        lane: Lane,
         position: int,
         token_ids: Sequence[int],
         logprobs: Sequence[TokenLogprobs],
@@ -321,7 +287,7 @@ class Serving:
         if self._relay.all_ended:
             self.ending = choice.finish
 
-    def _lose(self, lane: _Lane, loss: WorkerLost, *, blamed: Worker) -> None:
+    def _lose(self, lane: Lane, loss: WorkerLost, *, blamed: Worker) -> None:
         """Give each choice that lacks something a place again; raise `loss` once too often."""
         assert lane.run is not None
         self._tally.lose(lane.run)
@@ -342,7 +308,7 @@ class Serving:
             self._put_back(successor, without=blamed, for_s=_LOST_S)
         self._lanes += lane.successors
 
-    async def _is_funded(self, lane: _Lane) -> bool:
+    async def _is_funded(self, lane: Lane) -> bool:
         """Whether a further token of the lane is paid for."""
         self._share_funds()
         if lane.funded_tokens <= lane.received and await self._hold.fund(self.progress()):
@@ -362,26 +328,14 @@ class Serving:
             self._funding = False
 
     def _share_funds(self) -> None:
-        """Give what no lane has yet to those that go on, alike for each of their choices.
-
-        What a lane was given stays its own until it ends, so all together never come to more than
-        is paid for.
-        """
-        most = self._admitted.sampling.max_tokens
+        """Give what no lane has yet to those that go on; what is given stays until a lane ends."""
         elsewhere = self._tally.received - sum(lane.received for lane in self._lanes)
         given = sum(lane.funded_tokens for lane in self._lanes)
         spare = self._hold.funded_tokens - elsewhere - given
         lanes = [lane for lane in self._lanes if lane.going_on and not lane.successors]
-        open_choices = sum(len(lane.going_on) for lane in lanes)
-        for lane in sorted(lanes, key=lambda lane: -lane.funded_tokens):
-            room = len(lane.choices) * most - lane.funded_tokens
-            share = min(room, max(spare, 0) * len(lane.going_on) // open_choices)
-            spare -= share
-            open_choices -= len(lane.going_on)
-            if share > 0:
-                lane.funded_tokens += share
-                if lane.attempt is not None:
-                    self._tasks.spawn(lane.attempt.fund(lane.funded_tokens), name="fund")
+        for lane in share(lanes, spare, max_tokens=self._admitted.sampling.max_tokens):
+            if lane.attempt is not None:
+                self._tasks.spawn(lane.attempt.fund(lane.funded_tokens), name="fund")
 
     def _completed(self, choice: Choice) -> Finish | None:
         """Why the choice's tokens are all there is, though no Final said so; None if not."""
@@ -392,7 +346,7 @@ class Serving:
             return Finish.LENGTH
         return None
 
-    def _alone(self, lane: _Lane, choice: Choice) -> _Lane:
+    def _alone(self, lane: Lane, choice: Choice) -> Lane:
         """A lane in which a choice goes on from its own tokens."""
         admitted = self._admitted
         ticket = replace(
@@ -404,13 +358,13 @@ class Serving:
             excluded=dict(lane.ticket.excluded),
         )
         received = choice.counts.received
-        return _Lane([choice], ticket, received, num_lost=lane.num_lost, lost=lane.lost)
+        return Lane([choice], ticket, received, num_lost=lane.num_lost, lost=lane.lost)
 
-    def _put_back(self, lane: _Lane, *, without: Worker, for_s: float) -> None:
+    def _put_back(self, lane: Lane, *, without: Worker, for_s: float) -> None:
         if self.ending is None:
             self._dispatcher.put_back(lane.ticket, without=without.id, for_s=for_s)
 
-    def _end_choices(self, lane: _Lane) -> None:
+    def _end_choices(self, lane: Lane) -> None:
         """The attempt has ended as it should: a stop string won, else what Final says."""
         if lane.run is None or lane.run.ended is None:
             return
@@ -419,7 +373,7 @@ class Serving:
             for choice in lane.going_on:
                 self._relay.end(choice, finish)
 
-    def _note_filled(self, lane: _Lane, decode: Worker) -> None:
+    def _note_filled(self, lane: Lane, decode: Worker) -> None:
         """Let the next turn look for the answer there, where all but its last token lies."""
         for choice in lane.choices:
             self._dispatcher.filled(decode.id, self._admitted.chain(choice.token_ids[:-1]))

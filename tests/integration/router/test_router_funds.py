@@ -29,6 +29,7 @@ from tidemill.api.router.v1 import admin_service_pb2 as admin_pb2
 from tidemill.api.router.v1 import router_service_pb2 as router_pb2
 from tidemill.billing.ledger import Balance
 from tidemill.errors import WorkerLost
+from tidemill.policy.seeds import choice_seed
 from tidemill.rpc.tls import TlsFiles
 
 pytestmark = pytest.mark.redis
@@ -279,6 +280,27 @@ class TestFailover:
         assert funded[0] == STEP
         assert sum(funded[1:]) == STEP
         assert len(decode.starts) == 4
+
+    async def test_what_a_choice_that_ended_leaves_over_is_for_those_that_go_on(
+        self, router: RouterHarness, decode: ScriptedWorker
+    ) -> None:
+        key = await tenant_with(router, costs(STEP))
+
+        async def ends_early(talk: Talk) -> None:
+            await talk.prefill_done(IDS[100])
+            await talk.tokens(IDS[101:150])
+            await asyncio.sleep(0.3)
+            await talk.final("STOP")
+
+        async def play(talk: Talk) -> None:
+            first = talk.sampling.seed == choice_seed(1, 0)
+            await (ends_early if first else paid(wait_s=2.0))(talk)
+
+        decode.scripts = [paid(until=100), play]
+        heard = await router.generate(ask(n=2), key=key)
+        ends = [each.choice_end for each in heard.messages if each.HasField("choice_end")]
+        assert {end.choice: end.completion_tokens for end in ends} == {0: 150, 1: STEP - 150}
+        assert heard.completed.finish_reason == BUDGET
 
 
 async def test_a_hold_for_text_is_that_of_its_tokens(
