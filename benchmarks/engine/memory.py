@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.provenance import commit, cpu_name
+
 RESULT = Path(__file__).with_name("results") / "memory.json"
 NUM_BLOCKS = 256
 PROMPT_TOKENS, NEW_TOKENS = 512, 16
@@ -185,7 +187,7 @@ def main() -> None:
         print(json.dumps(asdict(row)))
         return
     # transformers comes with it, which the measured processes must not hold.
-    from benchmarks.engine.peers import commit, device_name, make_checkpoint  # noqa: PLC0415
+    from benchmarks.engine.peers import make_checkpoint  # noqa: PLC0415
 
     if arguments.make is not None:
         make_checkpoint(arguments.make)
@@ -197,7 +199,7 @@ def main() -> None:
         "benchmark": "engine/memory",
         "command": "python -m benchmarks.engine.memory",
         "commit": commit(),
-        "device": device_name(),
+        "device": cpu_name(),
         "num_blocks": NUM_BLOCKS,
         "rows": [asdict(row) for row in rows],
     }

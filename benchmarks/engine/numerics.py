@@ -34,7 +34,7 @@ from torch import Tensor
 
 from benchmarks.engine.memory import quantise
 from benchmarks.engine.paths import PATHS, Answers, Engines, Request
-from benchmarks.engine.peers import commit, device_name
+from benchmarks.provenance import commit, cpu_name
 from tests.x1 import E_LOGIT, E_ROUTE, Gaps, reference_gaps
 from tidemill.engine import Engine
 from tidemill.engine import Sequence as Running
@@ -327,7 +327,7 @@ def main() -> None:
         "benchmark": "engine/numerics",
         "command": f"python -m benchmarks.engine.numerics --sequences {arguments.sequences}",
         "commit": commit(),
-        "device": device_name(),
+        "device": cpu_name(),
         "sequences": arguments.sequences,
         "e": E_LOGIT,
         "e_measured": max((row.from_alone_max for row in exactly), default=0.0),

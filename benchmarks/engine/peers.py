@@ -15,9 +15,7 @@ measured step: 1.0 would mean that nothing but reading memory took time.
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -34,6 +32,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from benchmarks.provenance import commit, cpu_name
 from tidemill.engine import Engine, EngineConfig, SamplingParams, Sequence
 from tidemill.models.config import ModelConfig
 
@@ -239,18 +238,6 @@ def summarise(
     )
 
 
-def device_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-
 HEADER = f"{'batch':>5} {'':>7} {'tok/s':>20} {'ratio':>6} {'goal':>5} {'floor':>6}"
 
 
@@ -272,7 +259,7 @@ def write(rows: list[Row], bandwidth: float, arguments: argparse.Namespace) -> N
         "command": f"python -m benchmarks.engine.peers --rounds {arguments.rounds} "
         f"--threads {arguments.threads} --batches {','.join(map(str, arguments.batches))}",
         "commit": commit(),
-        "device": f"{device_name()}, {arguments.threads} thread(s)",
+        "device": f"{cpu_name()}, {arguments.threads} thread(s)",
         "torch": torch.__version__,
         "peer": f"transformers {transformers.__version__} generate, bfloat16, sdpa",
         "prompt_tokens": PROMPT_TOKENS,

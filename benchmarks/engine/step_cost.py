@@ -18,7 +18,8 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from benchmarks.engine.peers import commit, device_name, make_checkpoint
+from benchmarks.engine.peers import make_checkpoint
+from benchmarks.provenance import commit, cpu_name
 from tidemill.engine import Engine, EngineConfig, SamplingParams, Sequence, StepCost
 
 RESULT = Path(__file__).with_name("results") / "step_cost.json"
@@ -158,7 +159,7 @@ def main() -> None:
         "benchmark": "engine/step_cost",
         "command": "python -m benchmarks.engine.step_cost",
         "commit": commit(),
-        "device": device_name(),
+        "device": cpu_name(),
         "alone": [asdict(each) for each in alone],
         "joint": [asdict(share) for share in joint],
     }

@@ -11,7 +11,6 @@ receiver allows to be under way bounds the rate.
 import argparse
 import asyncio
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -22,10 +21,8 @@ from typing import Any
 
 import grpc
 
+from benchmarks.provenance import ROOT, commit, device
 from benchmarks.serving.cache_rpc import (
-    ROOT,
-    commit,
-    cpu_name,
     free_port,
     median_rates,
     tls_files,
@@ -131,7 +128,7 @@ def main() -> None:
         "command": f"python -m benchmarks.serving.bulk_channel --rounds {arguments.rounds} "
         f"--megabytes {arguments.megabytes}",
         "commit": commit(),
-        "device": {"cpu": cpu_name(), "cores": os.cpu_count(), "load": os.getloadavg()[0]},
+        "device": device(),
         "grpc": grpc.__version__,
         "python": platform.python_version(),
         "rows": rows,

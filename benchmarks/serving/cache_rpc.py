@@ -28,6 +28,7 @@ from typing import Any
 import grpc
 from google.protobuf.wrappers_pb2 import UInt64Value
 
+from benchmarks.provenance import ROOT, commit, device
 from tidemill.certs import make_dev_certs
 from tidemill.kv.cache_client import CacheClient, CacheClientConfig, CacheNamespace
 from tidemill.kv.pieces import PIECE_BYTES
@@ -35,7 +36,6 @@ from tidemill.rpc.channel import internal_channel
 from tidemill.rpc.options import INTERNAL_SERVER
 from tidemill.rpc.tls import TlsFiles, server_credentials
 
-ROOT = Path(__file__).resolve().parents[2]
 RESULT = Path(__file__).with_name("results") / "cache_rpc.json"
 # One block of models/demo's size, and of a full V3 in bfloat16: 64 tokens x 61 layers x 576 x 2.
 BLOCK_BYTES = (120_000, 64 * 61 * 576 * 2)
@@ -240,24 +240,6 @@ async def until_up(certs: Path, ports: tuple[int, ...], *, role: str = "cache") 
         await channel.close()
 
 
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
-
-
-def commit() -> str:
-    run = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],  # noqa: S607 - whatever git is on PATH
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return run.stdout.strip()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=7)
@@ -281,7 +263,7 @@ def main() -> None:
         "command": f"python -m benchmarks.serving.cache_rpc --rounds {arguments.rounds} "
         f"--megabytes {arguments.megabytes}",
         "commit": commit(),
-        "device": {"cpu": cpu_name(), "cores": os.cpu_count(), "load": os.getloadavg()[0]},
+        "device": device(),
         "grpc": grpc.__version__,
         "python": platform.python_version(),
         "sha256_gb_s": sha256_rate(),

@@ -16,7 +16,6 @@ prefill worker holds the prompt, and the decode worker holds it too from the fir
 import argparse
 import asyncio
 import json
-import os
 import statistics
 import tempfile
 from pathlib import Path
@@ -25,7 +24,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.serving.cache_rpc import ROOT, commit, cpu_name
+from benchmarks.provenance import ROOT, commit, device
 from services.stack.demo import make_key
 from services.stack.launcher import run_stack
 from services.stack.plan import MODEL, Plan
@@ -112,7 +111,7 @@ def main() -> None:
         "command": f"python -m benchmarks.serving.cached_prompt --roles "
         f"{','.join(arguments.roles)} --tokens {arguments.tokens} --rounds {arguments.rounds}",
         "commit": commit(),
-        "device": {"cpu": cpu_name(), "cores": os.cpu_count(), "load": os.getloadavg()[0]},
+        "device": device(),
         "torch": torch.__version__,
         "model": arguments.model.name,
         "rows": rows,

@@ -20,7 +20,6 @@ the same again on the other side, where `bare` has half of that and no hash: at 
 import argparse
 import asyncio
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -34,11 +33,9 @@ import grpc
 import torch
 import xxhash
 
+from benchmarks.provenance import ROOT, commit, device
 from benchmarks.serving.cache_rpc import (
-    ROOT,
     Timed,
-    commit,
-    cpu_name,
     free_port,
     median_rates,
     tls_files,
@@ -254,7 +251,7 @@ def main() -> None:
         "command": f"python -m benchmarks.serving.handover --rounds {arguments.rounds} "
         f"--tokens {arguments.tokens}",
         "commit": commit(),
-        "device": {"cpu": cpu_name(), "cores": os.cpu_count(), "load": os.getloadavg()[0]},
+        "device": device(),
         "grpc": grpc.__version__,
         "python": platform.python_version(),
         **measured,

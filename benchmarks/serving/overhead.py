@@ -40,7 +40,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from benchmarks.engine.peers import make_checkpoint
-from benchmarks.serving.cache_rpc import commit, cpu_name
+from benchmarks.provenance import commit, cpu_name
 from services.stack.demo import make_key
 from services.stack.launcher import run_stack
 from services.stack.plan import MODEL, Plan

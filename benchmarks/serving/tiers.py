@@ -25,7 +25,6 @@ more than a tenth: the policy (policy/fetch_or_recompute.py) fetches only what i
 import argparse
 import asyncio
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -42,10 +41,8 @@ import grpc
 import torch
 from prometheus_client import CollectorRegistry
 
+from benchmarks.provenance import ROOT, commit, device
 from benchmarks.serving.cache_rpc import (
-    ROOT,
-    commit,
-    cpu_name,
     free_port,
     tls_files,
     until_up,
@@ -300,7 +297,7 @@ def main() -> None:
         "command": f"python -m benchmarks.serving.tiers --rounds {arguments.rounds} "
         f"--tokens {arguments.tokens}",
         "commit": commit(),
-        "device": {"cpu": cpu_name(), "cores": os.cpu_count(), "load": os.getloadavg()[0]},
+        "device": device(),
         "torch": torch.__version__,
         "model": arguments.model.name,
         **measured,
