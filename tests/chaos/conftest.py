@@ -21,7 +21,7 @@ class Breakable:
     wire: SlowLink
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def shared_breakable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Breakable]:
     model = tmp_path_factory.mktemp("tiny")
     make_tiny_checkpoint(model, max_position_embeddings=CONTEXT_TOKENS)

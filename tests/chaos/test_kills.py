@@ -1,4 +1,7 @@
-"""kill -9, one process at a time, while requests run."""
+"""kill -9 of the only one of its kind, while requests run: what cannot go on is told at once.
+
+Where there is another of its kind the streams go on: see test_rounds.py.
+"""
 
 import asyncio
 import time
@@ -10,7 +13,7 @@ from services.stack.plan import MODEL
 from tests.slow_link import SlowLink
 from tests.stack_harness import BOOK_PATH, Stack, eventually, words
 from tidemill.billing import load_price_book
-from tidemill.client import AsyncClient, AsyncStream, Completion, FinishReason
+from tidemill.client import AsyncClient, AsyncStream, Completion, FinishReason, Receipt
 from tidemill.errors import DeadlineExceeded, LedgerUnavailable, TidemillError, WorkerLost
 
 pytestmark = [pytest.mark.e2e, pytest.mark.redis]
@@ -185,6 +188,13 @@ async def test_streams_go_on_without_the_cache_and_use_it_again_when_it_is_back(
     await eventually(stored_again)
 
 
+async def is_settled(client: AsyncClient, pending: Receipt) -> bool:
+    """Whether a receipt that was pending stands in the ledger, and just as it was."""
+    found = (await client.receipt(str(pending.content["request_id"]))).receipt
+    assert found.content == pending.content
+    return found.state == "settled"
+
+
 async def stored_blocks(stack: Stack) -> float:
     return (await stack.metrics("prefill")).total("tidemill_worker_cache_stored_blocks_total")
 
@@ -220,9 +230,13 @@ async def test_without_the_ledger_streams_run_to_their_bill_and_new_keys_are_tur
         assert time.monotonic() - began < TOLD_WITHIN_S
         assert raised.value.reason == "LEDGER_UNAVAILABLE"
         assert raised.value.retry_after_s is not None
-        check_whole(await stream.completion(), LONG_ANSWER_TOKENS)
+        completion = await stream.completion()
+        check_whole(completion, LONG_ANSWER_TOKENS)
+        assert completion.receipt is not None
+        assert completion.receipt.state == "pending"
         await says(stack, "router", "NOT_SERVING")
         await stack.start()
         await says(stack, "router", "SERVING")
         await answers(newcomer, "the ledger remembers: " + words(10))
+    await eventually(partial(is_settled, client, completion.receipt))
     await answers(client, "both keys: " + words(10))
