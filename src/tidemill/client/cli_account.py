@@ -25,7 +25,7 @@ from tidemill.client.account_calls import UsageBy
 from tidemill.client.cli_admin import connect
 from tidemill.client.cli_answer import served_model
 from tidemill.client.cli_options import options
-from tidemill.client.cli_table import instant, instant_ms, nano, table
+from tidemill.client.cli_table import instant, instant_ms, names_of, nano, table
 from tidemill.client.types import Message
 from tidemill.errors import ConfigError
 
@@ -292,7 +292,11 @@ def _add_reading(commands: Commands, connection: argparse.ArgumentParser) -> Non
         "usage", parents=[connection, span_parser()], help="tokens and charges, added up"
     )
     usage.add_argument(
-        "--by", action="append", default=[], choices=[*map(str, UsageBy)], help="may be repeated"
+        "--by",
+        type=names_of(UsageBy),
+        default=[],
+        metavar="DIMENSIONS",
+        help=f"comma-separated, of {', '.join(UsageBy)}",
     )
     usage.set_defaults(run=show_usage)
 

@@ -8,7 +8,7 @@ from typing import Any
 from tidemill.billing import format_amount
 from tidemill.billing.margin import HOUR_MS
 from tidemill.client.cli_admin import connect
-from tidemill.client.cli_table import instant, instant_ms, nano, table
+from tidemill.client.cli_table import instant, instant_ms, names_of, nano, table
 from tidemill.client.margin import MarginBy, MarginReport, MarginRow
 
 Commands = Any  # argparse's, which has no public name
@@ -39,7 +39,7 @@ def add(commands: Commands, connection: argparse.ArgumentParser) -> None:
     margin.add_argument("--zone", help="IANA time zone of dates without an offset (default: UTC)")
     margin.add_argument(
         "--by",
-        type=_dimensions,
+        type=names_of(MarginBy),
         default=[],
         metavar="DIMENSIONS",
         help=f"comma-separated, of {', '.join(MarginBy)}",
@@ -67,13 +67,6 @@ def show(args: argparse.Namespace) -> int:
         )
     print(json.dumps(report.to_dict()) if args.json else _describe(report, args.by))
     return 0
-
-
-def _dimensions(text: str) -> list[MarginBy]:
-    try:
-        return [MarginBy(name) for name in text.split(",")]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{error}; choose from {', '.join(MarginBy)}") from error
 
 
 def _span(args: argparse.Namespace) -> tuple[int, int]:

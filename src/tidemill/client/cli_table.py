@@ -2,12 +2,16 @@
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from enum import StrEnum
+from typing import TypeVar
 from zoneinfo import ZoneInfo
 
 from tidemill.errors import ConfigError
+
+Name = TypeVar("Name", bound=StrEnum)
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NUMBER = re.compile(r"-?[\d,.]*\d(?: [A-Z]{3})?")
@@ -40,6 +44,18 @@ def nano(text: str) -> int:
     if re.fullmatch(r"\d{1,9}(?:\.\d{1,9})?", text) is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not an amount such as 12.50")
     return int(Decimal(text).scaleb(9))
+
+
+def names_of(kind: type[Name]) -> Callable[[str], list[Name]]:
+    """A parser of comma-separated values of `kind`, for an argument."""
+
+    def parse(text: str) -> list[Name]:
+        try:
+            return [kind(name) for name in text.split(",")]
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{error}; choose from {', '.join(kind)}") from error
+
+    return parse
 
 
 def instant_ms(text: str, zone: str | None) -> int:

@@ -238,7 +238,7 @@ async def test_usage_and_quotes_are_tables_and_json(
 ) -> None:
     await bank.settle()
     await bank.settle(at_ms=NOON_MS + 5 * HOUR_MS)
-    said = await tidemill(bank, capsys, "usage", "--by", "day", "--by", "window")
+    said = await tidemill(bank, capsys, "usage", "--by", "day,window")
     lines = said.splitlines()
     assert lines[0].split()[:6] == ["day", "window", "requests", "hit", "miss", "output"]
     assert [line.split()[:3] for line in lines[1:]] == [
