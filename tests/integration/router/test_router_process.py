@@ -65,6 +65,7 @@ pepper_file = "pepper"
 admin_key_file = "admin"
 [router.money]
 signing_key_file = "{SIGNING_KEY}"
+spool_dir = "spool"
 [router.fleet]
 workers = ["{workers}"]
 tls = {identity}
