@@ -211,6 +211,7 @@ async def test_a_ledger_that_restarts_gives_owners_a_lease_before_others_may_tak
     ):
         await own.top_up(10**9)
         hold = await own.hold("r1")
+        own.money.leases.discard(hold)
         ledger_server.kill()
         await asyncio.sleep(2.0)
         ledger_server.start()

@@ -151,8 +151,11 @@ async def test_a_checkpoint_of_an_older_fence_is_not_written(pair: Pair) -> None
     second = await two.hold("r1")
     second.checkpoint(progress(2))
     await two.tasks.join(1.0)
+    lost: list[bool] = []
+    first.on_lost = lambda: lost.append(True)
     first.checkpoint(progress(50))
     await one.tasks.join(1.0)
+    assert lost, "that is how it hears of it"
     assert '"completion_tokens":2,' in (await one.account()).requests["r1"].checkpoint
 
 
