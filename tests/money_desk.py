@@ -110,6 +110,10 @@ class Desk:
             while await self.state(request_id) is not state:  # noqa: ASYNC110 - it is in Redis
                 await asyncio.sleep(0.02)
 
+    async def end(self, name: str) -> None:
+        """Have a background task of the money do nothing any more."""
+        await end(*(task for task in self.money.background if task.get_name() == name))
+
     def metric(self, name: str, **labels: str) -> float:
         """A sample's value, 0 if there is none."""
         return self.registry.get_sample_value(name, labels) or 0.0
@@ -151,10 +155,11 @@ async def desk(
         now_ms=lambda: system_ms() + skew_ms,
     )
     await money.start()
+    own = Desk(money, tasks, registry)
     if not resolving:
-        await end(*(task for task in money.background if task.get_name() == "the resolver"))
+        await own.end("the resolver")
     try:
-        yield Desk(money, tasks, registry)
+        yield own
     finally:
         await tasks.join(1.0)
         await money.stop()

@@ -16,7 +16,8 @@ class LedgerWatch:
 
     `offset_ms` is by how much this router's clock is ahead of the ledger's, as of the last answer,
     as little as the answer's time on the way leaves open; `up_since_ms` is since when the ledger's
-    present process can be reached.
+    present process can be reached, here without a break: where it hung or was cut off, the owners
+    of holds could not renew them either.
     """
 
     def __init__(self, ledger: Ledger, *, now_ms: Callable[[], int], period_s: float = 0.5) -> None:
@@ -26,6 +27,7 @@ class LedgerWatch:
         self.answers = True
         self.offset_ms = 0
         self.up_since_ms = 0
+        self._back_since_ms = 0
 
     @property
     def readiness(self) -> str | None:
@@ -48,10 +50,13 @@ class LedgerWatch:
         try:
             ledger_ms = await self._ledger.run(_time_ms)
             answered_ms = self._now_ms()
-            self.up_since_ms = await self._ledger.up_since_ms(answered_ms)
+            up_since_ms = await self._ledger.up_since_ms(answered_ms)
         except LedgerUnavailable:
             self.answers = False
             return
+        if not self.answers:
+            self._back_since_ms = answered_ms
+        self.up_since_ms = max(up_since_ms, self._back_since_ms)
         self.offset_ms = offset_ms(asked_ms, ledger_ms, answered_ms)
         self.answers = True
 

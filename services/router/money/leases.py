@@ -41,6 +41,10 @@ class Leases:
     def __len__(self) -> int:
         return len(self._holds)
 
+    def __contains__(self, key: tuple[str, str]) -> bool:
+        """Whether the hold of (tenant id, request id) is kept."""
+        return key in self._holds
+
     def add(self, hold: Leased) -> None:
         """Keep it from now on."""
         self._holds[hold.tenant_id, hold.request_id] = hold

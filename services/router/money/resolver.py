@@ -75,7 +75,9 @@ class Resolver:
                 tenant_id, until_ms=self._bank.now_ms(), limit=_PAGE
             )
             for request_id, _ in late:
-                if (tenant_id, request_id) not in self._resolving:
+                key = (tenant_id, request_id)
+                # Those of this router run, however late it is with renewing them.
+                if key not in self._resolving and key not in self._bank.leases:
                     await self._take(tenant_id, request_id)
 
     async def _take(self, tenant_id: str, request_id: str) -> None:
@@ -111,11 +113,12 @@ class Resolver:
             busy = retained.busy(self._bank.workers, finals)
             case = _Case(tenant_id, request_id, orphan, terms, found, busy)
             if found.usage.prompt_tokens:
-                await self._settle(case, book)
+                ended = await self._settle(case, book)
             else:
-                await self._release(case)
+                ended = await self._release(case)
             crash_point("resolve.after")
-            await retained.acknowledge(finals)
+            if ended:  # else who has taken the request over counts them
+                await retained.acknowledge(finals)
         except LedgerUnavailable as error:
             logger.info("%s waits for its resolution: %s", request_id, error)
         except (ConfigError, UsageError) as error:
@@ -136,7 +139,8 @@ class Resolver:
                 return finals
             await asyncio.sleep(_ASK_EVERY * self._bank.lease_ms / 1000)
 
-    async def _settle(self, case: _Case, book: PriceBook) -> None:
+    async def _settle(self, case: _Case, book: PriceBook) -> bool:
+        """Whether it is settled now."""
         now_ms, orphan, terms, found = self._bank.now_ms(), case.orphan, case.terms, case.found
         receipt = issue_receipt(
             book,
@@ -178,8 +182,10 @@ class Resolver:
         if isinstance(answer, rules.Posted) and not answer.duplicate:
             self._bank.metrics.resolved(found.known_from)
             self._bank.report(record.chained(completed, answer))
+        return isinstance(answer, rules.Posted)
 
-    async def _release(self, case: _Case) -> None:
+    async def _release(self, case: _Case) -> bool:
+        """Whether it is released now."""
         now_ms, model, usage = self._bank.now_ms(), case.terms.model, case.found.usage
         command = rules.Release(
             request_id=case.request_id,
@@ -197,3 +203,4 @@ class Resolver:
             self._bank.report_unbilled(
                 case.tenant_id, case.request_id, model=model, usage=usage, reason=_WHY
             )
+        return isinstance(answer, rules.Released)

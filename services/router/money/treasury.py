@@ -23,6 +23,7 @@ from tidemill.errors import (
     LedgerUnavailable,
     RequestInProgress,
     TidemillError,
+    Unavailable,
 )
 
 _MIN_RETRY_S = 0.5
@@ -40,8 +41,8 @@ class Treasury:
         """Hold what the request may cost, or say how the same request was settled before.
 
         Raises FailedPrecondition MAX_COST_EXCEEDED, InsufficientBalance, LimitExceeded,
-        RequestInProgress, AlreadyExists for an id used with another body, LedgerUnavailable. If
-        the caller is cancelled meanwhile, the hold is released.
+        RequestInProgress, AlreadyExists for an id used with another body, LedgerUnavailable,
+        Unavailable CLOCK_OFF. If the caller is cancelled meanwhile, the hold is released.
         """
         if (intent := self._bank.cashier.pending(admitted.tenant.id, admitted.ask.request_id)) and (
             isinstance(intent.command, rules.Settle)
@@ -49,6 +50,8 @@ class Treasury:
             return self._settled_here(intent, admitted)
         if not self._watch.answers:
             raise LedgerUnavailable("the ledger does not answer just now", retry_after_s=1.0)
+        if why := self._watch.readiness:
+            raise Unavailable(why, reason="CLOCK_OFF", retry_after_s=1.0)  # no price is certain
         opening = self._bank.tasks.spawn(self._open(admitted), name="open hold")
         try:
             return await asyncio.shield(opening)

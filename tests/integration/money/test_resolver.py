@@ -13,6 +13,7 @@ from tests.money_desk import (
     Desk,
     KeptFinals,
     desk,
+    eventually,
     kept_final,
     progress,
     settle,
@@ -182,3 +183,49 @@ async def test_nothing_is_orphaned_within_a_lease_of_the_ledgers_restart(
         started_ms = system_ms()
         await own.until("r1", rules.State.ORPHAN)
         assert system_ms() - started_ms >= 1400
+
+
+async def test_nothing_is_orphaned_within_a_lease_of_the_ledgers_return_from_a_hang(
+    server: RedisProcess, tmp_path: Path
+) -> None:
+    async with desk(server, tmp_path, lease_s=1.5, timeout_s=0.5) as own:
+        await vanished(server, tmp_path, tokens=5)
+        with server.frozen():
+            await eventually(lambda: own.money.readiness is not None)
+            await asyncio.sleep(LEASE_S)
+        back_ms = system_ms()
+        await own.until("r1", rules.State.ORPHAN)
+        assert system_ms() - back_ms >= 1400
+
+
+async def test_a_router_that_stalled_does_not_resolve_what_it_runs(
+    server: RedisProcess, tmp_path: Path
+) -> None:
+    async with desk(server, tmp_path) as own:
+        await own.end("lease renewal")  # it is late, and may come after the resolver
+        await own.top_up(10**9)
+        hold = await own.hold("r1")
+        await asyncio.sleep(2 * LEASE_S)
+        assert await own.state("r1") is rules.State.OPEN
+        assert (await settle(hold, 12)).chained is not None
+
+
+async def test_finals_are_left_to_who_has_taken_the_request_over_meanwhile(
+    server: RedisProcess, tmp_path: Path
+) -> None:
+    hold = await vanished(server, tmp_path, tokens=5)
+    worker = KeptFinals()
+    worker.running = True
+    async with desk(server, tmp_path, workers=[worker], resolving=False) as other:
+        async with desk(server, tmp_path, workers=[worker]) as own:
+            await own.until("r1", rules.State.ORPHAN)
+            await own.end("the resolver")
+            await asyncio.sleep(1.5 * LEASE_S)
+            second = await other.hold("r1")
+            worker.finals.append(kept_final(hold, 30))
+            worker.running = False
+            await eventually(
+                lambda: own.metric("tidemill_router_settlements_total", outcome="stale") == 1
+            )
+        assert worker.acknowledged == []
+        assert (await settle(second, 12)).usage.completion_tokens == 12
