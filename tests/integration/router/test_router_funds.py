@@ -67,6 +67,9 @@ def paid(
         for position in range(begin + 1, talk.sampling.max_tokens):
             if position == until:
                 raise WorkerLost("gone")
+            if talk.stopped.done():
+                reason = lifecycle_pb2.FinishReason.Name(talk.stopped.result().reason)
+                return await end(talk, reason.removeprefix("FINISH_REASON_"))
             if not await funded(talk, begin + talk.generated + len(choices)):
                 return await end(talk, "BUDGET")
             for choice in choices:
@@ -209,6 +212,39 @@ async def test_without_the_ledger_no_request_runs_and_none_keeps_its_place(
                 await router.until(lambda: len(router.process.requests) == 0)
             await router.check_idle()
             assert [start.task.id.request_id for start in workers[1].starts] == ["acme:warm"]
+
+
+async def test_a_cancel_that_comes_before_the_money_reaches_no_worker(
+    router: RouterHarness, decode: ScriptedWorker, ledger: RedisProcess
+) -> None:
+    decode.scripts = [paid()]
+    assert (await router.generate(ask("warm", max_tokens=3))).error is None
+    with ledger.frozen():
+        call = router.call(ask())
+        await router.until(lambda: bool(router.process.requests.running()))
+        assert await router.cancel("r1")
+    heard = await listen(call)
+    assert heard.completed.finish_reason == lifecycle_pb2.FINISH_REASON_CANCELLED
+    assert heard.completed.receipt.amount_nano == 0
+    assert len(decode.starts) == 1
+    assert (await balance(router)).held_nano == 0
+
+
+async def test_a_request_that_another_router_has_taken_over_ends_here_without_a_bill(
+    router: RouterHarness, decode: ScriptedWorker
+) -> None:
+    decode.scripts = [paid(pause_s=0.01)]
+    call = router.call(ask())
+    while not (await call.read()).HasField("chunk"):
+        pass
+    (generation,) = router.process.requests.running()
+    generation._hold.lose()
+    heard = await listen(call)
+    assert heard.error is not None
+    assert (heard.error.code, heard.error.reason) == (grpc.StatusCode.ABORTED, "STALE_FENCE")
+    await router.until(lambda: decode.running == 0)
+    assert [stop.reason for stop in decode.stops] == [lifecycle_pb2.FINISH_REASON_SERVER_FAULT]
+    assert router.metric("tidemill_router_revenue_nano_total", model=MODEL, currency="USD") == 0
 
 
 class TestFailover:
