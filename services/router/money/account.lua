@@ -4,7 +4,7 @@
 local SCALE, DAY_MS, MAX_NANO = 60000, 86400000, 9007199254740991
 
 local function exact(number)
-  return string.format('%.0f', number)
+  return string.format('%d', number)
 end
 
 local function read_scope(name, limits, use)
@@ -37,7 +37,7 @@ local function read_account(name, key_id)
 end
 
 local function use_of(scope)
-  return string.format('%.0f %.0f %.0f %.0f %s %.0f %s %.0f',
+  return string.format('%d %d %d %d %s %d %s %d',
     scope.open, scope.day, scope.used, scope.used_before,
     scope.requests_level and exact(scope.requests_level) or '-', scope.requests_at,
     scope.tokens_level and exact(scope.tokens_level) or '-', scope.tokens_at)

@@ -28,5 +28,5 @@ local function done_before(name, operation_id, content, account)
 end
 
 local function mark_done(name, operation_id, content, amount)
-  redis.call('HSET', name, operation_id, string.format('%.0f %s', amount, content))
+  redis.call('HSET', name, operation_id, string.format('%d %s', amount, content))
 end

@@ -13,7 +13,7 @@ if first and now < tonumber(ARGV[5]) + lease then
 end
 local fence, orphaned_at = found[2] + 1, first and now or tonumber(found[9])
 redis.call('HSET', KEYS[1], 'state', 'ORPHAN', 'fence', fence, 'owner', ARGV[4],
-  'orphaned_at', string.format('%.0f', orphaned_at))
+  'orphaned_at', string.format('%d', orphaned_at))
 redis.call('ZADD', KEYS[2], now + lease, ARGV[1])
 return { 'ORPHANED', fence, found[3], found[4], tonumber(found[5]), found[6] + found[7],
   tonumber(found[8]), orphaned_at }

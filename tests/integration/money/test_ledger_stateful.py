@@ -366,7 +366,7 @@ def run_books(ledger_redis: RedisProcess, **bounds_of_run: Any) -> None:
 
 
 def test_scripts_and_rules_agree_whatever_is_asked(ledger_redis: RedisProcess) -> None:
-    run_books(ledger_redis, max_examples=40, stateful_step_count=40)
+    run_books(ledger_redis, max_examples=60, stateful_step_count=50)
 
 
 @pytest.mark.slow
