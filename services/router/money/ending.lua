@@ -1,8 +1,9 @@
 -- What settling and releasing share.
 
 -- The owner may end a hold; an orphan also those who had it before: they know what was generated.
-local function may_end(state, fence, callers)
-  return (state == 'OPEN' and callers == fence) or (state == 'ORPHAN' and callers <= fence)
+local function may_end(request, callers)
+  return (request.state == 'OPEN' and callers == request.fence)
+    or (request.state == 'ORPHAN' and request.first_fence <= callers and callers <= request.fence)
 end
 
 -- Ends the hold of `request`: charges `amount`, granted first, and frees the rest; a place is free,
@@ -29,10 +30,11 @@ end
 -- The fields of a request that ending it needs.
 local function read_request(name)
   local found = redis.call('HMGET', name, 'state', 'fence', 'granted', 'topped_up', 'day', 'tokens',
-    'tokens_taken', 'key_id')
+    'tokens_taken', 'key_id', 'first_fence')
   return {
     state = found[1] or 'UNKNOWN', fence = tonumber(found[2]) or 0,
     granted = tonumber(found[3]), topped_up = tonumber(found[4]), day = tonumber(found[5]),
     tokens = tonumber(found[6]), tokens_taken = found[7], key_id = found[8],
+    first_fence = tonumber(found[9]),
   }
 end

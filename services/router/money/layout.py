@@ -99,6 +99,7 @@ def request_of(request_id: str, fields: Fields, lease_until_ms: int = 0) -> rule
         content_sha256=fields.get(b"content", b"").hex(),
         posted=_posted(fields) if b"position" in fields else None,
         refunds=_refunds(fields),
+        first_fence=_int(fields, "first_fence"),
     )
 
 

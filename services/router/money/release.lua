@@ -4,7 +4,7 @@
 local request, fence, now = read_request(KEYS[2]), tonumber(ARGV[2]), tonumber(ARGV[3])
 if request.state == 'RELEASED' and fence <= request.fence then
   return { 'RELEASED' }
-elseif not may_end(request.state, request.fence, fence) then
+elseif not may_end(request, fence) then
   return { 'STALE', request.fence, request.state }
 end
 local account = read_account(KEYS[1], request.key_id)

@@ -20,9 +20,16 @@ def decode_reserve(raw: Raw) -> rules.ReserveReply:
 
 
 def _held(raw: Raw) -> rules.Held:
-    _, fence, held, in_full, admitted_at, terms, checkpoint, attempts = raw
+    _, fence, held, in_full, admitted_at, terms, checkpoint, attempts, first_fence = raw
     return rules.Held(
-        fence, held, in_full == 1, admitted_at, terms.decode(), checkpoint.decode(), attempts
+        fence,
+        held,
+        in_full == 1,
+        admitted_at,
+        terms.decode(),
+        checkpoint.decode(),
+        attempts,
+        first_fence,
     )
 
 
@@ -48,9 +55,16 @@ def _posted(raw: Raw) -> rules.Posted:
 
 
 def _orphaned(raw: Raw) -> rules.Orphaned:
-    _, fence, terms, checkpoint, attempts, held, admitted_at, orphaned_at = raw
+    _, fence, terms, checkpoint, attempts, held, admitted_at, orphaned_at, first_fence = raw
     return rules.Orphaned(
-        fence, terms.decode(), checkpoint.decode(), attempts, held, admitted_at, orphaned_at
+        fence,
+        terms.decode(),
+        checkpoint.decode(),
+        attempts,
+        held,
+        admitted_at,
+        orphaned_at,
+        first_fence,
     )
 
 

@@ -20,11 +20,11 @@ elseif state == 'OPEN' or state == 'ORPHAN' then
     return { 'IN_PROGRESS', kept_until }
   end
   local found = redis.call('HMGET', KEYS[2], 'granted', 'topped_up', 'in_full', 'admitted_at',
-    'terms', 'checkpoint', 'attempts')
+    'terms', 'checkpoint', 'attempts', 'first_fence')
   redis.call('HSET', KEYS[2], 'state', 'OPEN', 'fence', fence + 1, 'owner', owner, 'orphaned_at', 0)
   redis.call('ZADD', KEYS[3], now + lease, ARGV[1])
   return { 'HELD', fence + 1, found[1] + found[2], tonumber(found[3]), tonumber(found[4]), found[5],
-    found[6], tonumber(found[7]) }
+    found[6], tonumber(found[7]), tonumber(found[8]) }
 end
 
 local account = read_account(KEYS[1], key_id)
@@ -85,8 +85,8 @@ write_account(KEYS[1], account)
 redis.call('HSET', KEYS[2], 'state', 'OPEN', 'fence', fence + 1, 'owner', owner, 'key_id', key_id,
   'body', ARGV[3], 'admitted_at', ARGV[5], 'day', day, 'in_full', in_full, 'tokens', ARGV[9],
   'tokens_taken', tokens_taken, 'granted', exact(granted), 'topped_up', exact(topped_up),
-  'terms', terms, 'checkpoint', '', 'attempts', 0, 'orphaned_at', 0)
+  'terms', terms, 'checkpoint', '', 'attempts', 0, 'orphaned_at', 0, 'first_fence', fence + 1)
 redis.call('ZADD', KEYS[3], now + lease, ARGV[1])
 append(KEYS[4], entry, 'reserve', ARGV[1], now, '',
   { 'granted', -granted, 'topped_up', -topped_up, 'hold', amount })
-return { 'HELD', fence + 1, amount, in_full, now, terms, '', 0 }
+return { 'HELD', fence + 1, amount, in_full, now, terms, '', 0, fence + 1 }

@@ -132,7 +132,8 @@ class Resolver:
         """Those that workers keep; they are asked until that decides it, or for two leases."""
         give_up_ms = orphan.orphaned_at_ms + 2 * self._bank.lease_ms
         while True:
-            finals, running = await retained.ask(self._bank.workers, wire_id)
+            found, running = await retained.ask(self._bank.workers, wire_id)
+            finals = [each for each in found if each.final.id.fence >= orphan.first_fence]
             if not running and decisive(progress, [each.end for each in finals]):
                 return finals
             if self._bank.now_ms() >= give_up_ms:

@@ -5,7 +5,7 @@
 local request = read_request(KEYS[2])
 if request.state == 'SETTLED' then
   return posted_before(KEYS[2])
-elseif not may_end(request.state, request.fence, tonumber(ARGV[2])) then
+elseif not may_end(request, tonumber(ARGV[2])) then
   return { 'STALE', request.fence, request.state }
 end
 local now, amount, held = tonumber(ARGV[3]), tonumber(ARGV[5]), request.granted + request.topped_up

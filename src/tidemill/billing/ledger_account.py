@@ -58,7 +58,8 @@ class Request:
     """A request as the ledger knows it.
 
     `granted_nano` and `topped_up_nano` are held while the hold is live and charged once it is
-    SETTLED. `tokens_taken` names the scopes whose token buckets paid `tokens`.
+    SETTLED. `tokens_taken` names the scopes whose token buckets paid `tokens`. The present hold
+    began with `first_fence`; those below are of one that was released.
     """
 
     request_id: str
@@ -83,6 +84,7 @@ class Request:
     content_sha256: str = ""
     posted: Posted | None = None
     refunds: tuple[Refunded, ...] = ()
+    first_fence: int = 1
 
     @property
     def live(self) -> bool:

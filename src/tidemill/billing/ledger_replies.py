@@ -37,7 +37,8 @@ class Held:
     """To Reserve: the hold is the caller's, under `fence`.
 
     After a takeover all but the fence is as its first owner had it, and `checkpoint` (JSON, or
-    "") and `attempts` tell how far that one came.
+    "") and `attempts` tell how far that one came. Fences below `first_fence` were those of an
+    earlier hold under this request id, which was released.
     """
 
     fence: int
@@ -47,6 +48,7 @@ class Held:
     terms: str
     checkpoint: str
     attempts: int
+    first_fence: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +154,7 @@ class NotYet:
 
 @dataclass(frozen=True, slots=True)
 class Orphaned:
-    """To Orphan: the caller's to resolve, under `fence`."""
+    """To Orphan: the caller's to resolve, under `fence`; `first_fence` as in `Held`."""
 
     fence: int
     terms: str
@@ -161,6 +163,7 @@ class Orphaned:
     held_nano: int
     admitted_at_ms: int
     orphaned_at_ms: int
+    first_fence: int = 1
 
 
 @dataclass(frozen=True, slots=True)

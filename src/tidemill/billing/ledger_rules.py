@@ -148,6 +148,7 @@ def _first_hold(account: Account, command: Reserve, fence: int) -> tuple[Account
         granted_nano=granted,
         topped_up_nano=amount - granted,
         terms=command.terms,
+        first_fence=fence + 1,
     )
     use = {
         scope: replace(
@@ -283,6 +284,7 @@ def _orphan(account: Account, command: Orphan) -> tuple[Account, OrphanReply]:
         held_nano=request.amount_nano,
         admitted_at_ms=request.admitted_at_ms,
         orphaned_at_ms=request.orphaned_at_ms,
+        first_fence=request.first_fence,
     )
 
 
@@ -296,7 +298,7 @@ def _kept_until_ms(request: Request, command: Reserve | Orphan) -> int:
 def _may_end(request: Request, fence: int) -> bool:
     """The owner may; of an orphan also those who had it before: they know what was generated."""
     if request.state == State.ORPHAN:
-        return fence <= request.fence
+        return request.first_fence <= fence <= request.fence
     return request.state == State.OPEN and fence == request.fence
 
 
@@ -347,6 +349,7 @@ def _held(request: Request) -> Held:
         terms=request.terms,
         checkpoint=request.checkpoint,
         attempts=request.attempts,
+        first_fence=request.first_fence,
     )
 
 

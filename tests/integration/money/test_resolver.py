@@ -18,12 +18,13 @@ from tests.money_desk import (
     progress,
     settle,
     system_ms,
+    usage,
 )
 from tests.redis_process import RedisProcess
 from tests.router_harness import DURABLE
 from tidemill.billing import BusyPart
 from tidemill.billing import ledger as rules
-from tidemill.errors import RequestInProgress
+from tidemill.errors import Cancelled, RequestInProgress
 
 pytestmark = pytest.mark.redis
 
@@ -208,6 +209,23 @@ async def test_a_router_that_stalled_does_not_resolve_what_it_runs(
         await asyncio.sleep(2 * LEASE_S)
         assert await own.state("r1") is rules.State.OPEN
         assert (await settle(hold, 12)).chained is not None
+
+
+async def test_a_final_of_an_earlier_life_of_the_id_counts_for_nothing(
+    server: RedisProcess, tmp_path: Path
+) -> None:
+    async with desk(server, tmp_path, resolving=False) as gone:
+        await gone.top_up(10**9)
+        first = await gone.hold("r1")
+        await first.release(usage(50), Cancelled("its worker was lost"))
+        second = await gone.hold("r1")
+        second.checkpoint(progress(5))
+        await gone.tasks.join(1.0)
+    worker = KeptFinals(kept_final(first, 50))
+    async with desk(server, tmp_path, workers=[worker]) as own:
+        found = (await settled(own)).completed.usage
+    assert (found.completion_tokens, found.generated_tokens) == (5, 5)
+    assert worker.acknowledged == []
 
 
 async def test_finals_are_left_to_who_has_taken_the_request_over_meanwhile(

@@ -172,11 +172,24 @@ def test_a_released_id_lives_again_under_the_next_fence_with_everything_counted_
     books, _ = after(account(topped_up=500), reserve(), release())
     assert books.balance == rules.Balance(0, 500, 0)
     books, reply = after(books, reserve(now_ms=LATE, full_nano=70, terms="{}"))
-    assert reply == rules.Held(2, 70, True, LATE, "{}", "", 0)
+    assert reply == rules.Held(2, 70, True, LATE, "{}", "", 0, first_fence=2)
     _, reply = after(books, release(fence=1))
     assert reply == rules.Stale(2, rules.State.OPEN)
     _, reply = after(books, settle(fence=2))
     assert isinstance(reply, rules.Posted)
+
+
+def test_what_ended_an_earlier_life_of_an_id_never_ends_the_present_one() -> None:
+    books, _ = after(account(topped_up=500), reserve(), release(), reserve(now_ms=LATE))
+    books, reply = after(books, orphan(now_ms=LATE + LEASE_MS))
+    assert isinstance(reply, rules.Orphaned)
+    assert (reply.fence, reply.first_fence) == (3, 2)
+    for ending in (release(fence=1), settle(fence=1)):
+        unchanged, reply = after(books, ending)
+        assert reply == rules.Stale(3, rules.State.ORPHAN)
+        assert unchanged == books
+    for fence in (2, 3):
+        assert after(books, release(fence=fence))[1] == rules.Released()
 
 
 def test_releasing_bills_nothing_says_why_and_may_be_repeated() -> None:
