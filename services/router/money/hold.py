@@ -56,6 +56,7 @@ class Hold:
         self.tenant_id = admitted.tenant.id
         self.request_id = admitted.ask.request_id
         self.fence = held.fence
+        self._first_fence = held.first_fence
         self.before = Progress.decode(held.checkpoint) if held.checkpoint else None
         self.next_attempt = max(held.attempts, self.before.attempts if self.before else 0) + 1
         self.on_lost: Callable[[], None] = _nothing
@@ -245,9 +246,10 @@ class Hold:
 
     async def _former(self) -> list[Retained]:
         """Finals of older fences, which nobody has counted yet."""
-        if self.fence == 1:
+        if self.fence == self._first_fence:
             return []
-        return await retained.former(self._bank.workers, self._terms.wire_id, fence=self.fence)
+        fences = range(self._first_fence, self.fence)
+        return await retained.former(self._bank.workers, self._terms.wire_id, fences)
 
     def _whole(self, usage: Usage, former: Sequence[Retained]) -> Usage:
         """With what was generated under older fences."""

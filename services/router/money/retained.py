@@ -77,13 +77,13 @@ async def ask(workers: Workers, wire_id: str) -> tuple[list[Retained], bool]:
     return retained, running
 
 
-async def former(workers: Workers, wire_id: str, *, fence: int) -> list[Retained]:
-    """What workers keep of the request's older fences, once none runs or patience ends."""
+async def former(workers: Workers, wire_id: str, fences: range) -> list[Retained]:
+    """What workers keep of these fences of the request, once none runs or patience ends."""
     give_up_at = asyncio.get_running_loop().time() + _PATIENCE_S
     while True:
         retained, running = await ask(workers, wire_id)
         if not running or asyncio.get_running_loop().time() >= give_up_at:
-            return [each for each in retained if each.final.id.fence < fence]
+            return [each for each in retained if each.final.id.fence in fences]
         await asyncio.sleep(_AGAIN_S)
 
 

@@ -102,6 +102,22 @@ async def test_what_an_older_fence_generated_after_its_checkpoint_is_counted_and
         assert sum(part.busy_us for part in record.settled(posted).busy) == 750_000
 
 
+async def test_an_id_that_lives_anew_does_not_count_what_its_former_life_generated(
+    redis_server: Callable[..., RedisProcess], tmp_path: Path
+) -> None:
+    worker = KeptFinals()
+    async with desk(redis_server(**DURABLE), tmp_path, workers=[worker]) as own:
+        await own.top_up(10**9)
+        first = await own.hold("r1")
+        worker.finals.append(kept_final(first, 52))
+        await first.release(usage(0, prompt_tokens=0, host=0), Internal("a worker failed"))
+        second = await own.hold("r1")
+        assert second.fence == 2
+        completed = await settle(second, 30)
+        assert completed.usage.generated_tokens == 30
+        assert not worker.acknowledged
+
+
 async def test_the_prompts_split_is_the_first_one_whoever_settles(pair: Pair) -> None:
     one, two = pair
     first = await one.hold("r1")
