@@ -66,18 +66,24 @@ class Batches:
         reply = asyncio.get_running_loop().create_future()
         self._waiting.append(_Call(script, keys, arguments, durably and self.can_wait, reply))
         if self._senders < _AT_ONCE:
-            self._senders += 1
-            self._tasks.spawn(self._send_all(), name="ledger")
+            self._add_sender()
         return await reply
 
+    def _add_sender(self) -> None:
+        self._senders += 1
+        sender = self._tasks.spawn(self._send_all(), name="ledger")
+        sender.add_done_callback(self._remove_sender)
+
+    def _remove_sender(self, _: "asyncio.Task[None]") -> None:
+        self._senders -= 1
+        if self._waiting and not self._senders:  # it was cancelled, and those who wait are not
+            self._add_sender()
+
     async def _send_all(self) -> None:
-        try:
-            while self._waiting:
-                batch = self._waiting[:_MOST_CALLS]
-                del self._waiting[:_MOST_CALLS]
-                await self._send(batch)
-        finally:
-            self._senders -= 1
+        while self._waiting:
+            batch = self._waiting[:_MOST_CALLS]
+            del self._waiting[:_MOST_CALLS]
+            await self._send(batch)
 
     async def _send(self, batch: Sequence[_Call]) -> None:
         try:

@@ -198,3 +198,26 @@ async def test_on_valkey_a_settlement_is_on_the_disk_when_it_is_answered(
         await ledger.close()
     finally:
         valkey.stop()
+
+
+async def test_calls_that_wait_when_a_stopping_router_cancels_the_senders_are_answered(
+    ledger_redis: RedisProcess,
+) -> None:
+    tasks = OwnedTasks()
+    config = LedgerConfig(
+        url=ledger_redis.url, pepper_file=Path(), admin_key_file=Path(), timeout_s=5.0
+    )
+    ledger = Ledger(config, tasks)
+    accounts = Accounts(ledger)
+    await accounts.reserve("stopping", reserve("warm"))
+    with ledger_redis.frozen():
+        calls = []
+        for request_id in ("a", "b", "c"):
+            calls.append(asyncio.create_task(accounts.reserve("stopping", reserve(request_id))))
+            await asyncio.sleep(0.05)  # the first two are on their way, alone
+        await tasks.join(0)
+    async with asyncio.timeout(3.0):
+        *sent, waited = await asyncio.gather(*calls, return_exceptions=True)
+    assert all(isinstance(each, LedgerUnavailable) for each in sent)
+    assert isinstance(waited, rules.Refused)
+    await ledger.close()
