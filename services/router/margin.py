@@ -18,6 +18,7 @@ DIMENSIONS = {
     admin_pb2.MARGIN_DIMENSION_PHASE: Dimension.PHASE,
     admin_pb2.MARGIN_DIMENSION_TIER: Dimension.TIER,
 }
+MOST_ROWS = 10_000  # however long their names: what one message holds
 _PAGE = 1000
 _MOST_HOURS = 400 * 24
 
@@ -44,8 +45,9 @@ class MarginReports:
     async def report(self, request: admin_pb2.GetMarginRequest) -> admin_pb2.GetMarginResponse:
         """Answer a valid request.
 
-        Raises InvalidRequest for instants that are not of whole hours in order, or too many, and
-        FailedPrecondition (NO_ACCELERATOR_PRICE) where none is given or configured.
+        Raises InvalidRequest for instants that are not of whole hours in order, or too many, or
+        for more than MOST_ROWS rows (TOO_MANY_ROWS), and FailedPrecondition (NO_ACCELERATOR_PRICE)
+        where none is given or configured.
         """
         _check_span(request.from_ms, request.to_ms)
         hour_nano = self._price(request)
@@ -58,6 +60,11 @@ class MarginReports:
         for hour in await self._hours.read(request.from_ms, request.to_ms):
             margin.worker_hour(hour)
         rows = margin.rows([DIMENSIONS[by] for by in request.by], hour_nano=hour_nano)
+        if len(rows) > MOST_ROWS:
+            problem = f"makes {len(rows)} rows of these hours, at most {MOST_ROWS} are answered"
+            raise InvalidRequest(
+                f"by {problem}", reason="TOO_MANY_ROWS", violations=[("by", problem)]
+            )
         return admin_pb2.GetMarginResponse(
             rows=[_row(cell, figures) for cell, figures in rows],
             currency=request.currency,

@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 import pytest
 
+from services.router import margin
 from services.router.finish import Completed, Finish, PrefillSite, Timing
 from services.router.fleet import Description
 from services.router.fleet_hours import FleetHours
@@ -24,6 +25,7 @@ from tidemill.client import AsyncClient, MarginBy
 from tidemill.client.cli import main
 from tidemill.errors import LedgerUnavailable, TidemillError
 from tidemill.rpc import tasks
+from tidemill.rpc.options import PUBLIC_MESSAGE_BYTES
 from tidemill.rpc.status import from_rpc_error
 
 pytestmark = pytest.mark.redis
@@ -268,6 +270,31 @@ async def test_a_span_must_be_of_whole_hours_and_a_price_known(router: RouterHar
         error = await error_of(router, accelerator_hour_nano=PRICE, **fields)
         assert error.reason == "INVALID_REQUEST"
     assert (await error_of(router)).reason == "NO_ACCELERATOR_PRICE"
+
+
+async def test_more_rows_than_an_answer_holds_are_refused_and_fewer_can_be_asked_for(
+    router: RouterHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(margin, "MOST_ROWS", 3)
+    from_ms = NOON + 8 * 24 * HOUR_MS
+    asked: dict[str, Any] = {"from_ms": from_ms, "to_ms": from_ms + 4 * HOUR_MS}
+    asked["accelerator_hour_nano"] = PRICE
+    journal = await journal_of(router, "margin-rows")
+    for hour in range(4):
+        await journal.settled(usage_of(0, 8, 10), from_ms + hour * HOUR_MS, busy=[])
+    error = await error_of(router, by=["MARGIN_DIMENSION_HOUR"], **asked)
+    assert error.reason == "TOO_MANY_ROWS"
+    assert len((await ask(router, **asked)).rows) == 1
+
+
+def test_the_most_rows_fit_into_one_message() -> None:
+    row = admin_pb2.MarginRow(
+        tenant_id="t" * 64, model="m" * 128, hour_ms=NOON, phase="p" * 16, tier="t" * 16
+    )
+    for name in ("tokens", "accelerator_us", "cost_nano", "revenue_nano", "margin_nano"):
+        setattr(row, name, 2**63 - 1)
+    whole = admin_pb2.GetMarginResponse(rows=[row] * margin.MOST_ROWS, currency="USD")
+    assert whole.ByteSize() < PUBLIC_MESSAGE_BYTES
 
 
 async def test_several_routers_write_an_hour_in_any_order(router: RouterHarness) -> None:

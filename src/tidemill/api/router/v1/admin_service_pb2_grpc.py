@@ -168,7 +168,8 @@ class AdminServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetMargin(self, request, context):
-        """Cost, revenue and margin of whole hours. FAILED_PRECONDITION (NO_ACCELERATOR_PRICE) without a price.
+        """Cost, revenue and margin of whole hours. FAILED_PRECONDITION (NO_ACCELERATOR_PRICE) without a price,
+        INVALID_ARGUMENT (TOO_MANY_ROWS) where one answer cannot hold it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

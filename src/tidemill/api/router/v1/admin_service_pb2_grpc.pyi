@@ -87,7 +87,9 @@ class AdminServiceStub:
         tidemill.api.router.v1.admin_service_pb2.GetMarginRequest,
         tidemill.api.router.v1.admin_service_pb2.GetMarginResponse,
     ]
-    """Cost, revenue and margin of whole hours. FAILED_PRECONDITION (NO_ACCELERATOR_PRICE) without a price."""
+    """Cost, revenue and margin of whole hours. FAILED_PRECONDITION (NO_ACCELERATOR_PRICE) without a price,
+    INVALID_ARGUMENT (TOO_MANY_ROWS) where one answer cannot hold it.
+    """
 
 class AdminServiceAsyncStub:
     """Tenants, keys and money. Every call carries the operator's admin key in the metadata: "authorization: Bearer KEY"."""
@@ -158,7 +160,9 @@ class AdminServiceAsyncStub:
         tidemill.api.router.v1.admin_service_pb2.GetMarginRequest,
         tidemill.api.router.v1.admin_service_pb2.GetMarginResponse,
     ]
-    """Cost, revenue and margin of whole hours. FAILED_PRECONDITION (NO_ACCELERATOR_PRICE) without a price."""
+    """Cost, revenue and margin of whole hours. FAILED_PRECONDITION (NO_ACCELERATOR_PRICE) without a price,
+    INVALID_ARGUMENT (TOO_MANY_ROWS) where one answer cannot hold it.
+    """
 
 class AdminServiceServicer(metaclass=abc.ABCMeta):
     """Tenants, keys and money. Every call carries the operator's admin key in the metadata: "authorization: Bearer KEY"."""
@@ -251,6 +255,8 @@ class AdminServiceServicer(metaclass=abc.ABCMeta):
         request: tidemill.api.router.v1.admin_service_pb2.GetMarginRequest,
         context: _ServicerContext,
     ) -> typing.Union[tidemill.api.router.v1.admin_service_pb2.GetMarginResponse, collections.abc.Awaitable[tidemill.api.router.v1.admin_service_pb2.GetMarginResponse]]:
-        """Cost, revenue and margin of whole hours. FAILED_PRECONDITION (NO_ACCELERATOR_PRICE) without a price."""
+        """Cost, revenue and margin of whole hours. FAILED_PRECONDITION (NO_ACCELERATOR_PRICE) without a price,
+        INVALID_ARGUMENT (TOO_MANY_ROWS) where one answer cannot hold it.
+        """
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
