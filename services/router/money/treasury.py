@@ -132,7 +132,7 @@ class Treasury:
                 metadata={
                     "currency": terms.currency,
                     "least_nano": str(size.first_nano),
-                    "max_cost_nano": str(terms.cap_nano),
+                    "max_cost_nano": str(size.most_nano),
                 },
             )
         return size

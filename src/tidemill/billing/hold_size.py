@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tidemill.billing.ledger_commands import MAX_NANO
 from tidemill.billing.prices import PriceBook, Prices
 from tidemill.billing.quote import dearest, hold_nano, payable_output_tokens
 
@@ -46,7 +47,12 @@ class HoldSize:
     @property
     def sufficient_cap(self) -> bool:
         """Whether the cap pays for the prompt and a first token of every choice."""
-        return self.cap_nano is None or self.first_nano <= self.cap_nano
+        return self.first_nano <= self.most_nano
+
+    @property
+    def most_nano(self) -> int:
+        """Never held more than this: the cap, or what the ledger can count."""
+        return MAX_NANO if self.cap_nano is None else self.cap_nano
 
     def funded_tokens(self, held_nano: int) -> int:
         """Completion tokens that `held_nano` pays for after the prompt, at most `max_tokens`."""
@@ -69,7 +75,7 @@ class HoldSize:
         )
 
     def _capped(self, amount_nano: int) -> int:
-        return amount_nano if self.cap_nano is None else min(amount_nano, self.cap_nano)
+        return min(amount_nano, self.most_nano)
 
 
 def hold_size(

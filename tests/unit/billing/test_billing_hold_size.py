@@ -42,6 +42,15 @@ def test_a_cap_bounds_both_and_is_refused_only_if_it_does_not_pay_for_one_token(
     assert not size(cap_nano=271_099).sufficient_cap
 
 
+def test_no_hold_is_larger_than_the_ledger_counts() -> None:
+    dear = HoldSize(prices=Prices(0, 1, 10**16), prompt_tokens=1, max_tokens=1000)
+    assert dear.full_nano == dear.least_nano == dear.most_nano == 2**53 - 1
+    assert dear.sufficient_cap
+    assert dear.step_nano(dear.full_nano) == 0
+    beyond = HoldSize(prices=Prices(0, 10**19, 0), prompt_tokens=1, max_tokens=1)
+    assert not beyond.sufficient_cap
+
+
 def test_amounts_are_rounded_up_to_a_nano() -> None:
     one = HoldSize(prices=Prices(0, 1, 0), prompt_tokens=1, max_tokens=1)
     assert one.full_nano == 1
