@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 
 from services.router.config import LedgerConfig
 from services.router.money.accounts import Accounts
 from services.router.money.ledger import Ledger
 from services.router.tasks import OwnedTasks
 from tests.chaos.customers import Customers, Outcome
-from tests.chaos.fleet import LEASE_S, ROUTERS, WORKERS, Fleet
+from tests.chaos.fleet import LEASE_S, Fleet
 from tests.stack_harness import BOOK_PATH, eventually
 from tidemill.billing import Unbilled, load_price_book
 from tidemill.billing import ledger as rules
@@ -48,14 +49,14 @@ class Auditor:
                 assert min(parts) >= 0, f"{tenant} is below zero: {balance}"
             await asyncio.sleep(_LOOK_S)
 
-    async def until_quiet(self) -> None:
-        """Wait until no money is held, nothing is spooled and no worker has work."""
-        await eventually(self._is_quiet, _QUIET_S)
+    async def until_quiet(self, workers: Sequence[str]) -> None:
+        """Wait until no money is held, nothing is spooled and none of the workers has work."""
+        await eventually(partial(self._is_quiet, workers), _QUIET_S)
 
-    async def _is_quiet(self) -> bool:
+    async def _is_quiet(self, workers: Sequence[str]) -> bool:
         held = [sum((await self._accounts.holds(tenant)).values()) for tenant in self._tenants]
         spooled = list(self._fleet.stack.plan.state.spool.glob("*/*.intents"))
-        return not any(held) and not spooled and await self._fleet.has_no_work()
+        return not any(held) and not spooled and await self._fleet.has_no_work(workers)
 
     async def read(self) -> list[rules.Account]:
         """All accounts."""
@@ -173,15 +174,7 @@ async def check_statements(books: Books, customers: Customers, router: str) -> N
     assert stated == kept
 
 
-async def generated_by_engines(fleet: Fleet, names: Iterable[str] = WORKERS) -> dict[str, int]:
-    """Each worker's own counter."""
-    return {
-        name: int((await fleet.stack.metrics(name)).total(_GENERATED))
-        for name in names
-        if fleet[name].running
-    }
-
-
-def living_router(fleet: Fleet) -> str:
-    """One that customers can still ask."""
-    return next(name for name in ROUTERS if fleet[name].running)
+async def generated_by(fleet: Fleet, workers: Sequence[str]) -> int:
+    """What these workers' own counters say."""
+    metrics = [await fleet.stack.metrics(name) for name in workers]
+    return int(sum(each.total(_GENERATED) for each in metrics))

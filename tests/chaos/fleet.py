@@ -3,8 +3,9 @@
 Leases are short, so that what a dead router leaves is taken up within seconds.
 """
 
+import asyncio
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -45,6 +46,8 @@ class Fleet:
         self.stack = Stack(
             directory, model_dir, twins=("router", "prefill", "decode"), settings=SETTINGS
         )
+        for name in ROUTERS:
+            self[name].environ = {VARIABLE: f"@{self._crash_file(name)}"}
 
     def __getitem__(self, name: str) -> Process:
         return self.stack[name]
@@ -59,34 +62,41 @@ class Fleet:
         """What a worker's process is called in journals."""
         return name if name.endswith("-1") else f"{name}-0"
 
-    async def ready(self, armed: Mapping[str, str]) -> None:
-        """All of it runs, and of the routers those in `armed` die at that crash point."""
-        for name in ROUTERS:
-            environ = {VARIABLE: armed[name]} if name in armed else {}
-            if self[name].environ != environ:
-                self[name].environ = environ
-                if self[name].running:
-                    self[name].kill()
+    async def ready(self) -> None:
+        """All of it runs and serves."""
         await self.stack.start()
+        await asyncio.gather(*(self[name].ready() for name in (*ROUTERS, *WORKERS)))
+
+    def arm(self, name: str, point: str) -> None:
+        """From now on the router dies at this crash point."""
+        self._crash_file(name).write_text(point)
+
+    def revive(self) -> None:
+        """Start whatever is dead, and do not wait."""
+        for name, process in self.stack.processes.items():
+            if not process.running:
+                self._crash_file(name).unlink(missing_ok=True)
+                process.start()
 
     async def restart(self, name: str) -> None:
-        """Start a dead process, unarmed, and wait until it serves."""
-        self[name].environ = {}
+        """Start a dead process and wait until it serves."""
+        self._crash_file(name).unlink(missing_ok=True)
         self[name].start()
         if name == LEDGER:
             await eventually(partial(answers, self.ledger_url))
         else:
             await self[name].ready()
 
-    async def has_no_work(self) -> bool:
-        """Whether no worker that lives has anything to do for anybody."""
-        for name in WORKERS:
-            if self[name].running:
-                load = await self.stack.load(name)
-                left = (load.queued_uncached_tokens, load.prefilling, load.running, load.waiting)
-                if any(left):
-                    return False
-        return True
+    def _crash_file(self, name: str) -> Path:
+        return self.stack.plan.state.path / f"crash-{name}"
+
+    async def has_no_work(self, workers: Iterable[str]) -> bool:
+        """Whether none of these workers has anything to do for anybody."""
+        loads = [await self.stack.load(name) for name in workers]
+        return not any(
+            each.queued_uncached_tokens or each.prefilling or each.running or each.waiting
+            for each in loads
+        )
 
     async def dies(self, name: str) -> None:
         """Wait for a process to die at its crash point, which nobody else would bring about."""

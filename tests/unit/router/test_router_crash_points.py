@@ -27,6 +27,15 @@ def test_a_process_dies_at_the_passage_that_the_environment_names() -> None:
     assert run(twice, "settle.after") == 0
 
 
+def test_a_process_that_is_watching_a_file_dies_at_what_it_comes_to_say(tmp_path: Path) -> None:
+    file = tmp_path / "crash"
+    then = f"crash_point('settle.after')\nopen({str(file)!r}, 'w').write('settle.after:2')\n"
+    assert run("crash_point('settle.after')", f"@{file}") == 0
+    assert run(then + "crash_point('settle.after')", f"@{file}") == 0
+    file.unlink()
+    assert run(then + "crash_point('settle.after')\n" * 2, f"@{file}") == -signal.SIGKILL
+
+
 def test_an_unknown_point_is_a_mistake() -> None:
     with pytest.raises(ValueError, match="nowhere"):
         crash_points.crash_point("nowhere")
