@@ -43,7 +43,7 @@ def test_a_cap_bounds_both_and_is_refused_only_if_it_does_not_pay_for_one_token(
 
 
 def test_no_hold_is_larger_than_the_ledger_counts() -> None:
-    dear = HoldSize(prices=Prices(0, 1, 10**16), prompt_tokens=1, max_tokens=1000)
+    dear = HoldSize(prices=Prices(0, 1, 10**17), prompt_tokens=1, max_tokens=1000)
     assert dear.full_nano == dear.least_nano == dear.most_nano == 2**53 - 1
     assert dear.sufficient_cap
     assert dear.step_nano(dear.full_nano) == 0
