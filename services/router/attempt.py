@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 class Attempt:
     """Talks to one decode worker about one attempt.
 
-    `close` it in any case, and `acknowledge` it once its Ended has been settled.
+    `close` it in any case, and `acknowledge` it once its Ended has been settled, or `leave` it.
     """
 
     def __init__(self, worker: Worker, start: decode_pb2.Start, *, final_wait_s: float) -> None:
@@ -130,6 +130,10 @@ class Attempt:
             logger.info("AckFinal did not reach %s: %s", self.worker.id, error.details())
         finally:
             self.worker.open_attempts.count -= 1
+
+    def leave(self) -> None:
+        """Its Final is not settled by this router: the worker keeps it for whoever does."""
+        self.worker.open_attempts.count -= 1
 
     def recover(self) -> Coroutine[Any, Any, Ended | None]:
         """The Final of an attempt whose call broke, if its worker lives on and still has it.

@@ -160,11 +160,11 @@ class Generation:
             else:
                 await self._write_off(failure)
                 end = failure
-            acknowledged = self._serving.finals
+            settled = True
         except TidemillError as error:
-            end, acknowledged = error, []
+            end, settled = error, False
         except Exception as error:
-            end, acknowledged = _surprise("settlement failed", error), []
+            end, settled = _surprise("settlement failed", error), False
         self._book.end(self.admitted.key)
         if _is_late(end):
             end = DeadlineExceeded("no token was generated before the deadline")
@@ -172,8 +172,11 @@ class Generation:
             end.request_id = self.admitted.ask.request_id
         self.outbox.close(end)
         crash_point("ack.before")
-        for attempt in acknowledged:
-            self._tasks.spawn(attempt.acknowledge(), name="acknowledge")
+        for attempt in self._serving.finals:
+            if settled:
+                self._tasks.spawn(attempt.acknowledge(), name="acknowledge")
+            else:
+                attempt.leave()
 
     async def _settle(self) -> Completed:
         finish = self._finish()

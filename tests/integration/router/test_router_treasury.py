@@ -239,6 +239,9 @@ async def test_a_worker_keeps_its_final_while_the_bill_is_stored_nowhere(
     assert heard.error is not None
     assert heard.error.reason == "SETTLEMENT_UNSTORED"
     assert not decode.acknowledged
+    worker = router.process.fleet.get(decode.worker_id)
+    assert worker is not None
+    assert worker.open_attempts.count == 0, "a worker that drains may leave"
     monkeypatch.undo()
     ledger.start()
     await router.until(lambda: router.process.ready)
