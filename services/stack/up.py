@@ -30,9 +30,10 @@ async def up(plan: Plan, say: Callable[[str], None]) -> None:
     for line in exports:
         say(f"    {line}")
     say(f"    {command} generate --model {MODEL} 'The statistics module provides'\n")
-    say(
-        f"The same lines stand in {env_file}; the operator's key in {plan.state.secrets}/admin.key."
-    )
+    admin_key = shlex.quote(str(plan.state.secrets / "admin.key"))
+    say(f"The same lines stand in {env_file}. You are the tenant {TENANT}.")
+    say("For the operator's commands:\n")
+    say(f"    export TIDEMILL_ADMIN_KEY=$(cat {admin_key})\n")
     say("Ctrl-C stops everything.")
     await asyncio.Event().wait()
 

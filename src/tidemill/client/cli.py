@@ -78,7 +78,10 @@ def _connection() -> argparse.ArgumentParser:
     parent = argparse.ArgumentParser(add_help=False)
     group = parent.add_argument_group("connection")
     group.add_argument("--address", help="host:port of the router (default: $TIDEMILL_ADDRESS)")
-    group.add_argument("--api-key", help="default: $TIDEMILL_API_KEY")
+    group.add_argument(
+        "--api-key",
+        help="default: $TIDEMILL_API_KEY; of operator's commands first $TIDEMILL_ADMIN_KEY",
+    )
     group.add_argument(
         "--api-key-file", type=Path, metavar="PATH", help="file that holds the key: hidden from ps"
     )

@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
         "--stop", action="append", metavar="TEXT", help="ends the answer; may be repeated"
     )
     parent.add_argument(
-        "--max-cost", type=max_cost, metavar="0.01USD", help="refuse what may cost more"
+        "--max-cost", type=max_cost, metavar="0.01USD", help="the answer ends before it costs more"
     )
     parent.add_argument("--timeout", type=float, metavar="S", help="seconds for the whole answer")
     parent.add_argument("--request-id", metavar="ID", help="idempotency key (default: a UUID)")

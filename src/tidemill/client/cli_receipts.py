@@ -59,7 +59,7 @@ def add(commands: Any, connection: argparse.ArgumentParser) -> None:
         dest="public_keys",
         action="append",
         metavar="FILE|HEX",
-        help="check signatures by this Ed25519 key, PEM or hexadecimal; may be repeated",
+        help="check signatures by this Ed25519 key, PEM or as `receipts keys` says; repeatable",
     )
     checking.add_argument("--json", action="store_true", help="print one JSON object")
     checking.set_defaults(run=verify)

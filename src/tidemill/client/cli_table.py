@@ -42,7 +42,9 @@ def instant(at_ms: int) -> str:
 def nano(text: str) -> int:
     """Parse an exact decimal amount, e.g. "12.50"; nothing finer than 10^-9."""
     if re.fullmatch(r"\d{1,9}(?:\.\d{1,9})?", text) is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an amount such as 12.50")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not an amount such as 12.50, below 10^9, with at most nine decimals"
+        )
     return int(Decimal(text).scaleb(9))
 
 
