@@ -20,7 +20,7 @@ from tidemill.errors import LedgerUnavailable
 
 Part = str | bytes | int
 
-_AT_ONCE = 2  # batches on their way: one is packed while the server works on the other
+_AT_ONCE = 1  # batches on their way: a second would halve both, and what an fsync is shared by
 _MOST_CALLS = 64  # in a batch
 
 
