@@ -1,12 +1,13 @@
 """What a request would cost: admission's checks and the price book, and nothing is taken."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from services.router.admission import Admission, Admitted, Ask
 from services.router.dispatch import Dispatcher
 from services.router.keys import Caller
 from services.router.money.accounts import Accounts
+from services.router.money.refusals import max_cost_exceeded
 from tidemill.billing import (
     PriceBook,
     Prices,
@@ -57,7 +58,10 @@ class Quoting:
     async def quote(
         self, ask: Ask, caller: Caller, *, expected_completion_tokens: int | None
     ) -> Quote:
-        """Raises what admission would raise, and LedgerUnavailable."""
+        """Raises what admission would raise, MAX_COST_EXCEEDED as a hold would, LedgerUnavailable.
+
+        No price exceeds `max_nano`; a later window is told only if the request then costs less.
+        """
         admitted = await self.admission.admit(ask, caller, call_timeout_s=None)
         balance = await self.accounts.balance(caller.tenant.id)
         book, now_ms = self.admission.book, self.now_ms()
@@ -82,18 +86,21 @@ class Quoting:
             admitted_at_ms=admitted.admitted_at_ms,
             deadline_ms=admitted.deadline_ms,
         )
+        if not size.sufficient_cap:
+            raise max_cost_exceeded(size, currency)
+        most_nano = _most_nano(book, admitted, size.max_tokens, size.cap_nano)
+        now = _within(_window(book, model, currency, tokens, now_ms), most_nano)
+        later = cheaper and _within(
+            _window(book, model, currency, tokens, cheaper.starts_at_ms), most_nano
+        )
         available = balance.granted_nano + balance.topped_up_nano
         return Quote(
             prompt_tokens=len(admitted.token_ids),
             expected_hit_tokens=tokens.hit,
             max_tokens=size.max_tokens,
-            now=_window(book, model, currency, tokens, now_ms),
-            cheaper=(
-                None
-                if cheaper is None
-                else _window(book, model, currency, tokens, cheaper.starts_at_ms)
-            ),
-            max_nano=_most_nano(book, admitted, size.max_tokens, size.cap_nano),
+            now=now,
+            cheaper=later if later and later.expected_nano < now.expected_nano else None,
+            max_nano=most_nano,
             hold_nano=size.full_nano if size.full_nano <= available else size.least_nano,
             currency=currency,
         )
@@ -119,6 +126,10 @@ def _window(book: PriceBook, model: str, currency: str, tokens: Tokens, at_ms: i
             book, model=model, currency=currency, tokens=tokens, at_ms=at_ms
         ),
     )
+
+
+def _within(window: PricedWindow, most_nano: int) -> PricedWindow:
+    return replace(window, expected_nano=min(window.expected_nano, most_nano))
 
 
 def _most_nano(book: PriceBook, admitted: Admitted, max_tokens: int, cap_nano: int | None) -> int:

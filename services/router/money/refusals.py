@@ -1,9 +1,17 @@
 """The ledger's refusals as errors that say what is used up, whose it is and when it ends."""
 
+from datetime import UTC, datetime
+
 from services.router.keys import Tenant
 from tidemill.billing import format_amount
 from tidemill.billing import ledger as rules
-from tidemill.errors import InsufficientBalance, LimitExceeded, TidemillError
+from tidemill.billing.hold_size import HoldSize
+from tidemill.errors import (
+    FailedPrecondition,
+    InsufficientBalance,
+    LimitExceeded,
+    TidemillError,
+)
 
 _CONCURRENCY_RETRY_S = 1.0
 _WORDS = {
@@ -25,17 +33,19 @@ def refusal(refused: rules.Refused, tenant: Tenant, now_ms: int) -> TidemillErro
         "available_nano": str(refused.available_nano),
         "currency": tenant.currency,
     }
+    need = format_amount(refused.need_nano, tenant.currency)
+    available = format_amount(refused.available_nano, tenant.currency)
     if refused.reason is rules.Reason.INSUFFICIENT_BALANCE:
-        need = format_amount(refused.need_nano, tenant.currency)
-        available = format_amount(refused.available_nano, tenant.currency)
         return InsufficientBalance(
             f"the account has {available} free, the request needs {need}", metadata=money
         )
     whose = f"tenant:{tenant.id}" if refused.scope == rules.TENANT else refused.scope
     what = _WORDS[refused.limit]
     budget = refused.reason is rules.Reason.BUDGET_EXCEEDED
+    until = f" until {_iso(refused.resets_at_ms)}" if refused.resets_at_ms else ""
+    left = f": {available} left, the request needs {need}" if budget else ""
     return LimitExceeded(
-        f"{what} of {whose} used up",
+        f"{what} of {whose} used up{until}{left}",
         reason=refused.reason.value,
         quotas=[(whose, what)],
         retry_after_s=_retry_after_s(refused, now_ms),
@@ -45,6 +55,29 @@ def refusal(refused: rules.Refused, tenant: Tenant, now_ms: int) -> TidemillErro
             **(money if budget else {}),
         },
     )
+
+
+def max_cost_exceeded(size: HoldSize, currency: str) -> FailedPrecondition:
+    """The refusal of a request whose cap does not pay for its prompt and first tokens.
+
+    `metadata` holds least_nano, max_cost_nano and currency.
+    """
+    least = format_amount(size.first_nano, currency)
+    return FailedPrecondition(
+        "max_cost does not pay for the prompt and a first token of each choice: "
+        f"that takes {least}, max_cost is {format_amount(size.most_nano, currency)}",
+        reason="MAX_COST_EXCEEDED",
+        metadata={
+            "currency": currency,
+            "least_nano": str(size.first_nano),
+            "max_cost_nano": str(size.most_nano),
+        },
+    )
+
+
+def _iso(at_ms: int) -> str:
+    at = datetime.fromtimestamp(at_ms / 1000, UTC).replace(tzinfo=None)
+    return f"{at.isoformat(timespec='milliseconds')}Z"
 
 
 def _retry_after_s(refused: rules.Refused, now_ms: int) -> float:

@@ -11,7 +11,7 @@ from services.router.money.bank import Bank, Books
 from services.router.money.clock import LedgerWatch
 from services.router.money.hold import Hold
 from services.router.money.intent import Intent
-from services.router.money.refusals import refusal
+from services.router.money.refusals import max_cost_exceeded, refusal
 from services.router.money.terms import Terms
 from services.router.worker_task import wire_id
 from tidemill.billing import PriceBook
@@ -19,7 +19,6 @@ from tidemill.billing import ledger as rules
 from tidemill.billing.hold_size import HoldSize, hold_size
 from tidemill.errors import (
     AlreadyExists,
-    FailedPrecondition,
     LedgerUnavailable,
     RequestInProgress,
     TidemillError,
@@ -126,15 +125,7 @@ class Treasury:
     def _size(self, terms: Terms, book: PriceBook, admitted_at_ms: int) -> HoldSize:
         size = size_of(terms, book, admitted_at_ms)
         if not size.sufficient_cap:
-            raise FailedPrecondition(
-                "max_cost does not pay for the prompt and a first token",
-                reason="MAX_COST_EXCEEDED",
-                metadata={
-                    "currency": terms.currency,
-                    "least_nano": str(size.first_nano),
-                    "max_cost_nano": str(size.most_nano),
-                },
-            )
+            raise max_cost_exceeded(size, terms.currency)
         return size
 
     def _settled_here(self, intent: Intent, admitted: Admitted) -> Completed:

@@ -142,6 +142,35 @@ async def test_the_clients_own_bound_caps_what_is_held(bank: Bank) -> None:
     assert told.max_nano == told.hold_nano == 100_000
 
 
+async def test_no_price_exceeds_the_clients_own_bound(bank: Bank) -> None:
+    bound = router_pb2.MaxCost(currency="USD", nano=100_000)
+    told = await quote(bank, ask(max_cost=bound, sampling=sampling(max_tokens=4000)))
+    assert told.now.expected_nano == told.max_nano == 100_000
+    assert not told.HasField("cheaper") or told.cheaper.expected_nano < 100_000
+
+
+async def test_a_bound_that_does_not_pay_for_a_first_token_of_each_choice_is_refused_as_it_is_told(
+    bank: Bank,
+) -> None:
+    def bounded(nano: int) -> router_pb2.GenerateRequest:
+        bound = router_pb2.MaxCost(currency="USD", nano=nano)
+        return ask(max_cost=bound, sampling=sampling(max_tokens=40, n=2))
+
+    error = await bank.refused("Quote", pb.QuoteRequest(request=bounded(1)))
+    assert (error.code, error.reason) == (
+        grpc.StatusCode.FAILED_PRECONDITION,
+        "MAX_COST_EXCEEDED",
+    )
+    heard = await bank.router.generate(bounded(1), key=bank.key)
+    assert heard.error is not None
+    assert (heard.error.reason, heard.error.metadata) == (error.reason, error.metadata)
+    least = int(error.metadata["least_nano"])
+    assert (await quote(bank, bounded(least))).max_nano == least
+    assert (
+        await bank.refused("Quote", pb.QuoteRequest(request=bounded(least - 1)))
+    ).reason == "MAX_COST_EXCEEDED"
+
+
 async def test_a_small_balance_is_held_for_the_prompt_and_a_first_step(bank: Bank) -> None:
     tenant = {"tenant_id": f"{bank.tenant_id}-poor"}
     await bank.admin("CreateTenant", admin_pb2.CreateTenantRequest(**tenant, currency="USD"))
