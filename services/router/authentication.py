@@ -109,9 +109,12 @@ class KeyGuard:
         if access is None:
             raise PermissionDenied(f"{call.method} is open to nobody")
         key = _bearer(call)
+        is_admin = key is not None and hmac.compare_digest(key.encode(), self._admin_key)
+        if access is Access.TENANT and is_admin:
+            raise Unauthenticated("the admin key has no account", reason="ADMIN_KEY_HAS_NO_ACCOUNT")
         if access is Access.TENANT:
             _caller.set(await self._authenticator.caller_of(key))
-        elif not key or not hmac.compare_digest(key.encode(), self._admin_key):
+        elif not is_admin:
             raise Unauthenticated("this call needs the admin key", reason="ADMIN_KEY_REQUIRED")
         yield
 

@@ -115,7 +115,7 @@ async def test_a_missing_unknown_or_revoked_key_is_refused(stack: Stack) -> None
     assert [error.reason for error in errors] == [
         "API_KEY_MISSING",
         "API_KEY_UNKNOWN",
-        "API_KEY_UNKNOWN",
+        "ADMIN_KEY_HAS_NO_ACCOUNT",
         "API_KEY_REVOKED",
         "ADMIN_KEY_REQUIRED",
     ]

@@ -48,7 +48,7 @@ async def refusal(call: Any) -> TidemillError:
         ("no key at all", "API_KEY_UNKNOWN"),
         ("tm_../../x.y", "API_KEY_UNKNOWN"),
         ("tm_a." + "x" * 4000, "API_KEY_UNKNOWN"),
-        (ADMIN_KEY, "API_KEY_UNKNOWN"),
+        (ADMIN_KEY, "ADMIN_KEY_HAS_NO_ACCOUNT"),
     ],
 )
 async def test_without_a_good_key_nothing_is_generated(
