@@ -92,10 +92,11 @@ class RouterService(router_service_pb2_grpc.RouterServiceServicer):
         currency = current_tenant().currency
         window = book.tariff_at(model.config.price_model, now_ms).window_at(now_ms)
         prices = window.prices.get(currency)
+        context, most = self._admission.context_tokens(model), model.config.max_output_tokens
         return router_pb2.ModelInfo(
             name=model.name,
-            context_tokens=self._admission.context_tokens(model),
-            max_output_tokens=model.config.max_output_tokens,
+            context_tokens=context,
+            max_output_tokens=min(most, context - 1) if context else most,  # a prompt has a token
             currency=currency,
             prices=unit_prices(prices) if prices else None,
             window=window.name,

@@ -274,6 +274,7 @@ async def test_models_are_listed_with_present_prices(router: RouterHarness) -> N
     answered = await router.stub.ListModels(router_pb2.ListModelsRequest(), metadata=metadata)
     (model,) = answered.models
     assert (model.name, model.context_tokens, model.currency) == (MODEL, 1024, "USD")
+    assert model.max_output_tokens == 1023  # of the configured 32768, what the context leaves
     assert model.prices.miss_pico in {270_000, 135_000}
     assert model.window in {"standard", "off-peak"}
     assert model.window_ends_at_ms > 0
