@@ -11,7 +11,7 @@ from services.router.money.accounts import Accounts
 from tidemill.api.billing.v1 import account_pb2
 from tidemill.api.router.v1 import admin_service_pb2 as admin_pb2
 from tidemill.api.router.v1 import admin_service_pb2_grpc
-from tidemill.billing import PriceBook
+from tidemill.billing import PriceBook, format_amount
 from tidemill.billing import ledger as rules
 from tidemill.errors import AlreadyExists, FailedPrecondition, InvalidRequest, NotFound
 from tidemill.rpc.validation import validate
@@ -43,12 +43,7 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.CreateTenantResponse:
         """Make a tenant whose account is in a currency that the price book knows."""
         validate(request)
-        if request.currency not in self._book.currencies:
-            sold = ", ".join(self._book.currencies)
-            raise InvalidRequest(
-                f"nothing is sold in {request.currency} here",
-                violations=[("currency", f"must be one of {sold}")],
-            )
+        self._check_sold(request.currency)
         created = await self._store.create_tenant(request.tenant_id, request.currency)
         return admin_pb2.CreateTenantResponse(created=created)
 
@@ -89,7 +84,7 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
             amount_nano=request.amount_nano,
             note=request.note,
         )
-        applied = _applied(await self._accounts.top_up(tenant.id, command))
+        applied = _applied(await self._accounts.top_up(tenant.id, command), tenant.currency)
         return admin_pb2.TopUpResponse(
             applied=applied.applied, balance=balance_message(applied.balance, tenant.currency)
         )
@@ -104,7 +99,7 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
             amount_nano=request.amount_nano,
             note=request.note,
         )
-        applied = _applied(await self._accounts.grant(tenant.id, command))
+        applied = _applied(await self._accounts.grant(tenant.id, command), tenant.currency)
         return admin_pb2.GrantResponse(
             applied=applied.applied, balance=balance_message(applied.balance, tenant.currency)
         )
@@ -122,7 +117,14 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
             amount_nano=request.amount_nano if request.HasField("amount_nano") else None,
             note=request.note,
         )
-        applied = _applied(await self._accounts.refund(tenant.id, command))
+        reply = await self._accounts.refund(tenant.id, command)
+        if reply == rules.TooMuch(0):
+            raise FailedPrecondition(
+                "nothing is left to give back: the charge is wholly refunded",
+                reason="AMOUNT_TOO_HIGH",
+                metadata={"most_nano": "0", "currency": tenant.currency},
+            )
+        applied = _applied(reply, tenant.currency)
         return admin_pb2.RefundResponse(
             applied=applied.applied,
             amount_nano=applied.amount_nano,
@@ -144,7 +146,7 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
             key_id=key_id,
             limits=limits_of(request.limits),
         )
-        applied = _applied(await self._accounts.set_limits(tenant.id, command))
+        applied = _applied(await self._accounts.set_limits(tenant.id, command), tenant.currency)
         return admin_pb2.SetLimitsResponse(applied=applied.applied)
 
     async def GetAccount(
@@ -191,7 +193,16 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.GetMarginResponse:
         """Cost, revenue and margin."""
         validate(request)
+        self._check_sold(request.currency)
         return await self._margin.report(request)
+
+    def _check_sold(self, currency: str) -> None:
+        if currency not in self._book.currencies:
+            sold = ", ".join(self._book.currencies)
+            raise InvalidRequest(
+                f"nothing is sold in {currency} here",
+                violations=[("currency", f"must be one of {sold}")],
+            )
 
     async def _check_key(self, tenant: Tenant, key_id: str) -> None:
         record = await self._store.find(key_id)
@@ -199,7 +210,7 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
             raise NotFound(f"{tenant.id} has no key {key_id}", reason="KEY_NOT_FOUND")
 
 
-def _applied(reply: rules.RefundReply) -> rules.Applied:
+def _applied(reply: rules.RefundReply, currency: str) -> rules.Applied:
     """What the ledger did; else why it refused, raised."""
     match reply:
         case rules.Applied():
@@ -210,9 +221,9 @@ def _applied(reply: rules.RefundReply) -> rules.Applied:
             )
         case rules.TooMuch(most_nano=most_nano):
             raise FailedPrecondition(
-                f"the amount is too high: at most {most_nano} nano-units are possible",
+                f"the amount is too high: at most {format_amount(most_nano, currency)} is possible",
                 reason="AMOUNT_TOO_HIGH",
-                metadata={"most_nano": str(most_nano)},
+                metadata={"most_nano": str(most_nano), "currency": currency},
             )
         case rules.NotSettled(state=rules.State.UNKNOWN):
             raise NotFound("nothing was settled under this request id", reason="RECEIPT_NOT_FOUND")

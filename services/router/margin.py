@@ -76,7 +76,9 @@ class MarginReports:
             return request.accelerator_hour_nano
         if request.currency not in self._hour_nano:
             raise FailedPrecondition(
-                f"no price of an accelerator-hour in {request.currency} is given or configured",
+                f"no price of an accelerator-hour in {request.currency} is known: give one "
+                "(--accelerator-hour-price, accelerator_hour_nano), or configure "
+                "[router.money] accelerator_hour_nano",
                 reason="NO_ACCELERATOR_PRICE",
             )
         return self._hour_nano[request.currency]

@@ -12,6 +12,7 @@ from tests.router_harness import ADMIN_KEY, OPENING_NANO, bearer
 from tidemill.api.billing.v1 import account_pb2
 from tidemill.api.billing.v1 import billing_service_pb2 as billing_pb
 from tidemill.api.router.v1 import admin_service_pb2 as pb
+from tidemill.billing import format_amount
 
 pytestmark = pytest.mark.redis
 
@@ -105,12 +106,15 @@ async def test_a_refund_gives_back_no_more_than_was_charged(bank: Bank) -> None:
     assert (part.applied, part.amount_nano) == (True, 100)
     error = await bank.admin_refused("Refund", refund(bank, "more", charged - 99))
     assert (error.reason, error.metadata["most_nano"]) == ("AMOUNT_TOO_HIGH", str(charged - 100))
+    assert f"at most {format_amount(charged - 100, 'USD')} is possible" in str(error)
     rest = await bank.admin("Refund", refund(bank, "rest"))
     assert (rest.applied, rest.amount_nano) == (True, charged - 100)
     again = await bank.admin("Refund", refund(bank, "rest"))
     assert (again.applied, again.amount_nano) == (False, charged - 100)
-    nothing_left = await bank.admin_refused("Refund", refund(bank, "one-more", 1))
-    assert nothing_left.reason == "AMOUNT_TOO_HIGH"
+    for amount_nano in (1, None):
+        nothing_left = await bank.admin_refused("Refund", refund(bank, "one-more", amount_nano))
+        assert nothing_left.reason == "AMOUNT_TOO_HIGH"
+        assert "wholly refunded" in str(nothing_left)
     assert await balance(bank) == account_pb2.Balance(currency="USD", topped_up_nano=OPENING_NANO)
 
 

@@ -23,7 +23,7 @@ from tidemill.billing import ledger as rules
 from tidemill.billing.margin import HOUR_MS, WorkerHour
 from tidemill.client import AsyncClient, MarginBy
 from tidemill.client.cli import main
-from tidemill.errors import LedgerUnavailable, TidemillError
+from tidemill.errors import InvalidRequest, LedgerUnavailable, TidemillError
 from tidemill.rpc import tasks
 from tidemill.rpc.options import PUBLIC_MESSAGE_BYTES
 from tidemill.rpc.status import from_rpc_error
@@ -269,7 +269,16 @@ async def test_a_span_must_be_of_whole_hours_and_a_price_known(router: RouterHar
     ):
         error = await error_of(router, accelerator_hour_nano=PRICE, **fields)
         assert error.reason == "INVALID_REQUEST"
-    assert (await error_of(router)).reason == "NO_ACCELERATOR_PRICE"
+    error = await error_of(router)
+    assert error.reason == "NO_ACCELERATOR_PRICE"
+    for way in ("--accelerator-hour-price", "[router.money] accelerator_hour_nano"):
+        assert way in str(error)
+
+
+async def test_a_currency_in_which_nothing_is_sold_has_no_margin(router: RouterHarness) -> None:
+    error = await error_of(router, currency="EUR", accelerator_hour_nano=PRICE)
+    assert isinstance(error, InvalidRequest)
+    assert error.violations == [("currency", f"must be one of {', '.join(BOOK.currencies)}")]
 
 
 async def test_more_rows_than_an_answer_holds_are_refused_and_fewer_can_be_asked_for(
