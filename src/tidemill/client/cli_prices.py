@@ -53,7 +53,7 @@ def show(args: argparse.Namespace) -> int:
             print(f"  from {start}, {tariff.zone}{calendar_name}, {tariff.decides} decides")
             for window in tariff.windows:
                 print(f"    {window.name}: {_when(tariff, window)}")
-                _print_prices(window, sorted(window.prices))
+                print(*_price_lines(window, sorted(window.prices)), sep="\n")
     return 0
 
 
@@ -78,19 +78,29 @@ def check(args: argparse.Namespace) -> int:
 
 
 def at(args: argparse.Namespace) -> int:
-    """Print the window and prices of an instant, for one model or all."""
+    """Print the window and prices of an instant, for one model or all; 1 if one has none."""
     book, instant = load_price_book(args.book), _instant_ms(args.time)
     if args.model is not None:
         book.tariff_at(args.model, instant)  # refuses one that is not sold
+    status = 0
     for model in book.models if args.model is None else [args.model]:
         if book.models[model][0].effective_from_ms > instant:
             print(f"{model}: not sold yet")
             continue
-        tariff = book.tariff_at(model, instant)
-        window = tariff.window_at(instant)
-        print(f"{model}: {window.name}, {_until(book, model, instant)}")
-        _print_prices(window, [args.currency] if args.currency else sorted(window.prices))
-    return 0
+        try:
+            lines = list(_lines_at(book, model, instant, args.currency))
+        except ConfigError as error:
+            print(f"error: {model}: {error}", file=sys.stderr)
+            status = 1
+        else:
+            print(*lines, sep="\n")
+    return status
+
+
+def _lines_at(book: PriceBook, model: str, instant_ms: int, currency: str | None) -> Iterator[str]:
+    window = book.tariff_at(model, instant_ms).window_at(instant_ms)
+    yield f"{model}: {window.name}, {_until(book, model, instant_ms)}"
+    yield from _price_lines(window, [currency] if currency else sorted(window.prices))
 
 
 def _until(book: PriceBook, model: str, instant_ms: int) -> str:
@@ -103,12 +113,12 @@ def _until(book: PriceBook, model: str, instant_ms: int) -> str:
     return f"until {_local(end, after.zone)}, then {after.window_at(end).name}"
 
 
-def _print_prices(window: Window, currencies: Sequence[str]) -> None:
+def _price_lines(window: Window, currencies: Sequence[str]) -> Iterator[str]:
     for currency in currencies:
         prices = window.prices_in(currency)
         cells = {"hit": prices.hit, "miss": prices.miss, "output": prices.output}
         row = "  ".join(f"{name} {format_per_million(pico):>7}" for name, pico in cells.items())
-        print(f"      {currency}  {row}")
+        yield f"      {currency}  {row}"
 
 
 def _when(tariff: Tariff, window: Window) -> str:

@@ -116,12 +116,10 @@ def test_at_goes_through_all_models_and_says_which_are_not_sold_yet(
         (["at", "2025-03-01T00:00", HISTORY], "TIME needs an offset from UTC"),
         (["at", "noon", HISTORY], "TIME is no ISO 8601 time: 'noon'"),
         (["at", "2025-03-01T00:00Z", HISTORY, "--model", "gpt"], "has no model 'gpt'"),
-        (["at", "2025-03-01T00:00Z", HISTORY, "--currency", "EUR"], "has no prices in 'EUR'"),
         (
             ["at", "2025-03-01T00:00Z", HISTORY, "--model", "deepseek-flash"],
             "has no tariff for 'deepseek-flash' at 2025-03-01 00:00:00+00:00",
         ),
-        (["at", "2027-01-04T00:00Z", HISTORY, "--model", "deepseek-flash"], "does not cover 2027"),
         (["show", "absent.toml"], "absent.toml cannot be read"),
     ],
 )
@@ -130,3 +128,21 @@ def test_what_cannot_be_answered_is_an_error(
 ) -> None:
     assert main(["prices", *arguments]) == 2
     assert problem in capsys.readouterr().err
+
+
+def test_at_names_each_model_without_a_price_and_goes_on(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["prices", "at", "2027-01-04T00:00Z", HISTORY]) == 1
+    out, err = capsys.readouterr()
+    complaint = "calendar 'cn' does not cover 2027, asked for 2027-01-04"
+    assert f"error: deepseek-flash: {complaint}\n" in err
+    assert "deepseek-flash" not in out
+    assert "deepseek-chat: standard, no end in sight\n" in out
+    assert main(["prices", "at", "2025-03-01T00:00Z", FEBRUARY, "--currency", "EUR"]) == 1
+    out, err = capsys.readouterr()
+    assert not out
+    assert [line.rpartition(": ")[2] for line in err.splitlines()] == [
+        "window 'off-peak' has no prices in 'EUR'",
+        "window 'off-peak' has no prices in 'EUR'",
+    ]
