@@ -105,14 +105,35 @@ def test_gaps_are_told_and_a_canonical_book_serves_as_well(
     assert "chain of acme: positions 2 to 3 are not in this file\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("line", ["no json", "[1]", "7", '{"request_id": "r"}', "[" * 100_000])
-def test_a_line_that_is_no_receipt_is_a_fault(
+def test_an_object_that_is_no_receipt_is_at_fault(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path, [*settled(1), {"request_id": "r"}])
+    assert main(["receipts", "verify", str(path), "--book", str(BOOK_FILE)]) == 1
+    assert "receipt r (line 2): " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", ["a,csv,header", "[1]", "7", "[" * 100_000])
+def test_a_line_that_is_no_object_is_one_fault(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str
 ) -> None:
     path = write(tmp_path, settled(1))
     path.write_text(path.read_text() + line + "\n")
     assert main(["receipts", "verify", str(path), "--book", str(BOOK_FILE)]) == 1
-    assert "(line 2): " in capsys.readouterr().out
+    assert capsys.readouterr().out == (
+        "line 2 is no JSON object (is it a CSV export? only JSONL can be verified)\n"
+        "2 receipts, 1 at fault; signatures not checked: no --public-key\n"
+    )
+
+
+def test_a_file_without_a_receipt_does_not_verify(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path, [])
+    path.write_text("\n")
+    assert main(["receipts", "verify", str(path), "--book", str(BOOK_FILE)]) == 1
+    said = capsys.readouterr().out
+    assert said == "there is no receipt in this file: nothing was verified\n"
 
 
 @pytest.mark.parametrize(
@@ -135,5 +156,20 @@ def test_a_key_that_is_none_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
     path = write(tmp_path, settled(1))
     arguments = ["receipts", "verify", str(path), "--book", str(BOOK_FILE), "--public-key"]
     assert main([*arguments, "no-such-file"]) == 2
-    assert "public key" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--public-key no-such-file: no such file, and no public key, in PEM or 64 hex" in said
     assert main(["receipts", "verify", str(tmp_path / "none"), "--book", str(BOOK_FILE)]) == 2
+
+
+def test_a_private_key_in_place_of_the_public_one_is_named_as_such(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    secret = "-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2Vw\n-----END PRIVATE KEY-----\n"
+    file = tmp_path / "signing.pem"
+    file.write_text(secret)
+    arguments = ["receipts", "verify", str(write(tmp_path, settled(1))), "--book", str(BOOK_FILE)]
+    for key in (str(file), secret * 100):
+        assert main([*arguments, "--public-key", key]) == 2
+        said = capsys.readouterr().err
+        assert "this is a private key" in said
+        assert "MC4C" not in said

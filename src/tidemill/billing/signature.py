@@ -17,6 +17,7 @@ SIGNATURE_BYTES = 64
 _DOMAIN = b"tidemill.receipt.v2\0"
 _KEY_ID_DIGITS = 16
 _PEM = re.compile(r"-----BEGIN PUBLIC KEY-----([A-Za-z0-9+/=\s]+)-----END PUBLIC KEY-----")
+_PRIVATE_PEM = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----")
 _SPKI_PREFIX = bytes.fromhex("302a300506032b6570032100")  # RFC 8410: what precedes the 32 bytes
 
 
@@ -37,6 +38,8 @@ def signing_key_id(public_key: bytes) -> str:
 
 def parse_public_key(text: str) -> bytes:
     """The 32 bytes of a key in hexadecimal or PEM (public key); ConfigError if it is neither."""
+    if _PRIVATE_PEM.search(text):
+        raise ConfigError("this is a private key: keep it secret, and give its public half")
     found = _PEM.search(text)
     try:
         if found is None:
@@ -45,7 +48,7 @@ def parse_public_key(text: str) -> bytes:
             encoded = base64.b64decode("".join(found[1].split()), validate=True)
             key = encoded.removeprefix(_SPKI_PREFIX)
     except (ValueError, binascii.Error) as error:
-        raise ConfigError(f"no public key: {error}") from error
+        raise ConfigError(f"no public key, in PEM or 64 hexadecimal digits: {error}") from error
     if len(key) != PUBLIC_KEY_BYTES:
         raise ConfigError(f"no Ed25519 public key: {len(key)} bytes instead of 32")
     return key

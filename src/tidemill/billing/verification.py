@@ -23,12 +23,16 @@ _UNSETTLED = ("priced", "pending")
 _HASHES = ("content_sha256", "previous_chain", "chain", "signature")
 _TEXTS = (*_HASHES, "state", "signing_key_id")
 _MOST = 1 << 64
+_NO_OBJECT = "is no JSON object (is it a CSV export? only JSONL can be verified)"
 _COUNTS = ("position", "granted_nano", "topped_up_nano")
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What is wrong with one field of one receipt; `line` counts the documents from 1."""
+    """What is wrong with one field of one receipt; `line` counts the documents from 1.
+
+    Both names are "" where the whole line is at fault.
+    """
 
     line: int
     request_id: str
@@ -59,17 +63,20 @@ class Verdict:
 
 
 def verify_documents(
-    documents: Iterable[Document],
+    documents: Iterable[Document | None],
     books: Mapping[str, PriceBook],
     public_keys: Mapping[str, bytes] | None = None,
 ) -> Verdict:
     """Check every document by itself, and the chains that they are links of.
 
-    `books` are keyed by digest, `public_keys` by signing key id; without keys no signature is
-    checked. ConfigError if one is to be and `cryptography` is missing.
+    None stands for a line that holds no document, which is one fault. `books` are keyed by
+    digest, `public_keys` by signing key id; without keys no signature is checked. ConfigError if
+    one is to be and `cryptography` is missing.
     """
-    numbered = list(enumerate(documents, start=1))
-    faults = [
+    lines = list(enumerate(documents, start=1))
+    faults = [Fault(line, "", "", _NO_OBJECT) for line, document in lines if document is None]
+    numbered = [(line, document) for line, document in lines if document is not None]
+    faults += [
         Fault(line, _request_id(document), field, problem)
         for line, document in numbered
         for field, problem in document_faults(document, books, public_keys).items()
@@ -77,7 +84,7 @@ def verify_documents(
     at_fault = {fault.line for fault in faults}
     sound = [entry for entry in numbered if entry[0] not in at_fault]
     links, gaps = _follow(sound)
-    return Verdict(len(numbered), (*faults, *links), gaps, public_keys is not None)
+    return Verdict(len(lines), (*faults, *links), gaps, public_keys is not None)
 
 
 def document_faults(

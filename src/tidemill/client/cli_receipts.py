@@ -22,8 +22,6 @@ from tidemill.client.cli_admin import connect
 from tidemill.client.cli_table import instant, table
 from tidemill.errors import ConfigError
 
-_NO_RECEIPT = {"": "no JSON object"}
-
 
 def add(commands: Any, connection: argparse.ArgumentParser) -> None:
     """The commands' arguments."""
@@ -109,7 +107,7 @@ def show_keys(args: argparse.Namespace) -> int:
 
 
 def verify(args: argparse.Namespace) -> int:
-    """Check every receipt of an export; 1 if one is at fault."""
+    """Check every receipt of an export; 1 if one is at fault, or there is none."""
     books = {book.digest: book for book in map(_book, args.books)}
     keys = {signing_key_id(key): key for key in map(_public_key, args.public_keys or ())}
     verdict = verify_documents(_documents(args.file), books, keys or None)
@@ -117,11 +115,17 @@ def verify(args: argparse.Namespace) -> int:
         print(json.dumps(asdict(verdict)))
     else:
         _say(verdict)
-    return 1 if verdict.faults else 0
+    return 1 if verdict.faults or not verdict.num_receipts else 0
 
 
 def _say(verdict: Verdict) -> None:
+    if not verdict.num_receipts:
+        print("there is no receipt in this file: nothing was verified")
+        return
     for fault in verdict.faults:
+        if not fault.field:
+            print(f"line {fault.line} {fault.problem}")
+            continue
         receipt = f"receipt {fault.request_id}" if fault.request_id else "receipt"
         print(f"{receipt} (line {fault.line}): {fault.field} {fault.problem}")
     for gap in verdict.gaps:
@@ -132,8 +136,8 @@ def _say(verdict: Verdict) -> None:
     print(f"{verdict.num_receipts} receipts, {outcome}; signatures {signed}")
 
 
-def _documents(path: str) -> Iterator[Document]:
-    """One object a line; what is none comes as a document that no receipt can be."""
+def _documents(path: str) -> Iterator[Document | None]:
+    """One object a line; None for a line that is none."""
     try:
         with sys.stdin if path == "-" else Path(path).open(encoding="utf-8") as lines:
             for line in filter(str.strip, lines):
@@ -142,12 +146,12 @@ def _documents(path: str) -> Iterator[Document]:
         raise ConfigError(f"{path} cannot be read: {error}") from error
 
 
-def _document(line: str) -> Document:
+def _document(line: str) -> Document | None:
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):
-        return _NO_RECEIPT
-    return found if isinstance(found, dict) else _NO_RECEIPT
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _book(path: Path) -> PriceBook:
@@ -162,8 +166,15 @@ def _book(path: Path) -> PriceBook:
 
 
 def _public_key(argument: str) -> bytes:
+    if "-----BEGIN" in argument:  # PEM itself, too long for the name of a file
+        return parse_public_key(argument)
     path = Path(argument)
-    return load_public_key(path) if path.exists() else parse_public_key(argument)
+    if path.exists():
+        return load_public_key(path)
+    try:
+        return parse_public_key(argument)
+    except ConfigError as error:
+        raise ConfigError(f"--public-key {argument}: no such file, and {error}") from error
 
 
 @contextmanager
