@@ -274,3 +274,18 @@ async def test_a_reader_that_leaves_ends_the_request() -> None:
         process._transport.get_pipe_transport(1).close()  # type: ignore[attr-defined]
         await asyncio.wait_for(router.gone.wait(), 10)
         assert await process.wait() == 1
+
+
+async def test_a_wait_before_another_attempt_is_told() -> None:
+    limited = errors.LimitExceeded("60 a\nminute", reason="RATE_LIMITED", retry_after_s=1.1)
+    async with serve(ScriptedRouter([refuse(limited), answer("ok")])) as address:
+        ended = await tidemill("generate", "p", "-m", "demo", address=address)
+    assert (ended.status, ended.out) == (0, "ok\n")
+    assert ended.err.startswith("RATE_LIMITED: 60 a minute; trying again in 2 s\n[stop]")
+
+
+async def test_a_wait_of_less_than_a_second_is_not_told() -> None:
+    full = errors.QueueFull("full", retry_after_s=0.1)
+    async with serve(ScriptedRouter([refuse(full), answer("ok")])) as address:
+        ended = await tidemill("generate", "p", "-m", "demo", "--json", address=address)
+    assert (ended.status, ended.err) == (0, "")

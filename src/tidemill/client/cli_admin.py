@@ -2,16 +2,19 @@
 
 import argparse
 import json
+import math
 import os
+import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from tidemill.billing.integers import format_per_million
+from tidemill.client.retry import RetryPolicy
 from tidemill.client.sync import Client
 from tidemill.client.types import Model
-from tidemill.errors import ConfigError
+from tidemill.errors import ConfigError, TidemillError
 
 ADMIN_KEY = "TIDEMILL_ADMIN_KEY"
 
@@ -23,7 +26,13 @@ def connect(args: argparse.Namespace, *, admin: bool = False) -> Client:
         key = _read(args.api_key_file)
     if key is None and admin:
         key = os.environ.get(ADMIN_KEY)
-    return Client(args.address, key, args.ca)
+    return Client(args.address, key, args.ca, retry=RetryPolicy(on_wait=_say_wait))
+
+
+def _say_wait(error: TidemillError, wait_s: float) -> None:
+    if wait_s > 1:
+        text = " ".join(str(error).split())
+        print(f"{error.reason}: {text}; trying again in {math.ceil(wait_s)} s", file=sys.stderr)
 
 
 def models(args: argparse.Namespace) -> int:

@@ -12,12 +12,14 @@ from tidemill.errors import RequestInProgress, ResourceExhausted, TidemillError,
 class RetryPolicy:
     """Exponential back-off with jitter; a server's RetryInfo goes before it.
 
-    `max_retries` counts attempts after the first; 0 turns retrying off.
+    `max_retries` counts attempts after the first; 0 turns retrying off. `on_wait`, if given, is
+    called before each wait with the error and the seconds that will pass; it must not block.
     """
 
     max_retries: int = 2
     initial_s: float = 0.5
     cap_s: float = 8.0
+    on_wait: Callable[[TidemillError, float], None] | None = None
 
     def delay_s(self, error: TidemillError, *, retries: int, rng: Random) -> float | None:
         """Seconds to wait before the next attempt; None: do not try again.
@@ -72,4 +74,6 @@ class Attempts:
         if not self._repeatable or delay is None or delay >= self._deadline - self._clock():
             raise error
         self._retries += 1
+        if self._policy.on_wait is not None:
+            self._policy.on_wait(error, delay)
         return delay

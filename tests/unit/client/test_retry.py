@@ -64,3 +64,14 @@ def test_a_call_that_is_not_repeatable_has_one_attempt() -> None:
     attempts = Attempts(POLICY, Random(0), timeout_s=10.0, repeatable=False)
     with pytest.raises(errors.Unavailable):
         attempts.delay_s(errors.Unavailable("x"))
+
+
+def test_each_wait_is_told_before_it_begins_and_a_refusal_is_none() -> None:
+    told: list[tuple[errors.TidemillError, float]] = []
+    policy = RetryPolicy(max_retries=1, on_wait=lambda error, wait_s: told.append((error, wait_s)))
+    attempts = Attempts(policy, Random(0), timeout_s=100.0)
+    error = errors.QueueFull("full", retry_after_s=3.0)
+    delay_s = attempts.delay_s(error)
+    with pytest.raises(errors.QueueFull):
+        attempts.delay_s(error)
+    assert told == [(error, delay_s)]
