@@ -289,3 +289,13 @@ async def test_a_wait_of_less_than_a_second_is_not_told() -> None:
     async with serve(ScriptedRouter([refuse(full), answer("ok")])) as address:
         ended = await tidemill("generate", "p", "-m", "demo", "--json", address=address)
     assert (ended.status, ended.err) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("generate", "p", "--request-id", ""), ("grant", "acme", "1", "--operation-id", "")],
+)
+async def test_an_empty_idempotency_key_is_refused(arguments: tuple[str, ...]) -> None:
+    ended = await tidemill(*arguments)
+    assert ended.status == 2
+    assert ended.err.endswith("-id: must not be empty\n")

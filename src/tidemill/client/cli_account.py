@@ -25,7 +25,7 @@ from tidemill.client.account_calls import UsageBy
 from tidemill.client.cli_admin import connect
 from tidemill.client.cli_answer import served_model
 from tidemill.client.cli_options import options
-from tidemill.client.cli_table import instant, instant_ms, names_of, nano, table
+from tidemill.client.cli_table import identifier, instant, instant_ms, names_of, nano, table
 from tidemill.client.types import Message
 from tidemill.errors import ConfigError
 
@@ -58,9 +58,9 @@ def span_parser() -> argparse.ArgumentParser:
 
 def span(args: argparse.Namespace) -> tuple[int, int]:
     """(from_ms, to_ms) of the arguments."""
-    since = 0 if args.since is None else instant_ms(args.since, args.zone)
+    since = 0 if args.since is None else instant_ms("--from", args.since, args.zone)
     now_ms = time.time_ns() // 1_000_000
-    until = now_ms + 1 if args.until is None else instant_ms(args.until, args.zone)
+    until = now_ms + 1 if args.until is None else instant_ms("--to", args.until, args.zone)
     return since, until
 
 
@@ -357,5 +357,8 @@ def _add_limits(commands: Commands, connection: argparse.ArgumentParser) -> None
 
 def _add_operation_id(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--operation-id", metavar="ID", help="idempotency key (default: a new one each time)"
+        "--operation-id",
+        type=identifier,
+        metavar="ID",
+        help="idempotency key (default: a new one each time)",
     )

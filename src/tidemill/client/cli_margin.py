@@ -72,8 +72,8 @@ def show(args: argparse.Namespace) -> int:
 def _span(args: argparse.Namespace) -> tuple[int, int]:
     now_ms = time.time_ns() // 1_000_000
     today, next_hour = now_ms - now_ms % _DAY_MS, now_ms - now_ms % HOUR_MS + HOUR_MS
-    since = today if args.since is None else instant_ms(args.since, args.zone)
-    until = next_hour if args.until is None else instant_ms(args.until, args.zone)
+    since = today if args.since is None else instant_ms("--from", args.since, args.zone)
+    until = next_hour if args.until is None else instant_ms("--to", args.until, args.zone)
     return since, until
 
 

@@ -7,6 +7,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from tidemill.client.cli_table import identifier
 from tidemill.client.request import Options
 from tidemill.client.types import MaxCost
 from tidemill.errors import ConfigError
@@ -27,7 +28,9 @@ def parser() -> argparse.ArgumentParser:
         "--max-cost", type=max_cost, metavar="0.01USD", help="the answer ends before it costs more"
     )
     parent.add_argument("--timeout", type=float, metavar="S", help="seconds for the whole answer")
-    parent.add_argument("--request-id", metavar="ID", help="idempotency key (default: a UUID)")
+    parent.add_argument(
+        "--request-id", type=identifier, metavar="ID", help="idempotency key (default: a UUID)"
+    )
     _add_sampling(parent.add_argument_group("sampling"))
     _add_format(parent.add_argument_group("format"))
     return parent

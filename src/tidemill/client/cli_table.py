@@ -60,17 +60,27 @@ def names_of(kind: type[Name]) -> Callable[[str], list[Name]]:
     return parse
 
 
-def instant_ms(text: str, zone: str | None) -> int:
+def identifier(text: str) -> str:
+    """An argument that names something: an empty one would be taken for none."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
+def instant_ms(name: str, text: str, zone: str | None) -> int:
     """Parse a date or an ISO 8601 instant; without an offset it is of `zone`, or UTC.
 
-    ConfigError if it is neither, or there is no such zone.
+    ConfigError, with the argument's `name`, if it is neither; also if there is no such zone.
     """
     try:
         local = ZoneInfo(zone or "UTC")
-        at = datetime.fromisoformat(text)
     except (KeyError, OSError, ValueError) as error:
+        raise ConfigError(f"--zone is no IANA time zone: {error}") from error
+    try:
+        at = datetime.fromisoformat(text)
+    except ValueError as error:
         raise ConfigError(
-            f"no instant such as 2026-01-31 or 2026-01-31T08:00+01:00: {error}"
+            f"{name} is no instant such as 2026-01-31 or 2026-01-31T08:00+01:00: {error}"
         ) from error
     if at.tzinfo is None:
         at = at.replace(tzinfo=local)

@@ -211,25 +211,27 @@ async def test_an_export_verifies_by_the_command_alone(
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "named"),
     [
-        ("limits", "set", "acme", "--concurrency", "0"),
-        ("quote", "hi", "--expect", "-1"),
-        ("receipts", "book", "zz"),
-        ("usage", "--from", "yesterday"),
-        ("usage", "--zone", "Mars/Olympus", "--from", "2025-01-01"),
-        ("usage", "--from", "9999-12-31T23:59:59.999999-12:00"),
-        ("receipts", "export", "--from", "1900-01-01"),
+        (("limits", "set", "acme", "--concurrency", "0"), ""),
+        (("quote", "hi", "--expect", "-1"), ""),
+        (("receipts", "book", "zz"), ""),
+        (("usage", "--from", "yesterday"), "CONFIG_ERROR: --from is no instant"),
+        (("usage", "--to", "noon"), "CONFIG_ERROR: --to is no instant"),
+        (("margin", "--to", "noon"), "CONFIG_ERROR: --to is no instant"),
+        (("usage", "--zone", "Mars/Olympus", "--from", "2025-01-01"), "CONFIG_ERROR: --zone is"),
+        (("usage", "--from", "9999-12-31T23:59:59.999999-12:00"), ""),
+        (("receipts", "export", "--from", "1900-01-01"), ""),
     ],
 )
 async def test_what_cannot_be_is_one_clear_line(
-    bank: Bank, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+    bank: Bank, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], named: str
 ) -> None:
     address = bank.router.process.server.address
     connection = ("--address", address, "--api-key", bank.key)
     assert await asyncio.to_thread(main, [*arguments, *connection]) in {1, 2}
     said = capsys.readouterr().err
-    assert said.startswith("error: ")
+    assert said.startswith(f"error: {named}")
     assert said.count("\n") == 1
 
 
