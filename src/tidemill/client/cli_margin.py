@@ -109,4 +109,7 @@ def _figures(row: MarginRow, currency: str) -> tuple[str, ...]:
 def _over_cost(total: MarginRow) -> str:
     if not total.cost_nano:
         return ""
-    return f"margin is {total.margin_nano * 100 // total.cost_nano} % of cost, "
+    # In tenths of a per cent, halves away from zero.
+    tenths = (abs(total.margin_nano) * 2000 + total.cost_nano) // (2 * total.cost_nano)
+    sign = "-" if total.margin_nano < 0 and tenths else ""
+    return f"margin is {sign}{tenths // 10}.{tenths % 10} % of cost, "

@@ -416,7 +416,7 @@ async def test_the_sdk_and_the_command_show_it(
     shown = capsys.readouterr().out
     assert "margin-cli  2025-03-29 12:00Z" in shown
     assert "8.000000  16.000000000 USD" in shown
-    assert "margin is -100 % of cost, at 2.000000000 USD an accelerator-hour" in shown
+    assert "margin is -100.0 % of cost, at 2.000000000 USD an accelerator-hour" in shown
     assert await asyncio.to_thread(main, [*command, "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["total"]["cost_nano"] == sum(row["cost_nano"] for row in shown["rows"])
