@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,8 @@ from tests.scripted_router import (
 from tidemill import errors
 from tidemill.api.router.v1 import router_service_pb2 as pb
 from tidemill.billing.verification import verify_documents
+from tidemill.certs import make_dev_certs
+from tidemill.client.cli import main
 
 COMMAND = Path(sys.executable).with_name("tidemill")
 
@@ -299,3 +302,22 @@ async def test_an_empty_idempotency_key_is_refused(arguments: tuple[str, ...]) -
     ended = await tidemill(*arguments)
     assert ended.status == 2
     assert ended.err.endswith("-id: must not be empty\n")
+
+
+async def test_the_version_is_that_of_the_package() -> None:
+    ended = await tidemill("--version")
+    assert (ended.status, ended.out) == (0, f"tidemill {version('tidemill')}\n")
+
+
+async def test_a_port_that_does_not_answer_in_plaintext_is_asked_for_tls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TIDEMILL_CA", raising=False)
+    make_dev_certs(tmp_path, [])
+    command = ["balance", "--address", "127.0.0.1:1", "--api-key", "k"]
+    assert await asyncio.to_thread(main, command) == 1
+    assert capsys.readouterr().err.endswith("; does this port speak TLS? set TIDEMILL_CA\n")
+    assert await asyncio.to_thread(main, [*command, "--ca", str(tmp_path / "ca.pem")]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: UNAVAILABLE: ")
+    assert "TLS?" not in said

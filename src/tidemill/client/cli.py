@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from tidemill.client import (
@@ -17,8 +18,9 @@ from tidemill.client import (
     cli_options,
     cli_prices,
     cli_receipts,
+    settings,
 )
-from tidemill.errors import ConfigError, TidemillError
+from tidemill.errors import ConfigError, TidemillError, Unavailable
 
 INTERRUPTED = 130
 
@@ -30,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(args)
     except TidemillError as error:
-        print(_line(error), file=sys.stderr)
+        print(_line(error) + _hint(error, args), file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -47,8 +49,25 @@ def _line(error: TidemillError) -> str:
     return f"error: {error.reason}: {text}{request}"
 
 
+def _hint(error: TidemillError, args: argparse.Namespace) -> str:
+    """What a call that reached no router without an authority most often lacks."""
+    unreached = error.reason == Unavailable.reason and hasattr(args, "ca")
+    if not unreached or args.ca or os.environ.get(settings.CA):
+        return ""
+    return f"; does this port speak TLS? set {settings.CA}"
+
+
+class _Version(argparse.Action):
+    """Prints the installed version, which is looked up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(f"tidemill {version('tidemill')}")
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tidemill", description="Call a Tidemill router.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print it and end")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     connection = _connection()
     _add_answers(commands, connection)
