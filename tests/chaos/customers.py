@@ -137,6 +137,14 @@ class Customers:
         """The SDK as `tenant` on a connection of its own, which has seen no router die."""
         return self._fleet.stack.client(self._keys[tenant], router=router)
 
+    async def see_all_workers(self) -> bool:
+        """Whether both routers know two of each role: one that was just restarted may be late."""
+        for router in ROUTERS:
+            (model,) = await self._clients[self.rich[0], router].models()
+            if (model.prefill_workers, model.decode_workers) != (2, 2):
+                return False
+        return True
+
     async def undisturbed(self, question: Question) -> Sequence[tuple[int, ...]]:
         """The answer's tokens by choice, as long as anybody reads."""
         num_tokens = LONG_ANSWER_TOKENS if question is LONG else ANSWER_TOKENS

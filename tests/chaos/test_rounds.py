@@ -30,6 +30,7 @@ from tests.chaos.customers import (
 )
 from tests.chaos.faults import Round, Scene, rounds
 from tests.chaos.fleet import CONTEXT_TOKENS, ROUTERS, WORKERS, Fleet
+from tests.stack_harness import eventually
 from tests.tiny_model import make_tiny_checkpoint
 
 pytestmark = [pytest.mark.e2e, pytest.mark.redis]
@@ -83,6 +84,7 @@ async def play(fleet: Fleet, answers: Answers, round_: Round) -> None:
         Customers(fleet, round_.tag) as customers,
         auditing(fleet, customers.tenants) as auditor,
     ):
+        await eventually(customers.see_all_workers)
         closing = asyncio.Event()
         async with asyncio.TaskGroup() as group:
             for name in (f"customer-{index}" for index in range(NUM_CUSTOMERS)):
