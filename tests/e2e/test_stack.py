@@ -102,7 +102,12 @@ def test_up_says_how_to_call_it_and_stops_everything_at_ctrl_c(
     lines = until_up(process)
     exports = [line.strip() for line in lines if line.strip().startswith("export ")]
     environ = dict(line.removeprefix("export ").split("=", 1) for line in exports)
-    assert set(environ) == {"TIDEMILL_ADDRESS", "TIDEMILL_API_KEY", "TIDEMILL_CA"}
+    assert set(environ) == {
+        "TIDEMILL_ADDRESS",
+        "TIDEMILL_ADMIN_KEY",
+        "TIDEMILL_API_KEY",
+        "TIDEMILL_CA",
+    }
     (command,) = [line.strip() for line in lines if " generate " in line]
     call = subprocess.run(
         ["/bin/sh", "-c", f"{command} --max-tokens 4 --json"],

@@ -34,9 +34,11 @@ def server(redis_server: Callable[..., RedisProcess]) -> RedisProcess:
     return redis_server(**DURABLE)
 
 
-async def vanished(server: RedisProcess, folder: Path, *, tokens: int | None) -> Hold:
+async def vanished(
+    server: RedisProcess, folder: Path, *, tokens: int | None, lease_s: float = LEASE_S
+) -> Hold:
     """A hold whose router is no more, with a checkpoint at so many tokens, or None."""
-    async with desk(server, folder, resolving=False) as gone:
+    async with desk(server, folder, resolving=False, lease_s=lease_s) as gone:
         await gone.top_up(10**9)
         hold = await gone.hold("r1")
         if tokens is not None:
@@ -189,11 +191,12 @@ async def test_nothing_is_orphaned_within_a_lease_of_the_ledgers_restart(
 async def test_nothing_is_orphaned_within_a_lease_of_the_ledgers_return_from_a_hang(
     server: RedisProcess, tmp_path: Path
 ) -> None:
-    async with desk(server, tmp_path, lease_s=1.5, timeout_s=0.5) as own:
-        await vanished(server, tmp_path, tokens=5)
+    lease_s = 1.5  # long enough not to run out before the ledger hangs
+    async with desk(server, tmp_path, lease_s=lease_s, timeout_s=0.5) as own:
+        await vanished(server, tmp_path, tokens=5, lease_s=lease_s)
         with server.frozen():
             await eventually(lambda: own.money.readiness is not None)
-            await asyncio.sleep(LEASE_S)
+            await asyncio.sleep(lease_s)
         back_ms = system_ms()
         await own.until("r1", rules.State.ORPHAN)
         assert system_ms() - back_ms >= 1400
