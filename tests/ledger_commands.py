@@ -81,3 +81,13 @@ async def send(accounts: Accounts, tenant_id: str, command: rules.Command) -> ru
     }
     reply: rules.Reply = await methods[type(command)](tenant_id, command)
     return reply
+
+
+def after(books: rules.Account, *commands: rules.Command) -> tuple[rules.Account, rules.Reply]:
+    """The account after these commands, whole after each of them, and the last one's reply."""
+    reply: rules.Reply | None = None
+    for command in commands:
+        books, reply = rules.apply(books, command)
+        assert rules.check(books) == []
+    assert reply is not None
+    return books, reply

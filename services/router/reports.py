@@ -53,17 +53,8 @@ class ReportReader:
             prompt_logprobs=tuple(done.prompt_logprobs),
             prompt_tokens=usage.prompt_tokens,
             computed_tokens=usage.computed_tokens,
-            reused=Reuse(
-                device=usage.reused_device_tokens,
-                host=usage.reused_host_tokens,
-                cache_ram=usage.reused_cache_ram_tokens,
-                cache_disk=usage.reused_cache_disk_tokens,
-                peer=usage.reused_peer_tokens,
-            ),
-            site=PrefillSite(
-                worker_id=usage.prefill_worker_id,
-                in_place=usage.prefill_site == usage_pb2.PREFILL_SITE_DECODE_WORKER,
-            ),
+            reused=reuse_of(usage),
+            site=site_of(usage),
             prefill_us=done.prefill_us,
             busy_seconds=done.busy_seconds,
         )
@@ -106,6 +97,25 @@ class ReportReader:
     def _require_logprobs(self, token_ids: Sequence[int], logprobs: Sequence[object]) -> None:
         if len(logprobs) != (len(token_ids) if self._logprobs else 0):
             raise _broken(f"{len(logprobs)} log-probabilities for {len(token_ids)} tokens")
+
+
+def reuse_of(usage: usage_pb2.PromptUsage) -> Reuse:
+    """Reused tokens by tier, as the prefilling worker counted them."""
+    return Reuse(
+        device=usage.reused_device_tokens,
+        host=usage.reused_host_tokens,
+        cache_ram=usage.reused_cache_ram_tokens,
+        cache_disk=usage.reused_cache_disk_tokens,
+        peer=usage.reused_peer_tokens,
+    )
+
+
+def site_of(usage: usage_pb2.PromptUsage) -> PrefillSite:
+    """Who prefilled."""
+    return PrefillSite(
+        worker_id=usage.prefill_worker_id,
+        in_place=usage.prefill_site == usage_pb2.PREFILL_SITE_DECODE_WORKER,
+    )
 
 
 def read_final(final: decode_pb2.Final) -> Ended:

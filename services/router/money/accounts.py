@@ -4,7 +4,6 @@ Each call raises LedgerUnavailable when the ledger does not answer; whether the 
 effect is then unknown, and sending it again is safe for all but Extend, which may hold twice.
 """
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from services.router.money import layout, reads, replies
 from services.router.money.layout import key, request_key
 from services.router.money.ledger import Ledger
 from tidemill.billing import ledger as rules
+from tidemill.billing.chain import FIRST_CHAIN, next_chain
 from tidemill.billing.ledger_operations import operation_content
 from tidemill.billing.ledger_posting import operation_detail, release_detail
 
@@ -42,7 +42,7 @@ class Accounts:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._listed: set[str] = set()
-        self._chain_ends: dict[str, bytes] = {}
+        self._chain_ends: dict[str, str] = {}
         self._scripts = {
             name: ledger.script(*(_FOLDER / f"{part}.lua" for part in (*parts, name)))
             for name, parts in _SCRIPTS.items()
@@ -116,8 +116,8 @@ class Accounts:
         SHA-256 takes the ledger longer than all the rest, so the link comes from here wherever the
         chain still ends as this router saw it last.
         """
-        content = bytes.fromhex(command.content_sha256)
-        end = self._chain_ends.get(tenant_id, bytes(32))
+        end = self._chain_ends.get(tenant_id, FIRST_CHAIN)
+        link = next_chain(end, command.content_sha256)
         raw = await self._run(
             "settle",
             [
@@ -131,11 +131,11 @@ class Accounts:
                 command.now_ms,
                 command.decided_at_ms,
                 command.amount_nano,
-                content,
+                bytes.fromhex(command.content_sha256),
                 command.record,
                 command.total_tokens,
-                end,
-                hashlib.sha256(end + content).digest(),
+                bytes.fromhex(end),
+                bytes.fromhex(link),
             ],
             durably=True,
         )
@@ -143,7 +143,7 @@ class Accounts:
         if isinstance(reply, rules.Posted) and not reply.duplicate:
             if len(self._chain_ends) >= _CHAIN_ENDS:
                 self._chain_ends.clear()
-            self._chain_ends[tenant_id] = bytes.fromhex(reply.chain)
+            self._chain_ends[tenant_id] = reply.chain
         return reply
 
     async def release(self, tenant_id: str, command: rules.Release) -> rules.ReleaseReply:

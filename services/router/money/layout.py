@@ -23,6 +23,7 @@ tm:up:<run id>      when a router first reached this process of the server
 from collections.abc import Mapping
 
 from tidemill.billing import ledger as rules
+from tidemill.billing.chain import FIRST_CHAIN
 
 ACCOUNTS = "tm:accounts"
 
@@ -71,7 +72,7 @@ def balances_of(fields: Fields) -> dict[str, int]:
 def chain_of(fields: Fields) -> tuple[int, str]:
     """(position of the last receipt, the chain's value there in hex), from an account's hash."""
     chain = fields.get(b"chain")
-    return _int(fields, "position"), chain.hex() if chain else rules.NO_CHAIN
+    return _int(fields, "position"), chain.hex() if chain else FIRST_CHAIN
 
 
 def request_of(request_id: str, fields: Fields, lease_until_ms: int = 0) -> rules.Request:

@@ -8,12 +8,13 @@ from typing import Protocol
 
 import grpc
 
-from services.router.finish import Finish, PrefillSite
+from services.router.finish import Finish
 from services.router.fleet import Worker
 from services.router.money.resolution import AttemptEnd, Split
+from services.router.reports import reuse_of, site_of
 from tidemill.api.common.v1 import usage_pb2
 from tidemill.api.decode.v1 import decode_service_pb2 as decode_pb2
-from tidemill.billing import BusyPart, Reuse
+from tidemill.billing import BusyPart
 from tidemill.billing.margin import DECODE, PREFILL
 
 _TIMEOUT_S = 2.0
@@ -118,15 +119,6 @@ def _split_of(usage: usage_pb2.PromptUsage) -> Split:
     return Split(
         prompt_tokens=usage.prompt_tokens,
         computed_tokens=usage.computed_tokens,
-        reused=Reuse(
-            device=usage.reused_device_tokens,
-            host=usage.reused_host_tokens,
-            cache_ram=usage.reused_cache_ram_tokens,
-            cache_disk=usage.reused_cache_disk_tokens,
-            peer=usage.reused_peer_tokens,
-        ),
-        site=PrefillSite(
-            worker_id=usage.prefill_worker_id,
-            in_place=usage.prefill_site == usage_pb2.PREFILL_SITE_DECODE_WORKER,
-        ),
+        reused=reuse_of(usage),
+        site=site_of(usage),
     )

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from tidemill.billing.chain import FIRST_CHAIN
 from tidemill.billing.ledger_commands import Limits
 from tidemill.billing.ledger_replies import Balance, Posted, State
 
-NO_CHAIN = "0" * 64
 TENANT = "tenant"  # scope of the account's own limits; a key's scope is key_scope(key_id)
 
 GRANTED = "granted"
@@ -135,7 +135,7 @@ class Account:
     operations: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     journal: tuple[JournalEntry, ...] = ()
     position: int = 0
-    chain: str = NO_CHAIN
+    chain: str = FIRST_CHAIN
 
     @property
     def balance(self) -> Balance:

@@ -1,16 +1,15 @@
 """Double entry: how an entry moves money, what its detail says, and what must always add up."""
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
+from tidemill.billing.chain import FIRST_CHAIN, next_chain
 from tidemill.billing.ledger_account import (
     ADJUSTMENT,
     GRANTED,
     HOLD,
-    NO_CHAIN,
     PAID_IN,
     REVENUE,
     SUB_ACCOUNTS,
@@ -115,10 +114,9 @@ def _use_faults(account: Account) -> Iterator[str]:
 
 def _chain_faults(account: Account) -> Iterator[str]:
     settled = [(r.posted, r) for r in account.requests.values() if r.posted]
-    chain = NO_CHAIN
+    chain = FIRST_CHAIN
     for position, (link, request) in enumerate(sorted(settled, key=lambda s: s[0].position), 1):
-        content = bytes.fromhex(chain) + bytes.fromhex(request.content_sha256)
-        expected = hashlib.sha256(content).hexdigest()
+        expected = next_chain(chain, request.content_sha256)
         if (link.position, link.previous_chain, link.chain) != (position, chain, expected):
             yield f"{request.request_id} breaks the chain at {position}"
         chain = link.chain

@@ -1,8 +1,8 @@
 """What each command does to an account: pure, one function per command."""
 
-import hashlib
 from dataclasses import replace
 
+from tidemill.billing.chain import next_chain
 from tidemill.billing.ledger_account import (
     GRANTED,
     HOLD,
@@ -222,11 +222,10 @@ def _settle(account: Account, command: Settle) -> tuple[Account, SettleReply]:
         return account, AboveHold(request.amount_nano)
     granted = min(command.amount_nano, request.granted_nano)
     topped_up = command.amount_nano - granted
-    link = bytes.fromhex(account.chain) + bytes.fromhex(command.content_sha256)
     reply = Posted(
         position=account.position + 1,
         previous_chain=account.chain,
-        chain=hashlib.sha256(link).hexdigest(),
+        chain=next_chain(account.chain, command.content_sha256),
         granted_nano=granted,
         topped_up_nano=topped_up,
         held_nano=request.amount_nano,

@@ -13,7 +13,6 @@ from tidemill.billing.chain import FIRST_CHAIN
 from tidemill.errors import ConfigError
 
 PUBLIC_KEY_BYTES = 32
-SIGNATURE_BYTES = 64
 _DOMAIN = b"tidemill.receipt.v2\0"
 _KEY_ID_DIGITS = 16
 _PEM = re.compile(r"-----BEGIN PUBLIC KEY-----([A-Za-z0-9+/=\s]+)-----END PUBLIC KEY-----")

@@ -46,7 +46,6 @@ class StepCost:
         self._token = 2 * (active - head - kv_b)
         self._pair_expanded = 2 * layers * heads * (config.qk_head_dim + config.v_head_dim)
         self._pair_absorbed = 2 * layers * heads * (config.latent_dim + config.kv_lora_rank)
-        self._byte = flops_per_byte
         self._latent = layers * config.latent_dim * value_bytes * flops_per_byte
         self._num_experts = config.n_routed_experts
         self._expert = with_experts * 3 * config.hidden_size * config.moe_intermediate_size

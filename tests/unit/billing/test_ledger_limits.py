@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.ledger_commands import LEASE_MS, NOON_MS, orphan, release, reserve, settle
+from tests.ledger_commands import LEASE_MS, NOON_MS, after, orphan, release, reserve, settle
 from tidemill.billing import ledger as rules
 from tidemill.billing.ledger_limits import DAY_MS, SCALE, refilled, when_filled
 
@@ -27,15 +27,6 @@ def account(
             )
             made, _ = rules.apply(made, command)
     return made
-
-
-def after(books: rules.Account, *commands: rules.Command) -> tuple[rules.Account, rules.Reply]:
-    reply: rules.Reply | None = None
-    for command in commands:
-        books, reply = rules.apply(books, command)
-        assert rules.check(books) == []
-    assert reply is not None
-    return books, reply
 
 
 def refused(reply: rules.Reply) -> rules.Refused:

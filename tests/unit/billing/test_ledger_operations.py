@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.ledger_commands import NOON_MS, reserve, settle
+from tests.ledger_commands import NOON_MS, after, reserve, settle
 from tidemill.billing import ledger as rules
 
 
@@ -26,15 +26,6 @@ def refund(amount: int | None, operation_id: str, request_id: str = "r1") -> rul
         amount_nano=amount,
         note="sorry",
     )
-
-
-def after(books: rules.Account, *commands: rules.Command) -> tuple[rules.Account, rules.Reply]:
-    reply: rules.Reply | None = None
-    for command in commands:
-        books, reply = rules.apply(books, command)
-        assert rules.check(books) == []
-    assert reply is not None
-    return books, reply
 
 
 def settled() -> rules.Account:

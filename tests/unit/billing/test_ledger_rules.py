@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from tests.ledger_commands import LEASE_MS, NOON_MS, orphan, release, reserve, settle, sha256
+from tests.ledger_commands import LEASE_MS, NOON_MS, after, orphan, release, reserve, settle, sha256
 from tidemill.billing import ledger as rules
+from tidemill.billing.chain import FIRST_CHAIN
 
 TERMS = '{"model":"demo"}'
 LATE = NOON_MS + LEASE_MS
@@ -23,15 +24,6 @@ def account(*, granted: int = 0, topped_up: int = 0) -> rules.Account:
         command = rules.TopUp(operation_id="paid", now_ms=NOON_MS, amount_nano=topped_up)
         books, _ = rules.apply(books, command)
     return books
-
-
-def after(books: rules.Account, *commands: rules.Command) -> tuple[rules.Account, rules.Reply]:
-    reply: rules.Reply | None = None
-    for command in commands:
-        books, reply = rules.apply(books, command)
-        assert rules.check(books) == []
-    assert reply is not None
-    return books, reply
 
 
 def extend(**given: int) -> rules.Extend:
@@ -71,7 +63,7 @@ def test_settling_charges_granted_first_and_frees_the_rest_to_where_it_came_from
     books, reply = after(books, settle(amount_nano=42))
     assert reply == rules.Posted(
         position=1,
-        previous_chain=rules.NO_CHAIN,
+        previous_chain=FIRST_CHAIN,
         chain=hashlib.sha256(bytes(32) + bytes.fromhex(sha256("r1"))).hexdigest(),
         granted_nano=30,
         topped_up_nano=12,
