@@ -136,7 +136,7 @@ async def desk(
     config = LedgerConfig(
         url=ledger_redis.url, pepper_file=Path(), admin_key_file=Path(), timeout_s=timeout_s
     )
-    ledger = Ledger(config, tasks)
+    ledger = Ledger(config)
     await ledger.check_settings()
     money = Money(
         MoneyConfig(

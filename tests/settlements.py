@@ -12,7 +12,6 @@ from services.router.finish import Completed, Finish, PrefillSite, Timing
 from services.router.money import record
 from services.router.money.accounts import Accounts
 from services.router.money.ledger import Ledger
-from services.router.tasks import OwnedTasks
 from tests.router_harness import BOOK_PATH
 from tidemill.billing import BusyPart, Reuse, Unbilled, Usage, issue_receipt, load_price_book
 from tidemill.billing import ledger as rules
@@ -25,10 +24,8 @@ HOUR_MS = 3_600_000
 @asynccontextmanager
 async def ledger_accounts(config: RouterConfig) -> AsyncIterator[Accounts]:
     """The accounts that a router of this configuration has."""
-    tasks = OwnedTasks()
-    ledger = Ledger(config.ledger, tasks)
+    ledger = Ledger(config.ledger)
     yield Accounts(ledger)
-    await tasks.join(5)
     await ledger.close()
 
 

@@ -80,7 +80,7 @@ class Process:
             self._process = subprocess.Popen(
                 self._child.command,
                 cwd=ROOT,
-                env=os.environ | self.environ,
+                env=os.environ | {"PYTHONFAULTHANDLER": "1"} | self.environ,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -91,7 +91,10 @@ class Process:
         deadline = time.monotonic() + START_S
         while not await self._child.ready():
             assert self.running, f"{self.name} ended with {self.wait()}:\n{self.log_tail()}"
-            assert time.monotonic() < deadline, f"{self.name} is not ready:\n{self.log_tail()}"
+            if time.monotonic() >= deadline:
+                self.send(signal.SIGABRT)  # its log then tells where it stood
+                self.wait()
+                raise AssertionError(f"{self.name} is not ready:\n{self.log_tail(100)}")
             await asyncio.sleep(0.1)
 
     def kill(self) -> float:

@@ -37,7 +37,6 @@ from benchmarks.serving.cache_rpc import free_port
 from services.router.config import LedgerConfig
 from services.router.money.accounts import Accounts
 from services.router.money.ledger import REQUIRED_SETTINGS, Ledger
-from services.router.tasks import OwnedTasks
 from tests.redis_process import RedisProcess
 from tidemill.billing import ledger as rules
 
@@ -167,7 +166,7 @@ async def measure(url: str, arguments: argparse.Namespace) -> dict[str, Any]:
     config = LedgerConfig(url=url, pepper_file=Path(), admin_key_file=Path())
     pool: Any = BlockingConnectionPool.from_url(url, max_connections=CALLERS, timeout=10)
     redis = Redis(connection_pool=pool)
-    ledger = Ledger(config, OwnedTasks())
+    ledger = Ledger(config)
     await ledger.check_settings()
     accounts = Accounts(ledger)
     tenants = [f"bench-{number}" for number in range(CALLERS)]

@@ -79,7 +79,7 @@ class RouterProcess:
         self.tasks = OwnedTasks()
         book = load_price_book(config.price_book)
         catalogue = Catalogue(load_model(model, book, now_ms()) for model in config.models)
-        self.ledger = Ledger(config.ledger, self.tasks)
+        self.ledger = Ledger(config.ledger)
         self._signer = Signer.load(config.money.signing_key_file, config.money.signing_keys_dir)
         self.fleet = _fleet(config, catalogue)
         url = config.fleet.cache_url
@@ -227,7 +227,7 @@ class RouterProcess:
         if self._stopping:
             return
         self._stopping = True
-        await self.server.set_readiness_now()
+        self.server.set_readiness_now()
         await self.router.close(self._config.server.drain_s)
         await self.server.drain()
         await self.tasks.join(_TASKS_S)

@@ -11,7 +11,6 @@ from functools import partial
 from services.router.config import LedgerConfig
 from services.router.money.accounts import Accounts
 from services.router.money.ledger import Ledger
-from services.router.tasks import OwnedTasks
 from tests.chaos.customers import Customers, Outcome
 from tests.chaos.fleet import LEASE_S, Fleet
 from tests.stack_harness import BOOK_PATH, eventually
@@ -66,14 +65,13 @@ class Auditor:
 @asynccontextmanager
 async def auditing(fleet: Fleet, tenants: Sequence[str]) -> AsyncIterator[Auditor]:
     """An auditor with a connection of its own, watching."""
-    tasks = OwnedTasks()
     state = fleet.stack.plan.state
     config = LedgerConfig(
         url=fleet.ledger_url,
         pepper_file=state.secrets / "pepper",
         admin_key_file=state.secrets / "admin.key",
     )
-    ledger = Ledger(config, tasks)
+    ledger = Ledger(config)
     auditor = Auditor(fleet, Accounts(ledger), tenants)
     watch = asyncio.create_task(auditor.watch())
     try:
@@ -83,7 +81,6 @@ async def auditing(fleet: Fleet, tenants: Sequence[str]) -> AsyncIterator[Audito
     finally:
         watch.cancel()
         await asyncio.gather(watch, return_exceptions=True)
-        await tasks.join(1.0)
         await ledger.close()
 
 

@@ -20,7 +20,7 @@ LEDGER = "redis-ledger"
 LEASE_S = 1.0
 HANDOVER_LEASE_S = 10.0
 CONTEXT_TOKENS = 8192
-_DIED_S = 20.0
+_DIED_S = 60.0
 
 SETTINGS = {
     "router": {

@@ -200,7 +200,7 @@ async def test_a_removed_folder_costs_its_blocks_and_nothing_else(
         assert sample(node, "disk_faults_total", cause="folder") == 1
         channel = internal_channel(node.address, role="cache", tls=tls_files("router"))
         async with channel:
-            await node.server.set_readiness_now()
+            node.server.set_readiness_now()
             assert await probe(channel) == "SERVING"
         assert len(await fetch_all(client, ALICE, hashes(BLOCKS[6:]))) == 2
 

@@ -44,7 +44,7 @@ class _Connection(Connection):
 class Ledger:
     """One pool of connections to the ledger; raises LedgerUnavailable when it does not answer."""
 
-    def __init__(self, config: LedgerConfig, tasks: OwnedTasks) -> None:
+    def __init__(self, config: LedgerConfig) -> None:
         pool = BlockingConnectionPool.from_url(
             config.url,
             connection_class=_Connection,
@@ -56,12 +56,12 @@ class Ledger:
             decode_responses=False,
         )
         self._redis: Redis = Redis(connection_pool=pool)
-        self._tasks = tasks
-        self._batches = Batches(self._redis, tasks, timeout_s=config.timeout_s)
+        self._commands = OwnedTasks()
+        self._batches = Batches(self._redis, self._commands, timeout_s=config.timeout_s)
 
     async def run(self, command: Callable[[Redis], Awaitable[T]]) -> T:
         """Run `command` to its end even if the caller is cancelled meanwhile."""
-        return await asyncio.shield(self._tasks.spawn(self._guarded(command), name="ledger"))
+        return await asyncio.shield(self._commands.spawn(self._guarded(command), name="ledger"))
 
     def script(self, *parts: Path) -> AsyncScript:
         """One Lua script of these files, one after the other, for use inside `run`."""
@@ -110,8 +110,10 @@ class Ledger:
                     reason="LEDGER_NOT_DURABLE",
                 )
 
-    async def close(self) -> None:
-        """Close every connection."""
+    async def close(self, wait_s: float = 1.0) -> None:
+        """Give commands on their way `wait_s` seconds, then close every connection."""
+        # One whose connection is closed under it makes another, which nobody would close.
+        await self._commands.join(wait_s)
         await self._redis.aclose(close_connection_pool=True)
 
     async def _guarded(self, command: Callable[[Redis], Awaitable[T]]) -> T:

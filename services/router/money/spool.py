@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ _LOCK = "lock"
 _SUFFIX = ".intents"
 _DAMAGED = ".damaged"
 _DIGEST_CHARS = 64
+_TAKE_AGAIN_S = 0.05
 
 logger = logging.getLogger(__name__)
 
@@ -99,17 +101,20 @@ class Folder:
 class Spool:
     """This router's folder, and those of routers that died.
 
-    ConfigError if the folder cannot be written, or if another living router has this id.
+    ConfigError if the folder cannot be written, or if another living router has this id: a
+    neighbour that has adopted what this router's last life left gives it back within `wait_s`.
     """
 
-    def __init__(self, directory: Path, router_id: str) -> None:
+    def __init__(self, directory: Path, router_id: str, *, wait_s: float = 5.0) -> None:
         self._directory = directory
+        given_up = time.monotonic() + wait_s
         try:
-            folder = Folder.take(directory / router_id)
+            while (folder := Folder.take(directory / router_id)) is None:
+                if time.monotonic() >= given_up:
+                    raise ConfigError(f"another router with the id {router_id} is running")
+                time.sleep(_TAKE_AGAIN_S)
         except OSError as error:
             raise ConfigError(f"router.money.spool_dir: {directory} {error}") from error
-        if folder is None:
-            raise ConfigError(f"another router with the id {router_id} is running")
         self._own = folder
         _sync_folder(directory)
         self._adopted: list[Folder] = []

@@ -3,30 +3,24 @@
 import asyncio
 import logging
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from tidemill.errors import ConfigError
 from tidemill.rpc.address import split_address
+from tidemill.rpc.health import Health, Readiness
 from tidemill.rpc.interceptors import AccessLog, CallInterceptor, Guard, map_errors
 from tidemill.rpc.metrics import RpcMetrics
 from tidemill.rpc.options import INTERNAL_SERVER, PUBLIC_SERVER, Options
 from tidemill.rpc.tls import TlsFiles, check_bind, server_credentials
 
 _READINESS_PERIOD_S = 1.0
-_LAST_WORD_S = 0.05  # for NOT_SERVING to reach those who watch
-
-_SERVING = health_pb2.HealthCheckResponse.SERVING
-_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 logger = logging.getLogger(__name__)
-
-Readiness = Callable[[], str | None]
 
 
 @dataclass(frozen=True)
@@ -85,7 +79,7 @@ class RpcServer:
             options=defaults if options is None else options,
             maximum_concurrent_rpcs=config.max_concurrent_rpcs,
         )
-        self._health = _Health(readiness)
+        self._health = Health(readiness)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
         self._names: list[str] = []
         self._watch: asyncio.Task[None] | None = None
@@ -112,7 +106,7 @@ class RpcServer:
         if self._config.reflection:
             names = [*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME]
             reflection.enable_server_reflection(names, self.server)
-        await self._health.start(self._names)
+        self._health.start(self._names)
         await self.server.start()
         self._watch = asyncio.create_task(self._health.follow(_READINESS_PERIOD_S))
 
@@ -125,9 +119,9 @@ class RpcServer:
         except RuntimeError as error:
             raise ConfigError(f"cannot listen on {address}: {_why_not(address)}") from error
 
-    async def set_readiness_now(self) -> None:
+    def set_readiness_now(self) -> None:
         """Ask `readiness` at once instead of within the second."""
-        await self._health.refresh()
+        self._health.refresh()
 
     async def drain(self) -> None:
         """Stop well: health says NOT_SERVING, no new calls, running ones get `drain_s`."""
@@ -139,60 +133,6 @@ class RpcServer:
     async def wait(self) -> None:
         """Until the server has stopped."""
         await self.server.wait_for_termination()
-
-
-class _Health(health.aio.HealthServicer):
-    """grpc.health.v1, with the answer taken from a readiness function."""
-
-    def __init__(self, readiness: Readiness) -> None:
-        super().__init__()
-        self._readiness = readiness
-        self._names: list[str] = [""]
-        self._reason: str | None = "starting"
-        self._drained = asyncio.Event()
-
-    async def start(self, names: Sequence[str]) -> None:
-        self._names += names
-        await self.refresh()
-
-    async def follow(self, period_s: float) -> None:
-        while True:
-            await asyncio.sleep(period_s)
-            await self.refresh()
-
-    async def refresh(self) -> None:
-        reason = self._ask()
-        if reason != self._reason:
-            logger.info("not ready" if reason else "ready", extra={"why": reason})
-        self._reason = reason
-        for name in self._names:
-            await self.set(name, _NOT_SERVING if reason else _SERVING)
-
-    def _ask(self) -> str | None:
-        try:
-            return self._readiness()
-        except Exception as error:  # a readiness check that breaks is an answer: not ready
-            if self._reason != repr(error):
-                logger.exception("readiness check failed")
-            return repr(error)
-
-    async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802 - gRPC's name
-        """Stream the status until the caller leaves or the server drains."""
-        watching = asyncio.ensure_future(super().Watch(request, context))
-        drained = asyncio.ensure_future(self._drained.wait())
-        try:
-            await asyncio.wait({watching, drained}, return_when=asyncio.FIRST_COMPLETED)
-            if watching.done():
-                await watching  # raises what ended it
-        finally:
-            watching.cancel()
-            drained.cancel()
-
-    async def end(self) -> None:
-        """Tell everyone NOT_SERVING, then end the watches: they would outlast any drain."""
-        await self.enter_graceful_shutdown()
-        await asyncio.sleep(_LAST_WORD_S)
-        self._drained.set()
 
 
 def _why_not(address: str) -> str:

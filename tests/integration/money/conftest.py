@@ -8,7 +8,6 @@ import pytest
 from services.router.config import LedgerConfig
 from services.router.money.accounts import Accounts
 from services.router.money.ledger import Ledger
-from services.router.tasks import OwnedTasks
 from tests.redis_process import RedisProcess
 from tests.router_harness import DURABLE
 
@@ -21,7 +20,7 @@ def ledger_redis(redis_server: Callable[..., RedisProcess]) -> RedisProcess:
 @pytest.fixture
 async def ledger(ledger_redis: RedisProcess) -> AsyncIterator[Ledger]:
     config = LedgerConfig(url=ledger_redis.url, pepper_file=Path(), admin_key_file=Path())
-    connected = Ledger(config, OwnedTasks())
+    connected = Ledger(config)
     yield connected
     await connected.close()
 

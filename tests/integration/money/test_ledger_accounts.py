@@ -15,7 +15,6 @@ from services.router.config import LedgerConfig
 from services.router.money import accounts as accounts_module
 from services.router.money.accounts import Accounts
 from services.router.money.ledger import Ledger
-from services.router.tasks import OwnedTasks
 from tests.ledger_commands import LEASE_MS, NOON_MS, orphan, release, reserve, send, settle, sha256
 from tests.redis_process import RedisProcess
 from tidemill.billing import ledger as rules
@@ -135,9 +134,7 @@ async def test_every_command_keeps_to_its_accounts_slot_of_a_cluster(
             break
         await asyncio.sleep(0.05)
     await redis.aclose()
-    ledger = Ledger(
-        LedgerConfig(url=server.url, pepper_file=Path(), admin_key_file=Path()), OwnedTasks()
-    )
+    ledger = Ledger(LedgerConfig(url=server.url, pepper_file=Path(), admin_key_file=Path()))
     accounts = Accounts(ledger)
     late = NOON_MS + LEASE_MS
     limits = rules.Limits(tokens_per_minute=10_000)
@@ -279,9 +276,7 @@ async def test_a_settlement_outlives_the_death_of_the_server(
     redis_server: Callable[..., RedisProcess],
 ) -> None:
     server = redis_server(appendonly="yes", appendfsync="always")
-    ledger = Ledger(
-        LedgerConfig(url=server.url, pepper_file=Path(), admin_key_file=Path()), OwnedTasks()
-    )
+    ledger = Ledger(LedgerConfig(url=server.url, pepper_file=Path(), admin_key_file=Path()))
     accounts = Accounts(ledger)
     await top_up(accounts, "survivor", 1000)
     before = await ledger.up_since_ms(NOON_MS)

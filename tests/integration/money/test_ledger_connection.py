@@ -1,9 +1,11 @@
 """The connection to the ledger: cancelled callers, durable settings."""
 
 import asyncio
+import gc
 import random
 import time
-from collections.abc import Awaitable, Callable
+import warnings
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,6 @@ import pytest
 from services.router.config import LedgerConfig
 from services.router.money.accounts import Accounts
 from services.router.money.ledger import Ledger
-from services.router.tasks import OwnedTasks
 from tests.ledger_commands import NOON_MS, reserve, settle
 from tests.redis_process import RedisProcess
 from tests.router_harness import DURABLE
@@ -31,7 +32,7 @@ def config_of(server: RedisProcess, **changed: Any) -> LedgerConfig:
     return replace(config, **changed)
 
 
-Ask = Callable[[Ledger, str], Awaitable[Any]]
+Ask = Callable[[Ledger, str], Coroutine[Any, Any, Any]]
 
 
 async def by_command(ledger: Ledger, name: str) -> Any:
@@ -47,8 +48,7 @@ async def test_cancelled_callers_never_pass_their_reply_to_another(
     ledger_redis: RedisProcess, own_value: Ask
 ) -> None:
     connections = 4
-    tasks = OwnedTasks()
-    ledger = Ledger(config_of(ledger_redis, max_connections=connections), tasks)
+    ledger = Ledger(config_of(ledger_redis, max_connections=connections))
     rng = random.Random(7)
     names = [f"own:{number}" for number in range(100)]
     for name in names:
@@ -68,8 +68,6 @@ async def test_cancelled_callers_never_pass_their_reply_to_another(
         assert [end for end in ends if isinstance(end, Exception)] == []
         cancelled += sum(isinstance(end, asyncio.CancelledError) for end in ends)
     assert cancelled > 100
-    await tasks.join(5)
-    assert len(tasks) == 0
     # Every connection is back, and in step: as many at once as there are, twice over.
     replies = await asyncio.gather(*(own_value(ledger, name) for name in names[: 2 * connections]))
     assert replies == [name.encode() for name in names[: 2 * connections]]
@@ -92,8 +90,7 @@ async def test_what_waits_at_the_same_time_shares_its_round_trips(ledger: Ledger
 async def test_a_silent_ledger_fails_those_on_the_way_and_those_that_wait(
     ledger_redis: RedisProcess,
 ) -> None:
-    tasks = OwnedTasks()
-    ledger = Ledger(config_of(ledger_redis, timeout_s=0.3), tasks)
+    ledger = Ledger(config_of(ledger_redis, timeout_s=0.3))
     script = ledger.script(GET)
     await ledger.run_script(script, ["own:0"], [])
     begun = time.monotonic()
@@ -103,21 +100,39 @@ async def test_a_silent_ledger_fails_those_on_the_way_and_those_that_wait(
     assert {type(end) for end in ends} == {LedgerUnavailable}
     assert time.monotonic() - begun < 2.0
     assert await by_script(ledger, "nothing") is None
-    await tasks.join(1)
     await ledger.close()
 
 
 async def test_a_call_that_is_cut_off_at_the_end_says_so(ledger_redis: RedisProcess) -> None:
-    tasks = OwnedTasks()
-    ledger = Ledger(config_of(ledger_redis), tasks)
+    ledger = Ledger(config_of(ledger_redis))
     await by_script(ledger, "nothing")
     with ledger_redis.frozen():
         asked = asyncio.create_task(by_script(ledger, "nothing"))
         await asyncio.sleep(0.05)
-        await tasks.join(0)
+        await ledger.close(wait_s=0)
         with pytest.raises(LedgerUnavailable):
             await asked
     await ledger.close()
+
+
+@pytest.mark.parametrize("own_value", [by_command, by_script])
+async def test_a_command_on_its_way_when_the_ledger_closes_leaves_no_connection_behind(
+    ledger_redis: RedisProcess, own_value: Ask
+) -> None:
+    ledger = Ledger(config_of(ledger_redis))
+    await own_value(ledger, "nothing")
+    with ledger_redis.frozen():
+        asked = asyncio.create_task(own_value(ledger, "nothing"))
+        await asyncio.sleep(0.05)
+        closing = asyncio.create_task(ledger.close())
+        await asyncio.sleep(0.05)
+    assert await asked is None
+    await closing
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        del ledger, asked, closing
+        gc.collect()
+    assert [str(each.message) for each in caught] == []
 
 
 async def test_a_hold_whose_caller_was_cancelled_is_taken_all_the_same(
@@ -146,7 +161,7 @@ async def test_a_ledger_that_may_lose_money_is_refused_at_start(
     redis_server: Callable[..., RedisProcess], name: str, value: str
 ) -> None:
     server = redis_server(**{**DURABLE, name: value})
-    ledger = Ledger(config_of(server), OwnedTasks())
+    ledger = Ledger(config_of(server))
     with pytest.raises(ConfigError, match=name.replace("_", "-")) as refused:
         await ledger.check_settings()
     assert refused.value.reason == "LEDGER_NOT_DURABLE"
@@ -155,7 +170,7 @@ async def test_a_ledger_that_may_lose_money_is_refused_at_start(
 
 
 async def test_a_ledger_that_does_not_answer_is_unavailable(ledger_redis: RedisProcess) -> None:
-    ledger = Ledger(config_of(ledger_redis, timeout_s=0.2), OwnedTasks())
+    ledger = Ledger(config_of(ledger_redis, timeout_s=0.2))
     accounts = Accounts(ledger)
     await accounts.balance("anybody")
     with ledger_redis.frozen(), pytest.raises(LedgerUnavailable):
@@ -177,7 +192,7 @@ async def test_on_valkey_a_settlement_is_on_the_disk_when_it_is_answered(
 ) -> None:
     valkey.start()
     try:
-        ledger = Ledger(config_of(valkey), OwnedTasks())
+        ledger = Ledger(config_of(valkey))
         await ledger.check_settings()
         accounts = Accounts(ledger)
         top_up = rules.TopUp(operation_id="first", now_ms=NOON_MS, amount_nano=1000)
@@ -203,11 +218,10 @@ async def test_on_valkey_a_settlement_is_on_the_disk_when_it_is_answered(
 async def test_calls_that_wait_when_a_stopping_router_cancels_the_senders_are_answered(
     ledger_redis: RedisProcess,
 ) -> None:
-    tasks = OwnedTasks()
     config = LedgerConfig(
         url=ledger_redis.url, pepper_file=Path(), admin_key_file=Path(), timeout_s=5.0
     )
-    ledger = Ledger(config, tasks)
+    ledger = Ledger(config)
     accounts = Accounts(ledger)
     await accounts.reserve("stopping", reserve("warm"))
     with ledger_redis.frozen():
@@ -215,7 +229,7 @@ async def test_calls_that_wait_when_a_stopping_router_cancels_the_senders_are_an
         for request_id in ("a", "b", "c", "d"):
             calls.append(asyncio.create_task(accounts.reserve("stopping", reserve(request_id))))
             await asyncio.sleep(0.05)  # the first two are on their way, each alone
-        await tasks.join(0)
+        await ledger.close(wait_s=0)
     async with asyncio.timeout(3.0):
         replies = await asyncio.gather(*calls, return_exceptions=True)
     assert [type(each) for each in replies] == [

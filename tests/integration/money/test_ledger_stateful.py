@@ -22,7 +22,6 @@ from hypothesis.stateful import (
 from services.router.config import LedgerConfig
 from services.router.money.accounts import Accounts
 from services.router.money.ledger import Ledger
-from services.router.tasks import OwnedTasks
 from tests.ledger_commands import LEASE_MS, NOON_MS, orphan, release, reserve, send, settle, sha256
 from tests.redis_process import RedisProcess
 from tidemill.billing import ledger as rules
@@ -343,7 +342,7 @@ def run_books(ledger_redis: RedisProcess, **bounds_of_run: Any) -> None:
     config = LedgerConfig(url=ledger_redis.url, pepper_file=Path(), admin_key_file=Path())
 
     async def connect() -> Ledger:
-        return Ledger(config, OwnedTasks())
+        return Ledger(config)
 
     ledger = loop.run_until_complete(connect())
 

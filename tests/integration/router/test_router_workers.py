@@ -198,7 +198,7 @@ async def test_health_tells_whether_a_model_can_be_served(start: Start) -> None:
         serving = health_pb2.HealthCheckResponse.SERVING
 
         async def status() -> int:
-            await router.process.server.set_readiness_now()
+            router.process.server.set_readiness_now()
             answered = await health.Check(health_pb2.HealthCheckRequest())
             return int(answered.status)
 

@@ -1,11 +1,12 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from services.router.money.spool import Spool, line_of, parse
+from services.router.money.spool import Folder, Spool, line_of, parse
 from tidemill.errors import ConfigError
 
 
@@ -53,11 +54,23 @@ def test_the_folder_of_a_living_router_is_nobody_elses(tmp_path: Path) -> None:
     two.adopt()
     assert records(two) == []
     with pytest.raises(ConfigError, match="one"):
-        Spool(tmp_path, "one")
+        Spool(tmp_path, "one", wait_s=0)
     one.close()
     two.adopt()
     assert records(two) == [b"mine"]
     two.close()
+
+
+def test_a_router_that_is_back_waits_for_the_neighbour_that_adopted_its_folder(
+    tmp_path: Path,
+) -> None:
+    neighbour = Folder.take(tmp_path / "back")
+    assert neighbour is not None
+    threading.Timer(0.2, neighbour.give_back).start()
+    spool = Spool(tmp_path, "back", wait_s=10)
+    spool.append(b"mine")
+    assert records(spool) == [b"mine"]
+    spool.close()
 
 
 def test_records_are_read_in_the_order_in_which_they_were_appended(tmp_path: Path) -> None:

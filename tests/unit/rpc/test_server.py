@@ -12,6 +12,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tests.unit.rpc.serving import SERVICE, echo, method, serving
 from tidemill.errors import ConfigError
 from tidemill.rpc.channel import internal_channel, sdk_aio_channel
+from tidemill.rpc.health import Health
 from tidemill.rpc.options import INTERNAL_MESSAGE_BYTES, PUBLIC_MESSAGE_BYTES
 from tidemill.rpc.probe import probe
 from tidemill.rpc.server import RpcServer, ServerConfig
@@ -133,10 +134,10 @@ async def test_health_follows_readiness() -> None:
     ):
         assert await probe(channel) == "SERVING"
         why[0] = "the pool leaks"
-        await running.set_readiness_now()
+        running.set_readiness_now()
         assert await probe(channel) == "NOT_SERVING"
         why[0] = None
-        await running.set_readiness_now()
+        running.set_readiness_now()
         assert await probe(channel) == "SERVING"
 
 
@@ -163,6 +164,24 @@ async def test_a_readiness_check_that_breaks_is_not_ready() -> None:
         sdk_aio_channel(running.address, insecure=True) as channel,
     ):
         assert await probe(channel) == "NOT_SERVING"
+
+
+async def test_a_watcher_that_does_not_read_freezes_nobodys_health() -> None:
+    class Clogged:
+        async def write(self, _: object) -> None:
+            await asyncio.Event().wait()
+
+    health = Health(lambda: why)
+    why: str | None = None
+    health.start([])
+    watch = asyncio.create_task(health.Watch(health_pb2.HealthCheckRequest(), Clogged()))
+    await asyncio.sleep(0.01)
+    why = "broken"
+    health.refresh()
+    answer = await health.Check(health_pb2.HealthCheckRequest(), None)
+    assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+    await health.end()
+    await asyncio.wait_for(watch, 1)
 
 
 async def test_each_service_has_its_own_name_in_health() -> None:
