@@ -52,6 +52,30 @@ CHAT_ROLE_ASSISTANT: ChatRole.ValueType  # 3
 """The model."""
 global___ChatRole = ChatRole
 
+class _Priority:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _PriorityEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Priority.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    PRIORITY_UNSPECIFIED: _Priority.ValueType  # 0
+    """Taken as standard."""
+    PRIORITY_STANDARD: _Priority.ValueType  # 1
+    """Somebody waits for it."""
+    PRIORITY_BATCH: _Priority.ValueType  # 2
+    """Nobody waits for it: it gets what standard requests leave, and a small share beside them."""
+
+class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper):
+    """How urgent a request is. Asking for a lower class never costs another tenant anything, so anybody may."""
+
+PRIORITY_UNSPECIFIED: Priority.ValueType  # 0
+"""Taken as standard."""
+PRIORITY_STANDARD: Priority.ValueType  # 1
+"""Somebody waits for it."""
+PRIORITY_BATCH: Priority.ValueType  # 2
+"""Nobody waits for it: it gets what standard requests leave, and a small share beside them."""
+global___Priority = Priority
+
 @typing.final
 class ChatMessage(google.protobuf.message.Message):
     """One message of a conversation."""
@@ -153,6 +177,7 @@ class GenerateRequest(google.protobuf.message.Message):
     FIRST_TOKEN_TIMEOUT_MS_FIELD_NUMBER: builtins.int
     TOTAL_TIMEOUT_MS_FIELD_NUMBER: builtins.int
     RESPONSE_FORMAT_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """The client's idempotency key: a retry carries the same id. A UUID does well."""
     model: builtins.str
@@ -163,6 +188,8 @@ class GenerateRequest(google.protobuf.message.Message):
     """Milliseconds to the first token. Unset: 600,000."""
     total_timeout_ms: builtins.int
     """Milliseconds to the last token; the call's own deadline also holds. Unset: 1,800,000."""
+    priority: global___Priority.ValueType
+    """How urgent it is. Unset: standard."""
     @property
     def chat(self) -> global___ChatInput:
         """A conversation."""
@@ -203,9 +230,10 @@ class GenerateRequest(google.protobuf.message.Message):
         first_token_timeout_ms: builtins.int | None = ...,
         total_timeout_ms: builtins.int | None = ...,
         response_format: global___ResponseFormat | None = ...,
+        priority: global___Priority.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_first_token_timeout_ms", b"_first_token_timeout_ms", "_max_cost", b"_max_cost", "_response_format", b"_response_format", "_total_timeout_ms", b"_total_timeout_ms", "chat", b"chat", "first_token_timeout_ms", b"first_token_timeout_ms", "input", b"input", "max_cost", b"max_cost", "prompt", b"prompt", "response_format", b"response_format", "sampling", b"sampling", "tokens", b"tokens", "total_timeout_ms", b"total_timeout_ms"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_first_token_timeout_ms", b"_first_token_timeout_ms", "_max_cost", b"_max_cost", "_response_format", b"_response_format", "_total_timeout_ms", b"_total_timeout_ms", "chat", b"chat", "first_token_timeout_ms", b"first_token_timeout_ms", "input", b"input", "max_cost", b"max_cost", "model", b"model", "prompt", b"prompt", "request_id", b"request_id", "response_format", b"response_format", "sampling", b"sampling", "stop", b"stop", "tokens", b"tokens", "total_timeout_ms", b"total_timeout_ms"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_first_token_timeout_ms", b"_first_token_timeout_ms", "_max_cost", b"_max_cost", "_response_format", b"_response_format", "_total_timeout_ms", b"_total_timeout_ms", "chat", b"chat", "first_token_timeout_ms", b"first_token_timeout_ms", "input", b"input", "max_cost", b"max_cost", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "response_format", b"response_format", "sampling", b"sampling", "stop", b"stop", "tokens", b"tokens", "total_timeout_ms", b"total_timeout_ms"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_first_token_timeout_ms", b"_first_token_timeout_ms"]) -> typing.Literal["first_token_timeout_ms"] | None: ...
     @typing.overload
@@ -309,6 +337,7 @@ class Accepted(google.protobuf.message.Message):
     POSITION_FIELD_NUMBER: builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: builtins.int
     ADMITTED_AT_MS_FIELD_NUMBER: builtins.int
+    EXPECTED_WAIT_MS_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """The request's id."""
     position: builtins.int
@@ -317,6 +346,8 @@ class Accepted(google.protobuf.message.Message):
     """Tokens of the prompt."""
     admitted_at_ms: builtins.int
     """Milliseconds since the Unix epoch."""
+    expected_wait_ms: builtins.int
+    """Milliseconds until it is expected to be dispatched. Unset: the router cannot tell yet."""
     def __init__(
         self,
         *,
@@ -324,8 +355,11 @@ class Accepted(google.protobuf.message.Message):
         position: builtins.int = ...,
         prompt_tokens: builtins.int = ...,
         admitted_at_ms: builtins.int = ...,
+        expected_wait_ms: builtins.int | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["admitted_at_ms", b"admitted_at_ms", "position", b"position", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_expected_wait_ms", b"_expected_wait_ms", "expected_wait_ms", b"expected_wait_ms"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_expected_wait_ms", b"_expected_wait_ms", "admitted_at_ms", b"admitted_at_ms", "expected_wait_ms", b"expected_wait_ms", "position", b"position", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_expected_wait_ms", b"_expected_wait_ms"]) -> typing.Literal["expected_wait_ms"] | None: ...
 
 global___Accepted = Accepted
 
@@ -336,14 +370,20 @@ class Queued(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     POSITION_FIELD_NUMBER: builtins.int
+    EXPECTED_WAIT_MS_FIELD_NUMBER: builtins.int
     position: builtins.int
     """Requests ahead of it; 0 is next."""
+    expected_wait_ms: builtins.int
+    """Milliseconds until it is expected to be dispatched. Unset: the router cannot tell yet."""
     def __init__(
         self,
         *,
         position: builtins.int = ...,
+        expected_wait_ms: builtins.int | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["position", b"position"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_expected_wait_ms", b"_expected_wait_ms", "expected_wait_ms", b"expected_wait_ms"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_expected_wait_ms", b"_expected_wait_ms", "expected_wait_ms", b"expected_wait_ms", "position", b"position"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_expected_wait_ms", b"_expected_wait_ms"]) -> typing.Literal["expected_wait_ms"] | None: ...
 
 global___Queued = Queued
 

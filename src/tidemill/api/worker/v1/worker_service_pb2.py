@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from tidemill.api.common.v1 import kv_pb2 as tidemill_dot_api_dot_common_dot_v1_dot_kv__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+tidemill/api/worker/v1/worker_service.proto\x12\x16tidemill.api.worker.v1\x1a\x1ftidemill/api/common/v1/kv.proto\"\x17\n\x15\x44\x65scribeWorkerRequest\"\xc3\x03\n\x16\x44\x65scribeWorkerResponse\x12\'\n\tworker_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01R\x08workerId\x12\x14\n\x05\x65poch\x18\x02 \x01(\x06R\x05\x65poch\x12@\n\x04role\x18\x03 \x01(\x0e\x32\".tidemill.api.worker.v1.WorkerRoleB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x04role\x12 \n\x05model\x18\x04 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01R\x05model\x12\x38\n\x06layout\x18\x05 \x01(\x0b\x32 .tidemill.api.common.v1.KvLayoutR\x06layout\x12,\n\x12max_context_tokens\x18\x06 \x01(\rR\x10maxContextTokens\x12-\n\rkv_transports\x18\x07 \x03(\tB\x08\xbaH\x05\x92\x01\x02\x10\x08R\x0ckvTransports\x12!\n\x07version\x18\x08 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x07version\x12\x1d\n\nvocab_size\x18\t \x01(\rR\tvocabSize\x12-\n\x0c\x61\x63\x63\x65lerators\x18\n \x01(\rB\t\xbaH\x06*\x04\x18\x80\x80\x04R\x0c\x61\x63\x63\x65lerators\"_\n\x10WatchLoadRequest\x12\x37\n\x0fmin_interval_ms\x18\x01 \x01(\rB\n\xbaH\x07*\x05\x18\x90N(\nH\x00R\rminIntervalMs\x88\x01\x01\x42\x12\n\x10_min_interval_ms\"\xfb\x03\n\x11WatchLoadResponse\x12\x14\n\x05\x65poch\x18\x01 \x01(\x06R\x05\x65poch\x12\x1a\n\x08sequence\x18\x02 \x01(\x04R\x08sequence\x12\x34\n\x16queued_uncached_tokens\x18\x03 \x01(\x04R\x14queuedUncachedTokens\x12\x1e\n\nprefilling\x18\x04 \x01(\rR\nprefilling\x12\x18\n\x07running\x18\x05 \x01(\rR\x07running\x12\x18\n\x07waiting\x18\x06 \x01(\rR\x07waiting\x12\x42\n\x05tiers\x18\x07 \x03(\x0b\x32\".tidemill.api.worker.v1.KvTierLoadB\x08\xbaH\x05\x92\x01\x02\x10\x08R\x05tiers\x12%\n\x0eopen_handovers\x18\x08 \x01(\rR\ropenHandovers\x12\x1e\n\x0bstep_age_ms\x18\t \x01(\rR\tstepAgeMs\x12\x1a\n\x08\x64raining\x18\n \x01(\x08R\x08\x64raining\x12\x18\n\x07swapped\x18\x0b \x01(\rR\x07swapped\x12&\n\x0fprefill_busy_us\x18\x0c \x01(\x04R\rprefillBusyUs\x12$\n\x0e\x64\x65\x63ode_busy_us\x18\r \x01(\x04R\x0c\x64\x65\x63odeBusyUs\x12\x1b\n\tuptime_us\x18\x0e \x01(\x04R\x08uptimeUs\"\x8e\x01\n\nKvTierLoad\x12<\n\x04tier\x18\x01 \x01(\x0e\x32\x1e.tidemill.api.worker.v1.KvTierB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x04tier\x12!\n\x0ctotal_blocks\x18\x02 \x01(\rR\x0btotalBlocks\x12\x1f\n\x0b\x66ree_blocks\x18\x03 \x01(\rR\nfreeBlocks*p\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x12\x14\n\x10WORKER_ROLE_BOTH\x10\x03*G\n\x06KvTier\x12\x17\n\x13KV_TIER_UNSPECIFIED\x10\x00\x12\x12\n\x0eKV_TIER_DEVICE\x10\x01\x12\x10\n\x0cKV_TIER_HOST\x10\x02\x32\xe4\x01\n\rWorkerService\x12o\n\x0e\x44\x65scribeWorker\x12-.tidemill.api.worker.v1.DescribeWorkerRequest\x1a..tidemill.api.worker.v1.DescribeWorkerResponse\x12\x62\n\tWatchLoad\x12(.tidemill.api.worker.v1.WatchLoadRequest\x1a).tidemill.api.worker.v1.WatchLoadResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+tidemill/api/worker/v1/worker_service.proto\x12\x16tidemill.api.worker.v1\x1a\x1ftidemill/api/common/v1/kv.proto\"\x17\n\x15\x44\x65scribeWorkerRequest\"\xf6\x03\n\x16\x44\x65scribeWorkerResponse\x12\'\n\tworker_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01R\x08workerId\x12\x14\n\x05\x65poch\x18\x02 \x01(\x06R\x05\x65poch\x12@\n\x04role\x18\x03 \x01(\x0e\x32\".tidemill.api.worker.v1.WorkerRoleB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x04role\x12 \n\x05model\x18\x04 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01R\x05model\x12\x38\n\x06layout\x18\x05 \x01(\x0b\x32 .tidemill.api.common.v1.KvLayoutR\x06layout\x12,\n\x12max_context_tokens\x18\x06 \x01(\rR\x10maxContextTokens\x12-\n\rkv_transports\x18\x07 \x03(\tB\x08\xbaH\x05\x92\x01\x02\x10\x08R\x0ckvTransports\x12!\n\x07version\x18\x08 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x07version\x12\x1d\n\nvocab_size\x18\t \x01(\rR\tvocabSize\x12-\n\x0c\x61\x63\x63\x65lerators\x18\n \x01(\rB\t\xbaH\x06*\x04\x18\x80\x80\x04R\x0c\x61\x63\x63\x65lerators\x12\x31\n\x0fin_place_tokens\x18\x0b \x01(\rB\t\xbaH\x06*\x04\x18\x80\x80@R\rinPlaceTokens\"_\n\x10WatchLoadRequest\x12\x37\n\x0fmin_interval_ms\x18\x01 \x01(\rB\n\xbaH\x07*\x05\x18\x90N(\nH\x00R\rminIntervalMs\x88\x01\x01\x42\x12\n\x10_min_interval_ms\"\x88\x05\n\x11WatchLoadResponse\x12\x14\n\x05\x65poch\x18\x01 \x01(\x06R\x05\x65poch\x12\x1a\n\x08sequence\x18\x02 \x01(\x04R\x08sequence\x12\x34\n\x16queued_uncached_tokens\x18\x03 \x01(\x04R\x14queuedUncachedTokens\x12\x1e\n\nprefilling\x18\x04 \x01(\rR\nprefilling\x12\x18\n\x07running\x18\x05 \x01(\rR\x07running\x12\x18\n\x07waiting\x18\x06 \x01(\rR\x07waiting\x12\x42\n\x05tiers\x18\x07 \x03(\x0b\x32\".tidemill.api.worker.v1.KvTierLoadB\x08\xbaH\x05\x92\x01\x02\x10\x08R\x05tiers\x12%\n\x0eopen_handovers\x18\x08 \x01(\rR\ropenHandovers\x12\x1e\n\x0bstep_age_ms\x18\t \x01(\rR\tstepAgeMs\x12\x1a\n\x08\x64raining\x18\n \x01(\x08R\x08\x64raining\x12\x18\n\x07swapped\x18\x0b \x01(\rR\x07swapped\x12&\n\x0fprefill_busy_us\x18\x0c \x01(\x04R\rprefillBusyUs\x12$\n\x0e\x64\x65\x63ode_busy_us\x18\r \x01(\x04R\x0c\x64\x65\x63odeBusyUs\x12\x1b\n\tuptime_us\x18\x0e \x01(\x04R\x08uptimeUs\x12\x34\n\x16queued_attention_pairs\x18\x0f \x01(\x04R\x14queuedAttentionPairs\x12/\n\x14prefill_tokens_per_s\x18\x10 \x01(\rR\x11prefillTokensPerS\x12$\n\x0e\x64\x65\x63ode_step_us\x18\x11 \x01(\rR\x0c\x64\x65\x63odeStepUs\"\x8e\x01\n\nKvTierLoad\x12<\n\x04tier\x18\x01 \x01(\x0e\x32\x1e.tidemill.api.worker.v1.KvTierB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x04tier\x12!\n\x0ctotal_blocks\x18\x02 \x01(\rR\x0btotalBlocks\x12\x1f\n\x0b\x66ree_blocks\x18\x03 \x01(\rR\nfreeBlocks\"\\\n\x0eWatchKvRequest\x12\x19\n\x05\x65poch\x18\x01 \x01(\x06H\x00R\x05\x65poch\x88\x01\x01\x12%\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x04R\rafterSequenceB\x08\n\x06_epoch\"\xa2\x01\n\x0fWatchKvResponse\x12\x14\n\x05\x65poch\x18\x01 \x01(\x06R\x05\x65poch\x12\x1a\n\x08sequence\x18\x02 \x01(\x04R\x08sequence\x12\x16\n\x06resets\x18\x03 \x01(\x08R\x06resets\x12\x45\n\x07\x63hanges\x18\x04 \x03(\x0b\x32 .tidemill.api.worker.v1.KvChangeB\t\xbaH\x06\x92\x01\x03\x10\x80 R\x07\x63hanges\"\x88\x01\n\x08KvChange\x12<\n\x04tier\x18\x01 \x01(\x0e\x32\x1e.tidemill.api.worker.v1.KvTierB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x04tier\x12\x18\n\x07removed\x18\x02 \x01(\x08R\x07removed\x12$\n\x06\x62locks\x18\x03 \x03(\x06\x42\x0c\xbaH\t\x92\x01\x06\x08\x01\x10\x80\x80\x04R\x06\x62locks*p\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x12\x14\n\x10WORKER_ROLE_BOTH\x10\x03*G\n\x06KvTier\x12\x17\n\x13KV_TIER_UNSPECIFIED\x10\x00\x12\x12\n\x0eKV_TIER_DEVICE\x10\x01\x12\x10\n\x0cKV_TIER_HOST\x10\x02\x32\xe4\x01\n\rWorkerService\x12o\n\x0e\x44\x65scribeWorker\x12-.tidemill.api.worker.v1.DescribeWorkerRequest\x1a..tidemill.api.worker.v1.DescribeWorkerResponse\x12\x62\n\tWatchLoad\x12(.tidemill.api.worker.v1.WatchLoadRequest\x1a).tidemill.api.worker.v1.WatchLoadResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,26 +44,40 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DESCRIBEWORKERRESPONSE'].fields_by_name['version']._serialized_options = b'\272H\004r\002\030@'
   _globals['_DESCRIBEWORKERRESPONSE'].fields_by_name['accelerators']._loaded_options = None
   _globals['_DESCRIBEWORKERRESPONSE'].fields_by_name['accelerators']._serialized_options = b'\272H\006*\004\030\200\200\004'
+  _globals['_DESCRIBEWORKERRESPONSE'].fields_by_name['in_place_tokens']._loaded_options = None
+  _globals['_DESCRIBEWORKERRESPONSE'].fields_by_name['in_place_tokens']._serialized_options = b'\272H\006*\004\030\200\200@'
   _globals['_WATCHLOADREQUEST'].fields_by_name['min_interval_ms']._loaded_options = None
   _globals['_WATCHLOADREQUEST'].fields_by_name['min_interval_ms']._serialized_options = b'\272H\007*\005\030\220N(\n'
   _globals['_WATCHLOADRESPONSE'].fields_by_name['tiers']._loaded_options = None
   _globals['_WATCHLOADRESPONSE'].fields_by_name['tiers']._serialized_options = b'\272H\005\222\001\002\020\010'
   _globals['_KVTIERLOAD'].fields_by_name['tier']._loaded_options = None
   _globals['_KVTIERLOAD'].fields_by_name['tier']._serialized_options = b'\272H\005\202\001\002\020\001'
-  _globals['_WORKERROLE']._serialized_start=1335
-  _globals['_WORKERROLE']._serialized_end=1447
-  _globals['_KVTIER']._serialized_start=1449
-  _globals['_KVTIER']._serialized_end=1520
+  _globals['_WATCHKVRESPONSE'].fields_by_name['changes']._loaded_options = None
+  _globals['_WATCHKVRESPONSE'].fields_by_name['changes']._serialized_options = b'\272H\006\222\001\003\020\200 '
+  _globals['_KVCHANGE'].fields_by_name['tier']._loaded_options = None
+  _globals['_KVCHANGE'].fields_by_name['tier']._serialized_options = b'\272H\005\202\001\002\020\001'
+  _globals['_KVCHANGE'].fields_by_name['blocks']._loaded_options = None
+  _globals['_KVCHANGE'].fields_by_name['blocks']._serialized_options = b'\272H\t\222\001\006\010\001\020\200\200\004'
+  _globals['_WORKERROLE']._serialized_start=1925
+  _globals['_WORKERROLE']._serialized_end=2037
+  _globals['_KVTIER']._serialized_start=2039
+  _globals['_KVTIER']._serialized_end=2110
   _globals['_DESCRIBEWORKERREQUEST']._serialized_start=104
   _globals['_DESCRIBEWORKERREQUEST']._serialized_end=127
   _globals['_DESCRIBEWORKERRESPONSE']._serialized_start=130
-  _globals['_DESCRIBEWORKERRESPONSE']._serialized_end=581
-  _globals['_WATCHLOADREQUEST']._serialized_start=583
-  _globals['_WATCHLOADREQUEST']._serialized_end=678
-  _globals['_WATCHLOADRESPONSE']._serialized_start=681
-  _globals['_WATCHLOADRESPONSE']._serialized_end=1188
-  _globals['_KVTIERLOAD']._serialized_start=1191
-  _globals['_KVTIERLOAD']._serialized_end=1333
-  _globals['_WORKERSERVICE']._serialized_start=1523
-  _globals['_WORKERSERVICE']._serialized_end=1751
+  _globals['_DESCRIBEWORKERRESPONSE']._serialized_end=632
+  _globals['_WATCHLOADREQUEST']._serialized_start=634
+  _globals['_WATCHLOADREQUEST']._serialized_end=729
+  _globals['_WATCHLOADRESPONSE']._serialized_start=732
+  _globals['_WATCHLOADRESPONSE']._serialized_end=1380
+  _globals['_KVTIERLOAD']._serialized_start=1383
+  _globals['_KVTIERLOAD']._serialized_end=1525
+  _globals['_WATCHKVREQUEST']._serialized_start=1527
+  _globals['_WATCHKVREQUEST']._serialized_end=1619
+  _globals['_WATCHKVRESPONSE']._serialized_start=1622
+  _globals['_WATCHKVRESPONSE']._serialized_end=1784
+  _globals['_KVCHANGE']._serialized_start=1787
+  _globals['_KVCHANGE']._serialized_end=1923
+  _globals['_WORKERSERVICE']._serialized_start=2113
+  _globals['_WORKERSERVICE']._serialized_end=2341
 # @@protoc_insertion_point(module_scope)

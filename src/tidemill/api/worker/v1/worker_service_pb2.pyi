@@ -100,6 +100,7 @@ class DescribeWorkerResponse(google.protobuf.message.Message):
     VERSION_FIELD_NUMBER: builtins.int
     VOCAB_SIZE_FIELD_NUMBER: builtins.int
     ACCELERATORS_FIELD_NUMBER: builtins.int
+    IN_PLACE_TOKENS_FIELD_NUMBER: builtins.int
     worker_id: builtins.str
     """The worker's id, unique in its fleet."""
     epoch: builtins.int
@@ -116,6 +117,8 @@ class DescribeWorkerResponse(google.protobuf.message.Message):
     """Vocabulary size of the model."""
     accelerators: builtins.int
     """Accelerators that the worker occupies, which its owner pays for by the hour; 1 for a worker on CPU."""
+    in_place_tokens: builtins.int
+    """Longest uncached rest of a prompt that a decode worker prefills in place. 0: none."""
     @property
     def layout(self) -> tidemill.api.common.v1.kv_pb2.KvLayout:
         """How its KV lies in memory."""
@@ -137,9 +140,10 @@ class DescribeWorkerResponse(google.protobuf.message.Message):
         version: builtins.str = ...,
         vocab_size: builtins.int = ...,
         accelerators: builtins.int = ...,
+        in_place_tokens: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["layout", b"layout"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["accelerators", b"accelerators", "epoch", b"epoch", "kv_transports", b"kv_transports", "layout", b"layout", "max_context_tokens", b"max_context_tokens", "model", b"model", "role", b"role", "version", b"version", "vocab_size", b"vocab_size", "worker_id", b"worker_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["accelerators", b"accelerators", "epoch", b"epoch", "in_place_tokens", b"in_place_tokens", "kv_transports", b"kv_transports", "layout", b"layout", "max_context_tokens", b"max_context_tokens", "model", b"model", "role", b"role", "version", b"version", "vocab_size", b"vocab_size", "worker_id", b"worker_id"]) -> None: ...
 
 global___DescribeWorkerResponse = DescribeWorkerResponse
 
@@ -183,6 +187,9 @@ class WatchLoadResponse(google.protobuf.message.Message):
     PREFILL_BUSY_US_FIELD_NUMBER: builtins.int
     DECODE_BUSY_US_FIELD_NUMBER: builtins.int
     UPTIME_US_FIELD_NUMBER: builtins.int
+    QUEUED_ATTENTION_PAIRS_FIELD_NUMBER: builtins.int
+    PREFILL_TOKENS_PER_S_FIELD_NUMBER: builtins.int
+    DECODE_STEP_US_FIELD_NUMBER: builtins.int
     epoch: builtins.int
     """The worker's epoch."""
     sequence: builtins.int
@@ -209,6 +216,12 @@ class WatchLoadResponse(google.protobuf.message.Message):
     """Microseconds of this epoch that went into generating."""
     uptime_us: builtins.int
     """Microseconds of this epoch; what neither busy figure holds was idle."""
+    queued_attention_pairs: builtins.int
+    """(query, key) pairs of the prompt tokens that queued_uncached_tokens counts: their attention work."""
+    prefill_tokens_per_s: builtins.int
+    """Uncached prompt tokens that a second of prefilling computes, moving average. 0: not known."""
+    decode_step_us: builtins.int
+    """Microseconds of a step of the decode batch, moving average. 0: not known."""
     @property
     def tiers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___KvTierLoad]:
         """KV blocks by tier."""
@@ -230,8 +243,11 @@ class WatchLoadResponse(google.protobuf.message.Message):
         prefill_busy_us: builtins.int = ...,
         decode_busy_us: builtins.int = ...,
         uptime_us: builtins.int = ...,
+        queued_attention_pairs: builtins.int = ...,
+        prefill_tokens_per_s: builtins.int = ...,
+        decode_step_us: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["decode_busy_us", b"decode_busy_us", "draining", b"draining", "epoch", b"epoch", "open_handovers", b"open_handovers", "prefill_busy_us", b"prefill_busy_us", "prefilling", b"prefilling", "queued_uncached_tokens", b"queued_uncached_tokens", "running", b"running", "sequence", b"sequence", "step_age_ms", b"step_age_ms", "swapped", b"swapped", "tiers", b"tiers", "uptime_us", b"uptime_us", "waiting", b"waiting"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["decode_busy_us", b"decode_busy_us", "decode_step_us", b"decode_step_us", "draining", b"draining", "epoch", b"epoch", "open_handovers", b"open_handovers", "prefill_busy_us", b"prefill_busy_us", "prefill_tokens_per_s", b"prefill_tokens_per_s", "prefilling", b"prefilling", "queued_attention_pairs", b"queued_attention_pairs", "queued_uncached_tokens", b"queued_uncached_tokens", "running", b"running", "sequence", b"sequence", "step_age_ms", b"step_age_ms", "swapped", b"swapped", "tiers", b"tiers", "uptime_us", b"uptime_us", "waiting", b"waiting"]) -> None: ...
 
 global___WatchLoadResponse = WatchLoadResponse
 
@@ -260,3 +276,89 @@ class KvTierLoad(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["free_blocks", b"free_blocks", "tier", b"tier", "total_blocks", b"total_blocks"]) -> None: ...
 
 global___KvTierLoad = KvTierLoad
+
+@typing.final
+class WatchKvRequest(google.protobuf.message.Message):
+    """Subscribes to which KV blocks a worker holds."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: builtins.int
+    AFTER_SEQUENCE_FIELD_NUMBER: builtins.int
+    epoch: builtins.int
+    """What the caller has seen already: the epoch of the last message. Unset: nothing."""
+    after_sequence: builtins.int
+    """The last sequence seen in that epoch."""
+    def __init__(
+        self,
+        *,
+        epoch: builtins.int | None = ...,
+        after_sequence: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_epoch", b"_epoch", "epoch", b"epoch"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_epoch", b"_epoch", "after_sequence", b"after_sequence", "epoch", b"epoch"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_epoch", b"_epoch"]) -> typing.Literal["epoch"] | None: ...
+
+global___WatchKvRequest = WatchKvRequest
+
+@typing.final
+class WatchKvResponse(google.protobuf.message.Message):
+    """What changed, in order."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: builtins.int
+    SEQUENCE_FIELD_NUMBER: builtins.int
+    RESETS_FIELD_NUMBER: builtins.int
+    CHANGES_FIELD_NUMBER: builtins.int
+    epoch: builtins.int
+    """The worker's epoch."""
+    sequence: builtins.int
+    """Grows by one with every message of the epoch, from 1."""
+    resets: builtins.bool
+    """Whether what was known of the worker before is to be forgotten: the first part of all it holds."""
+    @property
+    def changes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___KvChange]:
+        """Changes, each after the one before."""
+
+    def __init__(
+        self,
+        *,
+        epoch: builtins.int = ...,
+        sequence: builtins.int = ...,
+        resets: builtins.bool = ...,
+        changes: collections.abc.Iterable[global___KvChange] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["changes", b"changes", "epoch", b"epoch", "resets", b"resets", "sequence", b"sequence"]) -> None: ...
+
+global___WatchKvResponse = WatchKvResponse
+
+@typing.final
+class KvChange(google.protobuf.message.Message):
+    """Blocks that came to a tier of the worker, or left it. A block's name is the first 8 bytes of its chain
+    hash, which is rooted in the tenant's salt: one tenant's blocks have no name that another could ask for.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TIER_FIELD_NUMBER: builtins.int
+    REMOVED_FIELD_NUMBER: builtins.int
+    BLOCKS_FIELD_NUMBER: builtins.int
+    tier: global___KvTier.ValueType
+    """The tier."""
+    removed: builtins.bool
+    """Whether they left; else they came."""
+    @property
+    def blocks(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """The blocks' names; those that came in the order of their chain."""
+
+    def __init__(
+        self,
+        *,
+        tier: global___KvTier.ValueType = ...,
+        removed: builtins.bool = ...,
+        blocks: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["blocks", b"blocks", "removed", b"removed", "tier", b"tier"]) -> None: ...
+
+global___KvChange = KvChange
