@@ -67,8 +67,11 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.ListKeysResponse:
         """One page of keys."""
         validate(request)
+        tenant_id = request.tenant_id if request.HasField("tenant_id") else None
+        if tenant_id is not None:
+            await self._store.tenant(tenant_id)
         keys, after = await self._store.list_keys(
-            request.tenant_id if request.HasField("tenant_id") else None,
+            tenant_id,
             after=request.page_token,
             limit=request.page_size if request.HasField("page_size") else _PAGE_SIZE,
         )

@@ -51,6 +51,7 @@ from tidemill.billing.week import Span, lay_out
 from tidemill.errors import ConfigError
 
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
+_MAX_PRICE_PICO = 10**12  # whatever a request costs then fits its fields
 
 
 def load_price_book(path: Path | str) -> PriceBook:
@@ -198,12 +199,19 @@ def _prices(table: Table, currencies: tuple[str, ...]) -> Mapping[str, Prices]:
 
 
 def _row(table: Table) -> Prices:
-    prices = Prices(**{key: _at_least(table, key, 0) for key in ("hit", "miss", "output")})
+    prices = Prices(**{key: _price(table, key) for key in ("hit", "miss", "output")})
     if prices.hit > prices.miss:
         # A hold assumes the worst case to be that every prompt token is a miss.
         table.refuse(f"{prices.hit} is above the miss price {prices.miss}", "hit")
     table.done()
     return prices
+
+
+def _price(table: Table, key: str) -> int:
+    value = _at_least(table, key, 0)
+    if value > _MAX_PRICE_PICO:
+        table.refuse(f"must be at most {_MAX_PRICE_PICO}, one unit a token, got {value}", key)
+    return value
 
 
 def _at_least(table: Table, key: str, minimum: int) -> int:

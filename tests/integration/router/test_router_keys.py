@@ -143,6 +143,9 @@ async def test_keys_are_listed_in_pages_without_their_secrets(router: RouterHarn
     assert not any(key.partition(".")[2] in str(listed) for key in keys)
     everyone = await router.admin.ListKeys(admin_pb2.ListKeysRequest(), metadata=bearer(ADMIN_KEY))
     assert len(everyone.keys) > 5
+    of_nobody = admin_pb2.ListKeysRequest(tenant_id="nobody")
+    error = await refusal(router.admin.ListKeys(of_nobody, metadata=bearer(ADMIN_KEY)))
+    assert (error.code, error.reason) == (grpc.StatusCode.NOT_FOUND, "TENANT_NOT_FOUND")
 
 
 async def test_the_ledger_holds_no_secret(router: RouterHarness, ledger: RedisProcess) -> None:

@@ -122,6 +122,7 @@ def test_a_span_may_end_at_midnight() -> None:
         ("miss = 2", "miss = 2.0", r"windows\[0\].prices.USD.miss must be of type int, got float"),
         ("miss = 2", "miss = true", "miss must be of type int, got bool"),
         ("miss = 2", "miss = -2", "miss must be at least 0"),
+        ("miss = 2", "miss = 1_000_000_000_001", "miss must be at most 1000000000000"),
         ("miss = 2", "miss = 0", "hit 1 is above the miss price 0"),
         ("miss = 2", "mis = 2", "miss is missing"),
         ("output = 3 }", "output = 3, think = 4 }", "prices.USD.think is not a known key"),
