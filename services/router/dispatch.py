@@ -16,6 +16,7 @@ from tidemill.policy import (
     Placement,
     PrefixAffinity,
     QueueLimits,
+    TierOverlap,
     WorkerLoad,
     pick_decode,
     pick_prefill,
@@ -103,7 +104,7 @@ class Dispatcher:
     def enqueue(self, ticket: Ticket) -> int:
         """Take a place and return its position, 0 being next; QueueFull if there is none."""
         request = self._request(ticket)
-        held = request.overlap_blocks
+        held = request.overlap
         cost = min([ticket.num_prompt_tokens, *(request.uncached_tokens(each) for each in held)])
         self._queue.push(ticket.key, ticket.tenant_id, cost, ticket)
         self._queued[ticket.key] = ticket
@@ -191,7 +192,7 @@ class Dispatcher:
             placed.decode.id, extra_tokens=self._reserve(ticket).decode_reserve_tokens
         )
         self._decoding.add(ticket.key, placed.decode.id, at=now, blocks=blocks)
-        peers = self._peers(request.overlap_blocks, prefill)
+        peers = self._peers(request.overlap, prefill)
         for each in (prefill, placed.decode):
             self._affinity.record(each.id, ticket.block_hashes)
         if not ticket.placed.done():
@@ -225,19 +226,20 @@ class Dispatcher:
             return None
         return Placed(decode, None if decode is prefill else prefill)
 
-    def _peers(self, held: Mapping[str, int], chosen: Worker) -> list[Worker]:
+    def _peers(self, held: Mapping[str, TierOverlap], chosen: Worker) -> list[Worker]:
         """Who seems to hold more of the chain than the chosen worker, most first."""
         usable = {
             worker.id: worker
             for role in (PREFILL, DECODE)
             for worker in self._fleet.usable(self._model, role)
         }
+        blocks = {worker_id: overlap.blocks for worker_id, overlap in held.items()}
         longer = [
             worker_id
-            for worker_id, num_blocks in held.items()
-            if worker_id in usable and num_blocks > held.get(chosen.id, 0)
+            for worker_id, num_blocks in blocks.items()
+            if worker_id in usable and num_blocks > blocks.get(chosen.id, 0)
         ]
-        best = sorted(longer, key=lambda worker_id: (-held[worker_id], worker_id))
+        best = sorted(longer, key=lambda worker_id: (-blocks[worker_id], worker_id))
         return [usable[worker_id] for worker_id in best[:_MOST_PEERS]]
 
     def _reserve(self, ticket: Ticket) -> BalancerConfig:
@@ -249,7 +251,10 @@ class Dispatcher:
         now = self._clock()
         return Placement(
             num_prompt_tokens=ticket.num_prompt_tokens,
-            overlap_blocks=self._affinity.overlap(ticket.block_hashes),
+            overlap={
+                worker_id: TierOverlap(num_blocks)
+                for worker_id, num_blocks in self._affinity.overlap(ticket.block_hashes).items()
+            },
             excluded=frozenset(id_ for id_, until in ticket.excluded.items() if until > now),
         )
 

@@ -10,7 +10,7 @@ from tidemill.policy.fetch_or_recompute import (
     Run,
     Source,
 )
-from tidemill.policy.load import InFlight, Work, WorkerLoad
+from tidemill.policy.load import InFlight, TierOverlap, Work, WorkerLoad
 from tidemill.policy.prefix_affinity import PrefixAffinity
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "QueueLimits",
     "Run",
     "Source",
+    "TierOverlap",
     "Work",
     "WorkerLoad",
     "pick_decode",

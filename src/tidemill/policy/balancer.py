@@ -19,7 +19,9 @@ from dataclasses import dataclass, field
 from random import Random
 
 from tidemill.blocks import BLOCK_TOKENS
-from tidemill.policy.load import InFlight, WorkerLoad
+from tidemill.policy.load import InFlight, TierOverlap, WorkerLoad
+
+_NOTHING = TierOverlap(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +49,12 @@ class BalancerConfig:
 class Placement:
     """A request to be placed.
 
-    `overlap_blocks`: leading blocks of the prompt that each worker is believed to hold.
+    `overlap`: leading blocks of the prompt that each worker is believed to hold.
     `excluded`: workers that refused it or that it failed on.
     """
 
     num_prompt_tokens: int
-    overlap_blocks: Mapping[str, int] = field(default_factory=dict)
+    overlap: Mapping[str, TierOverlap] = field(default_factory=dict)
     excluded: frozenset[str] = frozenset()
 
     @property
@@ -62,7 +64,7 @@ class Placement:
 
     def cached_tokens(self, worker_id: str) -> int:
         """Prompt tokens that the worker need not compute: never the last."""
-        held = self.overlap_blocks.get(worker_id, 0) * BLOCK_TOKENS
+        held = self._overlap(worker_id).blocks * BLOCK_TOKENS
         return min(held, self.num_prompt_tokens - 1)
 
     def uncached_tokens(self, worker_id: str) -> int:
@@ -72,8 +74,11 @@ class Placement:
     def new_blocks(self, worker_id: str, *, extra_tokens: int = 0) -> int:
         """Blocks that the worker would have to allocate."""
         total = -(-(self.num_prompt_tokens + extra_tokens) // BLOCK_TOKENS)
-        held = min(self.overlap_blocks.get(worker_id, 0), self.num_prompt_tokens // BLOCK_TOKENS)
+        held = min(self._overlap(worker_id).blocks, self.num_prompt_tokens // BLOCK_TOKENS)
         return total - held
+
+    def _overlap(self, worker_id: str) -> TierOverlap:
+        return self.overlap.get(worker_id, _NOTHING)
 
 
 def pick_prefill(

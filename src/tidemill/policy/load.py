@@ -1,6 +1,19 @@
 """What a router knows of its workers: their last report, and its own work not yet in one."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class TierOverlap(NamedTuple):
+    """Leading blocks of a prompt that a worker holds in any tier, by where each of them lies."""
+
+    device: int
+    host: int = 0
+
+    @property
+    def blocks(self) -> int:
+        """In all tiers."""
+        return self.device + self.host
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -9,7 +22,9 @@ class WorkerLoad:
 
     `observed_at` is when it arrived, in seconds of the router's monotonic clock.
     `queued_uncached_tokens` are prompt tokens admitted and not yet computed, reused ones
-    excluded. Blocks are those of the device tier; evictable ones count as free.
+    excluded; their attention work is `queued_attention_pairs`. Both paces are moving averages, 0
+    where unknown: uncached prompt tokens computed in a second of prefilling, microseconds of a
+    step of the decode batch. Blocks are those of the device tier; evictable ones count as free.
     """
 
     worker_id: str
@@ -17,6 +32,9 @@ class WorkerLoad:
     sequence: int
     observed_at: float
     queued_uncached_tokens: int = 0
+    queued_attention_pairs: int = 0
+    prefill_tokens_per_s: int = 0
+    decode_step_us: int = 0
     prefilling: int = 0
     running: int = 0
     waiting: int = 0

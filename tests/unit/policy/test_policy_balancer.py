@@ -11,6 +11,7 @@ from tidemill.policy import (
     BalancerConfig,
     InFlight,
     Placement,
+    TierOverlap,
     WorkerLoad,
     pick_decode,
     pick_prefill,
@@ -56,18 +57,20 @@ def test_prefill_goes_where_fewer_uncached_tokens_are_queued() -> None:
 
 def test_prefill_prefers_cached_blocks_to_an_equal_queue() -> None:
     loads = [worker("a"), worker("b"), worker("c")]
-    request = Placement(num_prompt_tokens=1000, overlap_blocks={"b": 10})
+    request = Placement(num_prompt_tokens=1000, overlap={"b": TierOverlap(10)})
     assert {prefill(loads, request, seed=seed) for seed in range(20)} == {"b"}
 
 
 def test_prefill_leaves_the_cached_worker_when_its_queue_costs_more_than_the_cache_saves() -> None:
     loads = [worker("a"), worker("b", queued_uncached_tokens=2000)]
-    assert prefill(loads, Placement(num_prompt_tokens=1000, overlap_blocks={"b": 10})) == "a"
+    assert prefill(loads, Placement(num_prompt_tokens=1000, overlap={"b": TierOverlap(10)})) == "a"
 
 
 def test_attention_makes_a_cached_beginning_worth_less_than_a_cached_whole() -> None:
     """1000 tokens at the end of a 100k prompt attend to 100k each: worth 7,700 tokens' work."""
-    long = Placement(num_prompt_tokens=100_000, overlap_blocks={"a": 1546, "b": 1562})
+    long = Placement(
+        num_prompt_tokens=100_000, overlap={"a": TierOverlap(1546), "b": TierOverlap(1562)}
+    )
     assert long.uncached_tokens("a") - long.uncached_tokens("b") == 1024
     loads = [
         worker("a", total_blocks=2000, free_blocks=2000),
@@ -114,7 +117,7 @@ def test_prefill_needs_free_blocks_for_what_it_does_not_hold() -> None:
     in_flight = InFlight()
     in_flight.add("r", "a", at=NOW, blocks=1)
     assert prefill([worker("a", free_blocks=10)], request, in_flight) is None
-    held = Placement(num_prompt_tokens=640, overlap_blocks={"a": 4})
+    held = Placement(num_prompt_tokens=640, overlap={"a": TierOverlap(4)})
     assert prefill([worker("a", free_blocks=6)], held) == "a"
 
 
@@ -218,7 +221,7 @@ def test_a_pick_fits_is_near_the_best_and_repeats_with_its_seed(
 
 
 def test_cached_tokens_never_reach_the_last_token() -> None:
-    request = Placement(num_prompt_tokens=128, overlap_blocks={"a": 2, "b": 99})
+    request = Placement(num_prompt_tokens=128, overlap={"a": TierOverlap(2), "b": TierOverlap(99)})
     assert (request.cached_tokens("a"), request.uncached_tokens("a")) == (127, 1)
     assert (request.cached_tokens("b"), request.cached_tokens("c")) == (127, 0)
     assert (request.num_blocks, request.new_blocks("a"), request.new_blocks("c")) == (2, 0, 2)
