@@ -56,7 +56,7 @@ class Health(health_pb2_grpc.HealthServicer):
     async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
         """The status; NOT_FOUND for a service that this port does not have."""
         if request.service not in self._names:
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"no service {request.service!r}")
+            await context.abort(grpc.StatusCode.NOT_FOUND, "there is no such service here")
         return health_pb2.HealthCheckResponse(status=self._status(request.service))
 
     async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802 - gRPC's name

@@ -1,7 +1,8 @@
 """What happens around every call of a server: access log, error mapping, authorisation.
 
 One interceptor runs each handler inside a list of guards, asynchronous context managers that see
-the call and whatever it raises. Handlers are coroutines or async generators; they raise the
+the call and whatever it raises. The request is read inside them, so nothing of it is looked at
+before the caller has been let in. Handlers are coroutines or async generators; they raise the
 errors of tidemill.errors and never abort by themselves.
 """
 
@@ -11,15 +12,20 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    aclosing,
+    asynccontextmanager,
+)
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeAlias
 
 import grpc
 
-from tidemill.errors import Internal, LocalError, PermissionDenied, TidemillError
-from tidemill.rpc.malformed import parsed, tolerant
+from tidemill.errors import Internal, LocalError, Overloaded, PermissionDenied, TidemillError
+from tidemill.rpc.malformed import each, only
 from tidemill.rpc.metrics import RpcMetrics
 from tidemill.rpc.status import abort
 from tidemill.rpc.tls import roles_of_peer
@@ -83,24 +89,33 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return self._guarded(handler, handler_call_details.method)
 
     def _guarded(self, handler: Handler, method: str) -> Handler:
-        kind, make_handler = _KINDS[handler.request_streaming, handler.response_streaming]
-        behaviour = getattr(handler, kind)
+        behaviour = getattr(handler, _KINDS[handler.request_streaming, handler.response_streaming])
+        parse = handler.request_deserializer
 
-        async def respond(request: Any, context: Context) -> Any:
+        async def read(requests: AsyncIterator[bytes]) -> Any:
+            return (
+                each(requests, parse) if handler.request_streaming else await only(requests, parse)
+            )
+
+        async def respond(requests: AsyncIterator[bytes], context: Context) -> Any:
             async with self._entered(method, context):
-                return await behaviour(parsed(request), context)
+                return await behaviour(await read(requests), context)
 
-        async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
+        async def stream(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
             async with (
                 self._entered(method, context),
-                aclosing(behaviour(parsed(request), context)) as responses,
+                aclosing(behaviour(await read(requests), context)) as responses,
             ):
                 async for response in responses:
                     yield response
 
+        make_handler: Callable[..., Any] = (
+            grpc.stream_stream_rpc_method_handler
+            if handler.response_streaming
+            else grpc.stream_unary_rpc_method_handler
+        )
         guarded: Handler = make_handler(
             stream if inspect.isasyncgenfunction(behaviour) else respond,
-            request_deserializer=tolerant(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
         return guarded
@@ -127,11 +142,11 @@ class _Entered(AsyncExitStack):
         return self
 
 
-_KINDS: Mapping[tuple[bool, bool], tuple[str, Callable[..., Any]]] = {
-    (False, False): ("unary_unary", grpc.unary_unary_rpc_method_handler),
-    (False, True): ("unary_stream", grpc.unary_stream_rpc_method_handler),
-    (True, False): ("stream_unary", grpc.stream_unary_rpc_method_handler),
-    (True, True): ("stream_stream", grpc.stream_stream_rpc_method_handler),
+_KINDS: Mapping[tuple[bool, bool], str] = {
+    (False, False): "unary_unary",
+    (False, True): "unary_stream",
+    (True, False): "stream_unary",
+    (True, True): "stream_stream",
 }
 
 
@@ -219,6 +234,32 @@ class _RoleCheck(_Around):
         raise PermissionDenied(
             f"{self.call.method} is not open to {roles}", reason="ROLE_NOT_ALLOWED"
         )
+
+
+class HealthPlaces:
+    """Guard: of those who ask for health, and need no credentials, `most` at a time.
+
+    A server handles a bounded number of calls at once; whoever may come in without credentials
+    must not be able to take the places of all others. Raises Overloaded.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._taken = 0
+
+    @asynccontextmanager
+    async def __call__(self, call: Call) -> AsyncIterator[None]:
+        """Hold a place while the call is handled, if it asks for health."""
+        if not call.is_health:
+            yield
+            return
+        if self._taken >= self._most:
+            raise Overloaded("too many ask for health", retry_after_s=1.0)
+        self._taken += 1
+        try:
+            yield
+        finally:
+            self._taken -= 1
 
 
 class AccessLog:

@@ -1,51 +1,50 @@
-"""Bytes that are no message of their method: a clear refusal in place of gRPC's INTERNAL.
+"""Requests out of bytes, once the caller has been let in.
 
-gRPC parses a request before any handler runs, so a failure is carried as a value to where the
-guards are entered: a caller without credentials is refused for that first.
+gRPC by itself would read and parse a request before any handler runs: a caller without
+credentials would have megabytes parsed for him, and could hold a place by sending nothing. So
+every method is served as one that takes a stream, whose first message is asked for inside the
+guards; on the wire there is no difference. Bytes that are no message are a clear refusal in place
+of gRPC's INTERNAL.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from google.protobuf.message import DecodeError
 
-from tidemill.errors import InvalidRequest
+from tidemill.errors import DeadlineExceeded, InvalidRequest
+
+REQUEST_S = 10.0  # for the one message of a call to arrive in
+
+Parse = Callable[[bytes], Any] | None
 
 
-class _Malformed:
-    """Stands for a request that could not be parsed."""
+async def only(requests: AsyncIterator[bytes], parse: Parse) -> Any:
+    """The request of a call that has one. Raises InvalidRequest, DeadlineExceeded."""
+    try:
+        async with asyncio.timeout(REQUEST_S):
+            data = await anext(requests)
+    except StopAsyncIteration:
+        raise InvalidRequest("there is no request", reason="MALFORMED_REQUEST") from None
+    except TimeoutError:
+        raise DeadlineExceeded(f"no request came for {REQUEST_S:g} s") from None
+    return _parsed(data, parse)
 
 
-def tolerant(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
-    """`deserialize`, with a value that `parsed` refuses in place of DecodeError."""
-    if deserialize is None:
-        return None
-
-    def parse(data: bytes) -> Any:
-        try:
-            return deserialize(data)
-        except DecodeError:
-            return _Malformed()
-
-    return parse
+async def each(requests: AsyncIterator[bytes], parse: Parse) -> AsyncIterator[Any]:
+    """Each request of a stream as it is read; InvalidRequest at the first that is none."""
+    async for data in requests:
+        yield _parsed(data, parse)
 
 
-def parsed(request: Any) -> Any:
-    """The request, or each request of a stream as it is read; InvalidRequest if malformed."""
-    if isinstance(request, AsyncIterator):
-        return _each_parsed(request)
-    return _parsed(request)
-
-
-async def _each_parsed(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    async for request in requests:
-        yield _parsed(request)
-
-
-def _parsed(request: Any) -> Any:
-    if isinstance(request, _Malformed):
+def _parsed(data: bytes, parse: Parse) -> Any:
+    if parse is None:
+        return data
+    try:
+        return parse(data)
+    except DecodeError:
         raise InvalidRequest(
             "the request is no message of this method, or a string in it is not UTF-8",
             reason="MALFORMED_REQUEST",
-        )
-    return request
+        ) from None

@@ -13,12 +13,19 @@ from grpc_reflection.v1alpha import reflection
 from tidemill.errors import ConfigError
 from tidemill.rpc.address import split_address
 from tidemill.rpc.health import Health, Readiness
-from tidemill.rpc.interceptors import AccessLog, CallInterceptor, Guard, map_errors
+from tidemill.rpc.interceptors import (
+    AccessLog,
+    CallInterceptor,
+    Guard,
+    HealthPlaces,
+    map_errors,
+)
 from tidemill.rpc.metrics import RpcMetrics
 from tidemill.rpc.options import INTERNAL_SERVER, PUBLIC_SERVER, Options
 from tidemill.rpc.tls import TlsFiles, check_bind, server_credentials
 
 _READINESS_PERIOD_S = 1.0
+_HEALTH_CALLS = 64  # at once; watchers are load balancers and a person or two
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +82,11 @@ class RpcServer:
         )
         defaults = PUBLIC_SERVER if public else INTERNAL_SERVER
         self.server = grpc.aio.server(
-            interceptors=(CallInterceptor(AccessLog(metrics), map_errors, *guards),),
+            interceptors=(
+                CallInterceptor(
+                    AccessLog(metrics), map_errors, HealthPlaces(_HEALTH_CALLS), *guards
+                ),
+            ),
             options=defaults if options is None else options,
             maximum_concurrent_rpcs=config.max_concurrent_rpcs,
         )

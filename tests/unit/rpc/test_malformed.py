@@ -6,7 +6,8 @@ import grpc
 import pytest
 from google.protobuf.wrappers_pb2 import StringValue
 
-from tidemill.errors import InvalidRequest, PermissionDenied, TidemillError
+from tidemill.errors import DeadlineExceeded, InvalidRequest, PermissionDenied, TidemillError
+from tidemill.rpc import malformed
 from tidemill.rpc.interceptors import Call, Guard
 from tidemill.rpc.server import RpcServer, ServerConfig
 from tidemill.rpc.status import from_rpc_error
@@ -75,3 +76,34 @@ async def test_who_may_not_call_learns_nothing_of_the_request() -> None:
         unary: Any = channel.unary_unary("/test.v1.TestService/Unary")
         error = await _error(unary(NOT_UTF8))
         assert isinstance(error, PermissionDenied)
+
+
+async def test_of_a_call_that_is_refused_not_one_byte_is_read() -> None:
+    """Else whoever has no key could hold all places of the server by sending nothing."""
+
+    @asynccontextmanager
+    async def refuse(call: Call) -> AsyncIterator[None]:
+        if call.method:
+            raise PermissionDenied("not you")
+        yield
+
+    async with _served(refuse) as channel:
+        silent: Any = channel.stream_unary("/test.v1.TestService/Unary")(timeout=5)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await silent
+        assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
+
+
+async def test_a_caller_who_sends_nothing_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(malformed, "REQUEST_S", 0.1)
+    async with _served() as channel:
+        silent: Any = channel.stream_unary("/test.v1.TestService/Unary")(timeout=5)
+        assert isinstance(await _error(silent), DeadlineExceeded)
+
+
+async def test_a_call_without_a_request_is_malformed() -> None:
+    async with _served() as channel:
+        empty: Any = channel.stream_unary("/test.v1.TestService/Unary")
+        assert (await _error(empty(iter([]), timeout=5))).reason == "MALFORMED_REQUEST"

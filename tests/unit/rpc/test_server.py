@@ -126,6 +126,26 @@ async def test_calls_beyond_the_cap_are_refused() -> None:
         await first
 
 
+async def test_watchers_of_health_leave_places_for_those_with_credentials() -> None:
+    config = ServerConfig(max_concurrent_rpcs=80, drain_s=0)
+    async with (
+        serving(config, unary=echo) as running,
+        sdk_aio_channel(running.address, insecure=True) as channel,
+    ):
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        watches = [stub.Watch(health_pb2.HealthCheckRequest()) for _ in range(100)]
+        firsts = await asyncio.gather(*(each.read() for each in watches), return_exceptions=True)
+        refused = [each for each in firsts if isinstance(each, grpc.aio.AioRpcError)]
+        assert len(refused) == 100 - 64
+        assert {each.code() for each in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert await method(channel, "Unary")(b"hello", timeout=5) == b"hello"
+        for each in watches:
+            each.cancel()
+        async with asyncio.timeout(5):
+            while await probe(channel) != "SERVING":  # noqa: ASYNC110 - as places become free
+                await asyncio.sleep(0.01)
+
+
 async def test_health_follows_readiness() -> None:
     why: list[str | None] = [None]
     async with (

@@ -1,3 +1,5 @@
+import time
+
 import pytest
 
 from tidemill.api.router.v1.router_service_pb2 import GenerateRequest
@@ -45,3 +47,28 @@ def test_a_missing_choice_is_named() -> None:
     request = valid()
     request.ClearField("prompt")
     assert violations(request) == ["input"]
+
+
+def test_a_message_full_of_bad_elements_keeps_nobody_waiting() -> None:
+    """Two million empty chat messages fit into 4 MiB; each would be a violation of its own."""
+    chat = b"\x0a\x00" * 2_000_000
+    request = GenerateRequest.FromString(b"\x1a" + _varint(len(chat)) + chat)
+    began = time.perf_counter()
+    assert violations(request)
+    assert time.perf_counter() - began < 1.0  # 34 s if all were named
+
+
+def test_of_a_large_message_only_the_first_bad_field_is_named() -> None:
+    request = valid()
+    request.prompt = "x" * 5000
+    request.model = ""
+    request.sampling.temperature = 3
+    assert len(violations(request)) == 1
+
+
+def _varint(number: int) -> bytes:
+    return (
+        number.to_bytes(1, "little")
+        if number < 128
+        else bytes([number & 127 | 128]) + _varint(number >> 7)
+    )
