@@ -427,6 +427,16 @@ class MockWorker(DecodeServiceServicer, PrefillServiceServicer, WorkerServiceSer
                 return
             await asyncio.sleep(interval_s)
 
+    @override
+    async def WatchKv(
+        self, request: worker_pb2.WatchKvRequest, context: Context
+    ) -> AsyncIterator[worker_pb2.WatchKvResponse]:
+        yield worker_pb2.WatchKvResponse(epoch=self._epoch, sequence=1, resets=True)  # and no block
+        while True:
+            if self.draining:
+                return
+            await asyncio.sleep(1.0)
+
     def _load(self, sequence: int) -> worker_pb2.WatchLoadResponse:
         config, queued = self.config, self._queue.values()
         return worker_pb2.WatchLoadResponse(

@@ -192,6 +192,7 @@ class ScriptedWorker(DecodeServiceServicer, WorkerServiceServicer):
         self.finals: dict[int, decode_pb2.Final] = {}
         self.acknowledged: list[lifecycle_pb2.AttemptId] = []
         self.running = 0
+        self.held: list[int] = []  # names of blocks on the device, as WatchKv tells at first
         self._server: RpcServer | None = None
 
     @property
@@ -306,3 +307,12 @@ class ScriptedWorker(DecodeServiceServicer, WorkerServiceServicer):
                     ],
                 )
             await asyncio.sleep(_REPORT_EVERY_S)
+
+    @override
+    async def WatchKv(
+        self, request: worker_pb2.WatchKvRequest, context: Context
+    ) -> AsyncIterator[worker_pb2.WatchKvResponse]:
+        device = worker_pb2.KV_TIER_DEVICE
+        changes = [worker_pb2.KvChange(tier=device, blocks=self.held)] if self.held else []
+        yield worker_pb2.WatchKvResponse(epoch=self.epoch, sequence=1, resets=True, changes=changes)
+        await asyncio.Event().wait()

@@ -6,11 +6,13 @@ means equal content; there are no collisions to reason about.
 """
 
 import hashlib
+import struct
 import sys
 from array import array
 from collections.abc import Sequence
 
 BLOCK_TOKENS = 64
+HASH_BYTES = 32
 
 _DOMAIN = b"tidemill.blocks.v1"
 _UINT32_TYPECODE = "I"  # four bytes on every platform that torch runs on
@@ -45,6 +47,16 @@ def chain_hashes(root: bytes, token_ids: Sequence[int]) -> list[bytes]:
         previous = hashlib.sha256(previous + data[start : start + block_bytes]).digest()
         hashes.append(previous)
     return hashes
+
+
+def block_names(hashes: Sequence[bytes]) -> list[int]:
+    """Short names of blocks, for an index in memory: the first 8 bytes of each hash, as u64-LE.
+
+    Two blocks of a fleet's millions share one with a chance of about one in a million: good enough
+    for a hint, never to claim a block by.
+    """
+    words = struct.unpack(f"<{len(hashes) * HASH_BYTES // 8}Q", b"".join(hashes))
+    return list(words[:: HASH_BYTES // 8])
 
 
 def max_hit_tokens(num_prompt_tokens: int) -> int:

@@ -22,6 +22,7 @@ from torch import Tensor
 from tests.redis_process import RedisProcess
 from tests.tiny_model import make_tiny_checkpoint
 from tests.worker_harness import (
+    SCOPE,
     RouterSide,
     Tls,
     eventually,
@@ -35,6 +36,7 @@ from tests.worker_harness import (
 )
 from tidemill.api.worker.v1 import worker_service_pb2 as pb
 from tidemill.api.worker.v1.worker_service_pb2_grpc import WorkerServiceStub
+from tidemill.blocks import block_names, chain_hashes, root_hash
 from tidemill.engine.scheduler import Step
 from tidemill.errors import WorkerLost
 from tidemill.rpc.channel import internal_channel
@@ -108,6 +110,47 @@ async def test_load_is_pushed_on_change_and_at_least_each_second(
         prefill.worker.draining = True
         await watching
         assert loads[-1].draining
+
+
+async def test_blocks_are_told_as_they_come_and_go_and_a_stream_is_resumed(
+    model_dir: Path, tls_files: Tls
+) -> None:
+    prompt, later = prompt_of(300), prompt_of(1000, seed=2)
+    async with (
+        worker_at(Role.PREFILL, model_dir, tls_files) as prefill,
+        worker_at(Role.DECODE, model_dir, tls_files) as decode,
+        router_of(decode, tls_files) as router,
+        worker_stub(prefill, tls_files) as stub,
+    ):
+        layout = prefill.worker.engine.layout
+        root = root_hash(layout.model_digest, layout.kv_format, SCOPE)
+        first = stub.WatchKv(pb.WatchKvRequest())
+        told = await first.read()
+        assert (told.epoch, told.resets, list(told.changes)) == (prefill.worker.epoch, True, [])
+        await router.ask(make_start(prompt, prefill=prefill))
+        names: list[int] = []
+        while len(names) < 4:
+            told = await first.read()
+            assert {(each.tier, each.removed) for each in told.changes} == {
+                (pb.KV_TIER_DEVICE, False)
+            }
+            names += [name for change in told.changes for name in change.blocks]
+        assert names == block_names(chain_hashes(root, prompt))
+        first.cancel()
+        await router.ask(make_start(later, "r2", prefill=prefill))
+        resumed = pb.WatchKvRequest(epoch=told.epoch, after_sequence=told.sequence)
+        missed = await stub.WatchKv(resumed).read()
+        assert (missed.sequence, missed.resets) == (told.sequence + 1, False)
+        again = await stub.WatchKv(pb.WatchKvRequest(epoch=told.epoch - 1)).read()
+        assert again.resets
+        (change,) = again.changes
+        assert (
+            set(names) < set(change.blocks) == set(names + block_names(chain_hashes(root, later)))
+        )
+        watch = stub.WatchKv(pb.WatchKvRequest())
+        assert (await watch.read()).resets
+        prefill.worker.draining = True
+        assert await watch.read() == grpc.aio.EOF
 
 
 async def test_a_stuck_step_fails_health_until_it_ends_and_the_log_says_which(

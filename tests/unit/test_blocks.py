@@ -3,7 +3,7 @@ import struct
 
 import pytest
 
-from tidemill.blocks import BLOCK_TOKENS, chain_hashes, max_hit_tokens, root_hash
+from tidemill.blocks import BLOCK_TOKENS, block_names, chain_hashes, max_hit_tokens, root_hash
 
 ROOT = root_hash(b"\x01" * 32, "latent-bf16-576", b"tenant-a")
 
@@ -68,3 +68,9 @@ def test_most_billed_hits_are_whole_blocks_without_the_last_token(
     num_prompt_tokens: int, hit: int
 ) -> None:
     assert max_hit_tokens(num_prompt_tokens) == hit
+
+
+def test_a_blocks_name_is_the_start_of_its_hash() -> None:
+    hashes = chain_hashes(ROOT, list(range(3 * BLOCK_TOKENS)))
+    assert block_names(hashes) == [int.from_bytes(each[:8], "little") for each in hashes]
+    assert block_names([]) == []

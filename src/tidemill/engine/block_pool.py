@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tidemill.blocks import BLOCK_TOKENS
 from tidemill.engine.host_tier import HostTier
-from tidemill.engine.reservation import Found, Move, PoolTier, Reservation
+from tidemill.engine.reservation import Found, Move, OnChange, PoolTier, Reservation
 from tidemill.errors import PoolCorrupted, PoolExhausted
 
 
@@ -47,6 +47,17 @@ class BlockPool:
         self._root_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
         self._evictable: OrderedDict[int, None] = OrderedDict()
+        self._on_change: OnChange | None = None
+
+    def listen(self, on_change: OnChange) -> None:
+        """From now on tell `on_change`, the only listener, which blocks come and go."""
+        with self._lock:
+            self._on_change = self._host.on_change = on_change
+
+    def findable(self) -> dict[PoolTier, list[bytes]]:
+        """Hashes of all blocks that can be found, by tier; some may be in both."""
+        with self._lock:
+            return {PoolTier.DEVICE: list(self._block_of), PoolTier.HOST: self._host.hashes()}
 
     @property
     def num_free(self) -> int:
@@ -339,6 +350,8 @@ class BlockPool:
             self._hash_of[block_id] = block_hash
             self._root_of[block_id] = root
             self._block_of[block_hash] = block_id
+            if self._on_change is not None:
+                self._on_change(PoolTier.DEVICE, block_hash, True)
 
     def _evict_oldest(self, reservation: Reservation) -> None:
         """Forget the least recently used block; the host tier gets its bytes in `settle`."""
@@ -346,6 +359,8 @@ class BlockPool:
         block_hash, root = self._hash_of.pop(block), self._root_of.pop(block)
         del self._block_of[block_hash]
         self._free.append(block)
+        if self._on_change is not None:
+            self._on_change(PoolTier.DEVICE, block_hash, False)
         if block_hash in self._host:
             self._host.touch(block_hash)
         elif (slot := self._host.reserve()) is not None:

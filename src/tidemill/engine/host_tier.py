@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tidemill.blocks import BLOCK_TOKENS
+from tidemill.engine.reservation import OnChange, PoolTier
 from tidemill.errors import PoolCorrupted
 
 
@@ -24,7 +25,7 @@ class HostTier:
     pinned by whoever reads it, or may be evicted, least recently used first. The books belong to
     the owner's lock, the bytes of reserved and pinned slots may be touched outside of it.
     `latents` is [num_blocks, num_layers, 64, latent_dim]; it costs memory only as far as it has
-    been filled.
+    been filled. `on_change` hears of each block that becomes or ceases to be findable.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class HostTier:
         self._filling: set[int] = set()
         self._slots: dict[bytes, _Slot] = {}
         self._evictable: OrderedDict[bytes, None] = OrderedDict()
+        self.on_change: OnChange | None = None
 
     def __len__(self) -> int:
         """Findable blocks."""
@@ -61,6 +63,8 @@ class HostTier:
         if not self._free and self._evictable:
             block_hash, _ = self._evictable.popitem(last=False)
             self._free.append(self._slots.pop(block_hash).index)
+            if self.on_change is not None:
+                self.on_change(PoolTier.HOST, block_hash, False)
         if not self._free:
             return None
         index = self._free.pop()
@@ -75,6 +79,8 @@ class HostTier:
             return
         self._slots[block_hash] = _Slot(index, root)
         self._evictable[block_hash] = None
+        if self.on_change is not None:
+            self.on_change(PoolTier.HOST, block_hash, True)
 
     def drop(self, index: int) -> None:
         """The reserved slot will not be filled."""
@@ -101,6 +107,10 @@ class HostTier:
         """Make a findable block the most recently used one."""
         if block_hash in self._evictable:
             self._evictable.move_to_end(block_hash)
+
+    def hashes(self) -> list[bytes]:
+        """Names of the findable blocks, in the order in which they came."""
+        return list(self._slots)
 
     def where(self, block_hash: bytes) -> tuple[int, bytes]:
         """A findable block's slot, and the root of its chain."""

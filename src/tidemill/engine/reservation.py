@@ -1,6 +1,7 @@
 """Blocks of a chain as they were found and taken, and the bytes that are still to be moved."""
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -10,6 +11,13 @@ class PoolTier(enum.Enum):
 
     DEVICE = "device"
     HOST = "host"
+
+
+OnChange = Callable[[PoolTier, bytes, bool], None]
+"""Told of a block by its tier and hash when it becomes findable there (True), or ceases to be.
+
+Called on any thread, under the pool's lock: in order, and not to call the pool.
+"""
 
 
 class Found(NamedTuple):

@@ -60,6 +60,7 @@ ALLOWED = {
         f"/{WORKER_SERVICE}/{method}": {"router", "prefill", "decode"}
         for method in ("DescribeWorker", "WatchLoad")
     },
+    f"/{WORKER_SERVICE}/WatchKv": {"router"},
     **{
         f"/{PREFILL_SERVICE}/{method}": {"decode"}
         for method in ("Prefill", "PullKv", "RenewHandover", "ReleaseHandover", "StopPrefill")

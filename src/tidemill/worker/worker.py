@@ -21,6 +21,7 @@ from tidemill.worker.block_storer import BlockStorer
 from tidemill.worker.config import Role, WorkerConfig
 from tidemill.worker.engine_thread import EngineThread
 from tidemill.worker.grammars import Grammars
+from tidemill.worker.kv_events import KvEvents
 from tidemill.worker.metrics import WorkerMetrics
 from tidemill.worker.prompt import Backlog, PromptReuse
 
@@ -70,6 +71,7 @@ class Worker:
         self.handovers = HandoverTable(
             epoch=self.epoch, lease_s=config.handover.lease_s, clock=clock
         )
+        self.kv_events = KvEvents(self.engine.pool, epoch=self.epoch)
         self.grammars = Grammars(config.model_dir, self.engine.model_config.vocab_size)
         self.draining = False
         self.registered: bool | None = None  # whether the registry took the last heartbeat

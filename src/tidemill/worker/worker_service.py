@@ -1,4 +1,4 @@
-"""WorkerService: what a worker is, and its load as it changes."""
+"""WorkerService: what a worker is, its load as it changes, and which KV blocks it holds."""
 
 import asyncio
 import time
@@ -12,10 +12,11 @@ from tidemill.worker.worker import Worker
 
 DEFAULT_INTERVAL_MS = 100
 MAX_SILENCE_S = 1.0
+KV_INTERVAL_S = 0.05
 
 
 class WorkerService(WorkerServiceServicer):
-    """Serves DescribeWorker and WatchLoad for one worker."""
+    """Serves DescribeWorker, WatchLoad and WatchKv for one worker."""
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
@@ -57,3 +58,19 @@ class WorkerService(WorkerServiceServicer):
             if load.draining:
                 return
             await asyncio.sleep(min(interval_s, MAX_SILENCE_S))
+
+    async def WatchKv(
+        self, request: pb.WatchKvRequest, context: Context
+    ) -> AsyncIterator[pb.WatchKvResponse]:
+        """All that the worker holds, or what the caller has missed, then every change.
+
+        Changes of 50 ms go together; ends when draining.
+        """
+        validate(request)
+        epoch = request.epoch if request.HasField("epoch") else None
+        sequence = request.after_sequence
+        while not self._worker.draining:
+            for message in self._worker.kv_events.after(epoch, sequence):
+                yield message
+                epoch, sequence = message.epoch, message.sequence
+            await asyncio.sleep(KV_INTERVAL_S)

@@ -316,7 +316,9 @@ class WatchKvResponse(google.protobuf.message.Message):
     sequence: builtins.int
     """Grows by one with every message of the epoch, from 1."""
     resets: builtins.bool
-    """Whether what was known of the worker before is to be forgotten: the first part of all it holds."""
+    """Whether what was known of the worker before is to be forgotten: the first part of all it holds. Who
+    resumes after a part that was not the last is told all again.
+    """
     @property
     def changes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___KvChange]:
         """Changes, each after the one before."""
@@ -350,7 +352,7 @@ class KvChange(google.protobuf.message.Message):
     """Whether they left; else they came."""
     @property
     def blocks(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """The blocks' names; those that came in the order of their chain."""
+        """The blocks' names, in the order in which they came or left."""
 
     def __init__(
         self,

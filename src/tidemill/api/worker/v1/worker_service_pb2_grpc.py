@@ -45,6 +45,11 @@ class WorkerServiceStub(object):
                 request_serializer=tidemill_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.WatchLoadRequest.SerializeToString,
                 response_deserializer=tidemill_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.WatchLoadResponse.FromString,
                 _registered_method=True)
+        self.WatchKv = channel.unary_stream(
+                '/tidemill.api.worker.v1.WorkerService/WatchKv',
+                request_serializer=tidemill_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.WatchKvRequest.SerializeToString,
+                response_deserializer=tidemill_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.WatchKvResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServiceServicer(object):
@@ -66,6 +71,15 @@ class WorkerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchKv(self, request, context):
+        """Pushes which KV blocks the worker holds: all of them at once, or what changed since `after_sequence`
+        where the worker still knows, then every change. A gap in sequence means messages were lost; a new
+        epoch means the worker restarted empty.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -78,6 +92,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.WatchLoad,
                     request_deserializer=tidemill_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.WatchLoadRequest.FromString,
                     response_serializer=tidemill_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.WatchLoadResponse.SerializeToString,
+            ),
+            'WatchKv': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchKv,
+                    request_deserializer=tidemill_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.WatchKvRequest.FromString,
+                    response_serializer=tidemill_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.WatchKvResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -135,6 +154,33 @@ class WorkerService(object):
             '/tidemill.api.worker.v1.WorkerService/WatchLoad',
             tidemill_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.WatchLoadRequest.SerializeToString,
             tidemill_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.WatchLoadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchKv(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tidemill.api.worker.v1.WorkerService/WatchKv',
+            tidemill_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.WatchKvRequest.SerializeToString,
+            tidemill_dot_api_dot_worker_dot_v1_dot_worker__service__pb2.WatchKvResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -35,6 +35,15 @@ class WorkerServiceStub:
     second. A gap in sequence means messages were lost; a new epoch means the worker restarted empty.
     """
 
+    WatchKv: grpc.UnaryStreamMultiCallable[
+        tidemill.api.worker.v1.worker_service_pb2.WatchKvRequest,
+        tidemill.api.worker.v1.worker_service_pb2.WatchKvResponse,
+    ]
+    """Pushes which KV blocks the worker holds: all of them at once, or what changed since `after_sequence`
+    where the worker still knows, then every change. A gap in sequence means messages were lost; a new
+    epoch means the worker restarted empty.
+    """
+
 class WorkerServiceAsyncStub:
     """What every worker offers, whatever its role. Callers: router, prefill, decode."""
 
@@ -50,6 +59,15 @@ class WorkerServiceAsyncStub:
     ]
     """Pushes the worker's load at once, then on every change, at most once per interval and at least every
     second. A gap in sequence means messages were lost; a new epoch means the worker restarted empty.
+    """
+
+    WatchKv: grpc.aio.UnaryStreamMultiCallable[
+        tidemill.api.worker.v1.worker_service_pb2.WatchKvRequest,
+        tidemill.api.worker.v1.worker_service_pb2.WatchKvResponse,
+    ]
+    """Pushes which KV blocks the worker holds: all of them at once, or what changed since `after_sequence`
+    where the worker still knows, then every change. A gap in sequence means messages were lost; a new
+    epoch means the worker restarted empty.
     """
 
 class WorkerServiceServicer(metaclass=abc.ABCMeta):
@@ -71,6 +89,17 @@ class WorkerServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[collections.abc.Iterator[tidemill.api.worker.v1.worker_service_pb2.WatchLoadResponse], collections.abc.AsyncIterator[tidemill.api.worker.v1.worker_service_pb2.WatchLoadResponse]]:
         """Pushes the worker's load at once, then on every change, at most once per interval and at least every
         second. A gap in sequence means messages were lost; a new epoch means the worker restarted empty.
+        """
+
+    @abc.abstractmethod
+    def WatchKv(
+        self,
+        request: tidemill.api.worker.v1.worker_service_pb2.WatchKvRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[tidemill.api.worker.v1.worker_service_pb2.WatchKvResponse], collections.abc.AsyncIterator[tidemill.api.worker.v1.worker_service_pb2.WatchKvResponse]]:
+        """Pushes which KV blocks the worker holds: all of them at once, or what changed since `after_sequence`
+        where the worker still knows, then every change. A gap in sequence means messages were lost; a new
+        epoch means the worker restarted empty.
         """
 
 def add_WorkerServiceServicer_to_server(servicer: WorkerServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
