@@ -1,22 +1,25 @@
 """What the router counts (Prometheus, tidemill_router_*). Never labelled by tenant or request."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from services.router.finish import Completed
-from tidemill.billing import Usage
+from tidemill.billing import BusyPart, Usage
 
 _TTFT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 _TPOT_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 1)
 
 
 class RouterMetrics:
-    """All of one router's metrics, in `registry`."""
+    """All of one router's metrics, in `registry`; `hour_nano` is an accelerator-hour's price."""
 
-    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+    def __init__(
+        self, registry: CollectorRegistry = REGISTRY, hour_nano: Mapping[str, int] | None = None
+    ) -> None:
         self._registry = registry
+        self._hour_nano = hour_nano or {}
         self._requests = Counter(
             "tidemill_router_requests",
             "Requests that ended, by finish reason or error reason.",
@@ -67,6 +70,25 @@ class RouterMetrics:
             ["model", "why"],
             registry=registry,
         )
+        self._queued = Histogram(
+            "tidemill_router_queue_seconds",
+            "From admission to the placement that led to the first token.",
+            ["model"],
+            buckets=_TTFT_S,
+            registry=registry,
+        )
+        self._accelerators = Counter(
+            "tidemill_router_accelerator_seconds",
+            "Accelerator time that the requests that ended here used, by phase.",
+            ["model", "phase"],
+            registry=registry,
+        )
+        self._cost = Counter(
+            "tidemill_router_cost_nano",
+            "What that time costs by accelerator_hour_nano, in 1e-9 of the currency's unit.",
+            ["model", "currency"],
+            registry=registry,
+        )
         self._revenue = Counter(
             "tidemill_router_revenue_nano",
             "Amounts billed, in 1e-9 of the currency's unit.",
@@ -108,6 +130,7 @@ class RouterMetrics:
         self._completion.labels(model).inc(usage.completion_tokens)
         self._count_unbilled(model, usage)
         if timing.first_token_us:
+            self._queued.labels(model).observe(timing.queued_us / 1e6)
             self._ttft.labels(model).observe(timing.first_token_us / 1e6)
         following = usage.completion_tokens / completed.num_choices - 1
         if following > 0 and timing.total_us:
@@ -118,6 +141,14 @@ class RouterMetrics:
         """A request was written off."""
         self._requests.labels(model, reason.lower()).inc()
         self._count_unbilled(model, usage)
+
+    def used(self, model: str, busy: Sequence[BusyPart]) -> None:
+        """What a request that ended, or came to nothing, used of the workers."""
+        for part in busy:
+            seconds = part.busy_us * part.accelerators / 1e6
+            self._accelerators.labels(model, part.phase).inc(seconds)
+            for currency, nano in self._hour_nano.items():
+                self._cost.labels(model, currency).inc(seconds / 3600 * nano)
 
     def _gauge(self, name: str, text: str, read: Callable[[], int]) -> None:
         Gauge(name, text, registry=self._registry).set_function(lambda: float(read()))

@@ -26,6 +26,7 @@ from services.router.metrics import RouterMetrics
 from services.router.models import Catalogue, load_model
 from services.router.money.assembly import Money
 from services.router.money.ledger import Ledger
+from services.router.money.metrics import LedgerMetrics
 from services.router.money.signing import Signer
 from services.router.quoting import Quoting
 from services.router.registry import Registry
@@ -79,7 +80,7 @@ class RouterProcess:
         self.tasks = OwnedTasks()
         book = load_price_book(config.price_book)
         catalogue = Catalogue(load_model(model, book, now_ms()) for model in config.models)
-        self.ledger = Ledger(config.ledger)
+        self.ledger = Ledger(config.ledger, LedgerMetrics(registry))
         self._signer = Signer.load(config.money.signing_key_file, config.money.signing_keys_dir)
         self.fleet = _fleet(config, catalogue)
         url = config.fleet.cache_url
@@ -106,7 +107,7 @@ class RouterProcess:
             rng=random.SystemRandom(),
             now_ms=now_ms,
         )
-        metrics = RouterMetrics(registry)
+        metrics = RouterMetrics(registry, config.money.accelerator_hour_nano)
         self.money = Money(
             config.money,
             ledger=self.ledger,

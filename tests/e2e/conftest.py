@@ -29,7 +29,10 @@ def shared_stack(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> 
         settings={
             "prefill": {"server": {"drain_s": 60.0}},
             "decode": {"server": {"drain_s": 60.0}},
-            "router": {"server": {"drain_s": 60.0}},
+            "router": {
+                "server": {"drain_s": 60.0},
+                "money": {"accelerator_hour_nano": {"USD": 2_000_000_000}},
+            },
         },
     )
     yield stack

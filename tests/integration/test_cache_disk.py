@@ -93,6 +93,20 @@ async def test_what_memory_lets_go_is_delivered_from_disk_and_comes_back_to_memo
         assert sample(node, "disk_bytes") == 400_000
 
 
+async def test_a_disk_with_no_room_left_lets_the_oldest_go(tls_files: Tls, tmp_path: Path) -> None:
+    settings = {**with_disk(tmp_path), "disk_capacity_bytes": 300_000}
+    async with (
+        cache_node(tls_files, **settings) as node,
+        cache_client(tls_files, node.address) as client,
+    ):
+        await store_one_by_one(client, BLOCKS)
+        disk = node.disk
+        assert disk is not None
+        await eventually(lambda: not disk.num_waiting)
+        assert sample(node, "disk_evicted") >= 1
+        assert sample(node, "disk_bytes") <= 300_000
+
+
 async def test_a_restart_keeps_all_that_memory_and_disk_held(
     tls_files: Tls, tmp_path: Path
 ) -> None:

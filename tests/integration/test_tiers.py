@@ -157,6 +157,23 @@ async def test_a_chain_goes_on_from_host_to_cache_to_host(model_dir: Path, tls_f
         assert again.tokens == first.tokens
 
 
+async def test_what_is_computed_as_the_quicker_way_is_counted(
+    model_dir: Path, tls_files: Tls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cache_node(tls_files) as cache, AsyncExitStack() as stack:
+        shared = CacheConfig(cache.address, client=PATIENT)
+        worker, router = await stack.enter_async_context(
+            one_worker(model_dir, tls_files, cache=shared)
+        )
+        await router.ask(make_start(prompt_of(400), "a", max_tokens=1))
+        await eventually(lambda: len(cache.store) == 6)
+        evict_device(worker)
+        monkeypatch.setattr(worker.worker.reuse.policy, "choose", lambda _: 2)
+        again = await router.ask(make_start(prompt_of(400), "b", max_tokens=1))
+        assert split_of(again.usage) == {"cache_ram": 128, "computed": 272}
+        assert metric(worker, "fetch_skipped_blocks_total", tier="cache_ram") == 4
+
+
 def forget_on_host(running: RunningWorker, hashes: tuple[bytes, ...]) -> None:
     host = running.worker.engine.pool._host
     for block_hash in hashes:

@@ -1,7 +1,7 @@
 """What all holds of one router share."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from services.router.finish import Completed
@@ -12,7 +12,7 @@ from services.router.money.leases import Leases
 from services.router.money.metrics import MoneyMetrics
 from services.router.money.retained import Workers
 from services.router.tasks import OwnedTasks
-from tidemill.billing import PriceBook, Usage, decode_book
+from tidemill.billing import BusyPart, PriceBook, Usage, decode_book
 from tidemill.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -34,10 +34,11 @@ class Bank:
     lease_ms: int
     now_ms: Callable[[], int]
 
-    def report(self, completed: Completed) -> None:
+    def report(self, completed: Completed, busy: Sequence[BusyPart]) -> None:
         """A request was settled, or waits to be: tell log and metrics."""
         receipt, timing = completed.receipt, completed.timing
         self.requests.completed(receipt.model, completed)
+        self.requests.used(receipt.model, busy)
         fields = {**receipt.to_fields(), "content_sha256": receipt.content_sha256}
         logger.info(
             "pending" if completed.pending else "settled",
@@ -51,10 +52,18 @@ class Bank:
         )
 
     def report_unbilled(
-        self, tenant_id: str, request_id: str, *, model: str, usage: Usage, reason: str
+        self,
+        tenant_id: str,
+        request_id: str,
+        *,
+        model: str,
+        usage: Usage,
+        reason: str,
+        busy: Sequence[BusyPart],
     ) -> None:
         """A request was written off: tell what nobody pays for."""
         self.requests.failed(model, usage, reason)
+        self.requests.used(model, busy)
         logger.warning(
             "written off",
             extra={

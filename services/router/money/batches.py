@@ -6,6 +6,7 @@ happens, and its reply goes to nobody.
 """
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from redis.commands.core import AsyncScript
 from redis.exceptions import NoScriptError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from services.router.money.metrics import LedgerMetrics
 from services.router.tasks import OwnedTasks
 from tidemill.errors import LedgerUnavailable
 
@@ -51,10 +53,13 @@ class _Call:
 class Batches:
     """`can_wait`: the server knows WAITAOF."""
 
-    def __init__(self, redis: Redis, tasks: OwnedTasks, *, timeout_s: float) -> None:
+    def __init__(
+        self, redis: Redis, tasks: OwnedTasks, *, timeout_s: float, metrics: LedgerMetrics
+    ) -> None:
         self._redis = redis
         self._tasks = tasks
         self._wait_ms = int(timeout_s * 1000)
+        self._metrics = metrics
         self._waiting: list[_Call] = []
         self._senders = 0
         self.can_wait = False
@@ -89,9 +94,12 @@ class Batches:
             await asyncio.sleep(0)
 
     async def _send(self, batch: Sequence[_Call]) -> None:
+        begun = time.monotonic()
         try:
             replies = await self._execute(batch)
+            self._metrics.answered(time.monotonic() - begun)
         except (RedisError, OSError) as error:
+            self._metrics.failed()
             # Those that came meanwhile have waited for the same silence.
             batch = [*batch, *self._waiting]
             self._waiting.clear()

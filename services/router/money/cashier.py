@@ -124,6 +124,7 @@ class Cashier:
             answer = await self._accounts.release(intent.tenant_id, command)
         crash_point("settle.after")
         self._metrics.answered(answer)
+        self._metrics.lagged((self._now_ms() - intent.command.now_ms) / 1000)
         if isinstance(answer, rules.Stale | rules.AboveHold):
             logger.error(
                 "the ledger refused a settlement: %s",

@@ -142,7 +142,7 @@ class Hold:
             else:
                 answer = await self._submit(self._release_command(usage, finish.name, busy))
         completed = self._bank.signed(self._answered(answer, completed))
-        self._bank.report(completed)
+        self._bank.report(completed, busy)
         self._forget(former)
         return completed
 
@@ -164,6 +164,7 @@ class Hold:
                 model=self._terms.model,
                 usage=usage,
                 reason=error.reason,
+                busy=busy,
             )
             answer = await self._submit(self._release_command(usage, error.reason, busy))
         if isinstance(answer, rules.Stale):

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from prometheus_client import CollectorRegistry
 from redis.asyncio import BlockingConnectionPool, Connection, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -19,6 +20,7 @@ from redis.exceptions import RedisError
 
 from services.router.config import LedgerConfig
 from services.router.money.batches import Batches, Part, unavailable
+from services.router.money.metrics import LedgerMetrics
 from services.router.tasks import OwnedTasks
 from tidemill.errors import ConfigError, LedgerUnavailable
 
@@ -44,7 +46,7 @@ class _Connection(Connection):
 class Ledger:
     """One pool of connections to the ledger; raises LedgerUnavailable when it does not answer."""
 
-    def __init__(self, config: LedgerConfig) -> None:
+    def __init__(self, config: LedgerConfig, metrics: LedgerMetrics | None = None) -> None:
         pool = BlockingConnectionPool.from_url(
             config.url,
             connection_class=_Connection,
@@ -57,7 +59,12 @@ class Ledger:
         )
         self._redis: Redis = Redis(connection_pool=pool)
         self._commands = OwnedTasks()
-        self._batches = Batches(self._redis, self._commands, timeout_s=config.timeout_s)
+        self._batches = Batches(
+            self._redis,
+            self._commands,
+            timeout_s=config.timeout_s,
+            metrics=metrics or LedgerMetrics(CollectorRegistry()),
+        )
 
     async def run(self, command: Callable[[Redis], Awaitable[T]]) -> T:
         """Run `command` to its end even if the caller is cancelled meanwhile."""

@@ -2,9 +2,37 @@
 
 from collections.abc import Callable
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from tidemill.billing import ledger as rules
+
+_ROUND_TRIP_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 2)
+_LAG_S = (0.005, 0.01, 0.05, 0.1, 0.5, 2, 10, 60, 600, 3600)
+
+
+class LedgerMetrics:
+    """How the ledger answers this router, in `registry`."""
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        self._round_trips = Histogram(
+            "tidemill_router_ledger_round_trip_seconds",
+            "From sending scripts to the ledger until their effects were on its disk.",
+            buckets=_ROUND_TRIP_S,
+            registry=registry,
+        )
+        self._failures = Counter(
+            "tidemill_router_ledger_failures",
+            "Round trips that the ledger left unanswered.",
+            registry=registry,
+        )
+
+    def answered(self, seconds: float) -> None:
+        """A round trip took so long."""
+        self._round_trips.observe(seconds)
+
+    def failed(self) -> None:
+        """A round trip brought no answer."""
+        self._failures.inc()
 
 
 class MoneyMetrics:
@@ -21,6 +49,12 @@ class MoneyMetrics:
             "tidemill_router_settlements",
             "Ends of requests that were handed to the ledger, by what it answered.",
             ["outcome"],
+            registry=registry,
+        )
+        self._lag = Histogram(
+            "tidemill_router_settlement_lag_seconds",
+            "From the end of a request until its bill was in the ledger.",
+            buckets=_LAG_S,
             registry=registry,
         )
         self._depth = Gauge(
@@ -52,6 +86,10 @@ class MoneyMetrics:
     def spooled(self) -> None:
         """A settlement went to the spool."""
         self._settlements.labels("spooled").inc()
+
+    def lagged(self, seconds: float) -> None:
+        """A settlement or release reached the ledger so long after the end of its request."""
+        self._lag.observe(max(seconds, 0))
 
     def answered(self, answer: rules.SettleReply | rules.ReleaseReply) -> None:
         """The ledger answered a settlement or release."""

@@ -182,7 +182,7 @@ class Resolver:
         self._bank.metrics.answered(answer)
         if isinstance(answer, rules.Posted) and not answer.duplicate:
             self._bank.metrics.resolved(found.known_from)
-            self._bank.report(record.chained(completed, answer))
+            self._bank.report(record.chained(completed, answer), case.busy)
         return isinstance(answer, rules.Posted)
 
     async def _release(self, case: _Case) -> bool:
@@ -202,6 +202,11 @@ class Resolver:
         if isinstance(answer, rules.Released):
             self._bank.metrics.resolved(case.found.known_from)
             self._bank.report_unbilled(
-                case.tenant_id, case.request_id, model=model, usage=usage, reason=_WHY
+                case.tenant_id,
+                case.request_id,
+                model=model,
+                usage=usage,
+                reason=_WHY,
+                busy=case.busy,
             )
         return isinstance(answer, rules.Released)

@@ -10,6 +10,7 @@ from prometheus_client import (
     Counter,
     Gauge,
     Histogram,
+    disable_created_metrics,
     start_http_server,
 )
 
@@ -81,6 +82,7 @@ def serve_metrics(
     """
     check_bind(address, tls=tls is not None)
     host, port = split_address(address)
+    disable_created_metrics()  # a second series for each: when it began, which nobody asks
     try:
         if tls is None:
             server, thread = start_http_server(port, host, registry)

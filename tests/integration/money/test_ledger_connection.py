@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from services.router.config import LedgerConfig
 from services.router.money.accounts import Accounts
 from services.router.money.ledger import Ledger
+from services.router.money.metrics import LedgerMetrics
 from tests.ledger_commands import NOON_MS, reserve, settle
 from tests.redis_process import RedisProcess
 from tests.router_harness import DURABLE
@@ -90,7 +92,8 @@ async def test_what_waits_at_the_same_time_shares_its_round_trips(ledger: Ledger
 async def test_a_silent_ledger_fails_those_on_the_way_and_those_that_wait(
     ledger_redis: RedisProcess,
 ) -> None:
-    ledger = Ledger(config_of(ledger_redis, timeout_s=0.3))
+    registry = CollectorRegistry()
+    ledger = Ledger(config_of(ledger_redis, timeout_s=0.3), LedgerMetrics(registry))
     script = ledger.script(GET)
     await ledger.run_script(script, ["own:0"], [])
     begun = time.monotonic()
@@ -99,6 +102,7 @@ async def test_a_silent_ledger_fails_those_on_the_way_and_those_that_wait(
         ends = await asyncio.gather(*asked, return_exceptions=True)
     assert {type(end) for end in ends} == {LedgerUnavailable}
     assert time.monotonic() - begun < 2.0
+    assert (registry.get_sample_value("tidemill_router_ledger_failures_total") or 0) >= 1
     assert await by_script(ledger, "nothing") is None
     await ledger.close()
 
