@@ -11,6 +11,14 @@ from tidemill.policy.fetch_or_recompute import (
     Source,
 )
 from tidemill.policy.load import InFlight, TierOverlap, Work, WorkerLoad
+from tidemill.policy.placement import (
+    Topology,
+    balancedness,
+    gpu_loads,
+    move_experts,
+    num_moves,
+    place_experts,
+)
 from tidemill.policy.prefix_affinity import PrefixAffinity
 
 __all__ = [
@@ -27,8 +35,14 @@ __all__ = [
     "Run",
     "Source",
     "TierOverlap",
+    "Topology",
     "Work",
     "WorkerLoad",
+    "balancedness",
+    "gpu_loads",
+    "move_experts",
+    "num_moves",
     "pick_decode",
     "pick_prefill",
+    "place_experts",
 ]
