@@ -90,6 +90,12 @@ class Registry:
         self._hours = hours
         self._static = {Endpoint.parse(text) for text in config.workers}
         self._links: dict[Endpoint, Link] = {}
+        self._looked = False
+
+    @property
+    def asking(self) -> bool:
+        """Whether there may be workers that have neither reported nor failed to yet."""
+        return not self._looked or not all(link.asked for link in self._links.values())
 
     async def check(self) -> None:
         """Raise ConfigError if the cache Redis refuses us; its being away is no error."""
@@ -105,6 +111,7 @@ class Registry:
         try:
             while True:
                 await self._refresh()
+                self._looked = True
                 await asyncio.sleep(self._config.discover_interval_s)
         finally:
             await asyncio.gather(*(link.close() for link in self._links.values()))
@@ -154,6 +161,7 @@ class Link:
         self._clock = clock
         self._hours = hours
         self._worker: Worker | None = None
+        self.asked = False  # whether it has reported, or failed to
         self._open_attempts = OpenAttempts()
         self._channel = internal_channel(
             endpoint.address, role=endpoint.role, tls=config.tls, options=_CHANNEL_OPTIONS
@@ -192,6 +200,7 @@ class Link:
             except ValueError as error:
                 logger.error("worker is not used: %s", error)
                 failures += 1
+            self.asked = True
             await asyncio.sleep(_RETRY_S[min(failures, len(_RETRY_S) - 1)])
 
     async def _follow(self) -> None:
@@ -209,6 +218,7 @@ class Link:
                 if message.epoch != description.epoch:
                     return
                 self._fleet.report(worker, _load(message, worker.id, self._clock()))
+                self.asked = True
                 self._hours.saw(
                     description,
                     uptime_us=message.uptime_us,

@@ -65,9 +65,9 @@ class Router:
         return True
 
     async def close(self, patience_s: float) -> None:
-        """Refuse new requests; end those that still run after `patience_s`, unbilled."""
-        self._closing = True
+        """Wait for what runs; after `patience_s` refuse new requests and end the rest, unbilled."""
         if not await self._book.idle_within(patience_s):
+            self._closing = True
             for generation in self._book.running():
                 generation.end(Finish.SERVER_FAULT)
             await self._book.idle_within(self._limits.final_wait_s + 1.0)

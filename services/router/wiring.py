@@ -1,6 +1,7 @@
 """One router process: everything built from its configuration, and its life."""
 
 import asyncio
+import logging
 import random
 import time
 from collections.abc import Callable
@@ -46,6 +47,7 @@ from tidemill.billing import load_price_book
 from tidemill.errors import ConfigError
 from tidemill.rpc import tasks
 from tidemill.rpc.metrics import RpcMetrics
+from tidemill.rpc.options import SHARED_PUBLIC_SERVER
 from tidemill.rpc.server import RpcServer
 
 _BILLING = billing_service_pb2.DESCRIPTOR.services_by_name["BillingService"]
@@ -55,6 +57,11 @@ _REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 _MIN_SECRET_CHARS = 32
 _REDIS_TIMEOUT_S = 2.0
 _TASKS_S = 3.0  # for acknowledgements and ledger commands
+_SEE_WORKERS_S = 2.0
+_LOOK_S = 0.02
+_WRITE_OFF_S = 5.0  # for calls to end whose drain time is over
+
+logger = logging.getLogger(__name__)
 
 
 def system_now_ms() -> int:
@@ -63,7 +70,7 @@ def system_now_ms() -> int:
 
 
 class RouterProcess:
-    """Build, `start()`, wait, `stop()`."""
+    """Build, `start()`, wait, `stop()`. `shared_port`: others like it may listen there too."""
 
     def __init__(
         self,
@@ -71,8 +78,10 @@ class RouterProcess:
         *,
         registry: CollectorRegistry = REGISTRY,
         now_ms: Callable[[], int] = system_now_ms,
+        shared_port: bool = False,
     ) -> None:
         self._config = config
+        self._shared_port = shared_port
         self._now_ms = now_ms
         self._stopping = False
         self._background: list[asyncio.Task[None]] = []
@@ -151,6 +160,7 @@ class RouterProcess:
             readiness=self._readiness,
             guards=(KeyGuard(_access(), authenticator, admin_key),),
             metrics=metrics,
+            options=SHARED_PUBLIC_SERVER if self._shared_port else None,
         )
         service = RouterService(
             self.router,
@@ -221,16 +231,29 @@ class RouterProcess:
             *(dispatcher.run() for dispatcher in self.dispatchers.values()),
         ):
             self._background.append(asyncio.create_task(coroutine))
+        await self._see_workers()
         await self.server.start()
 
+    async def _see_workers(self) -> None:
+        """Know the workers before anybody asks for one: what else there is starts empty."""
+        began = time.monotonic()
+        while self._registry.asking and time.monotonic() - began < _SEE_WORKERS_S:  # noqa: ASYNC110 - many tasks tell
+            await asyncio.sleep(_LOOK_S)
+        took_s = round(time.monotonic() - began, 3)
+        logger.info("workers seen", extra={"workers": len(self.fleet), "after_s": took_s})
+
     async def stop(self) -> None:
-        """Refuse new requests, give running ones the drain time, write off the rest."""
+        """Hear no new requests, give running ones the drain time, write off the rest.
+
+        The port is closed first, so that clients call the other routers there, or behind the same
+        name, at once.
+        """
         if self._stopping:
             return
         self._stopping = True
-        self.server.set_readiness_now()
+        draining = asyncio.create_task(self.server.drain(and_s=_WRITE_OFF_S))
         await self.router.close(self._config.server.drain_s)
-        await self.server.drain()
+        await draining
         await self.tasks.join(_TASKS_S)
         await tasks.end(*self._background)
         await self.money.stop()

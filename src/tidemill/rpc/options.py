@@ -66,6 +66,12 @@ PUBLIC_SERVER: Final[Options] = (
     ("grpc.max_connection_age_grace_ms", 1_800_000),  # the longest stream there can be
 )
 
+# Several processes listen on one port and the kernel deals connections out among them.
+SHARED_PUBLIC_SERVER: Final[Options] = (
+    *(each for each in PUBLIC_SERVER if each != _EXCLUSIVE_PORT),
+    ("grpc.so_reuseport", 1),
+)
+
 INTERNAL_SERVER: Final[Options] = (
     *_message_limit(INTERNAL_MESSAGE_BYTES),
     *_keepalive(20_000, 5_000),

@@ -34,12 +34,14 @@ logger = logging.getLogger(__name__)
 class ServerConfig:
     """Where and how a process listens.
 
-    `address` is host:port, port 0 takes a free one. `drain_s` is how long calls may go on once
-    the process has been told to stop. `metrics_address` unset: no metrics port. `reflection`
-    tells any caller that the port admits what its methods are.
+    `address` is host:port, port 0 takes a free one. `own_address` is another one at which the
+    same is served: where several processes share `address`, each can be asked for its health there.
+    `drain_s` is how long calls may go on once the process has been told to stop. `metrics_address`
+    unset: no metrics port. `reflection` tells any caller that the port admits what its methods are.
     """
 
     address: str = "127.0.0.1:0"
+    own_address: str | None = None
     tls: TlsFiles | None = None
     max_concurrent_rpcs: int = 1024
     drain_s: float = 10.0
@@ -73,7 +75,9 @@ class RpcServer:
         metrics: RpcMetrics | None = None,
         options: Options | None = None,
     ) -> None:
-        check_bind(config.address, tls=config.tls is not None)
+        self._addresses = [config.address, *filter(None, [config.own_address])]
+        for address in self._addresses:
+            check_bind(address, tls=config.tls is not None)
         if not public and config.tls is None:
             raise ConfigError(f"internal port {config.address} needs tls: cert, key and ca")
         self._config = config
@@ -113,7 +117,7 @@ class RpcServer:
 
     async def start(self) -> None:
         """Listen. Raises ConfigError naming the address when it cannot be had."""
-        self._port = self._bind()
+        self._port, *_ = [self._bind(address) for address in self._addresses]
         if self._config.reflection:
             names = [*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME]
             reflection.enable_server_reflection(names, self.server)
@@ -121,8 +125,7 @@ class RpcServer:
         await self.server.start()
         self._watch = asyncio.create_task(self._health.follow(_READINESS_PERIOD_S))
 
-    def _bind(self) -> int:
-        address = self._config.address
+    def _bind(self, address: str) -> int:
         try:
             if self._credentials is not None:
                 return self.server.add_secure_port(address, self._credentials)
@@ -134,12 +137,12 @@ class RpcServer:
         """Ask `readiness` at once instead of within the second."""
         self._health.refresh()
 
-    async def drain(self) -> None:
-        """Stop well: health says NOT_SERVING, no new calls, running ones get `drain_s`."""
+    async def drain(self, *, and_s: float = 0.0) -> None:
+        """Stop well: health says NOT_SERVING, no new calls, running ones get `drain_s` `and_s`."""
         if self._watch is not None:
             self._watch.cancel()
         await self._health.end()
-        await self.server.stop(self._config.drain_s)
+        await self.server.stop(self._config.drain_s + and_s)
 
     async def wait(self) -> None:
         """Until the server has stopped."""

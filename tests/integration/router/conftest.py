@@ -8,10 +8,14 @@ from typing import Any
 import pytest
 import redis
 
+from services.stack.state import SIGNING_KEY, new_signing_key
 from tests.bank import Bank
 from tests.redis_process import RedisProcess
 from tests.router_harness import (
+    ADMIN_KEY,
+    BOOK_PATH,
     DURABLE,
+    MODEL,
     RouterHarness,
     router_config,
     running_router,
@@ -23,6 +27,9 @@ from tests.scripted_worker import ScriptedWorker, answer
 from tests.settlements import Settlements, ledger_accounts
 from tidemill.rpc.tls import TlsFiles
 
+Write = Callable[..., Path]
+
+_IDENTITY = {"cert": "router.pem", "key": "router.key", "ca": "ca.pem"}
 _tenants = itertools.count()
 
 
@@ -89,3 +96,58 @@ async def bank(
     key = await router.make_tenant(tenant_id)
     async with ledger_accounts(config) as accounts:
         yield Bank(router, Settlements(accounts, tenant_id), key)
+
+
+@pytest.fixture
+def write(tmp_path: Path, model_dir: Path, dev_certs: Path, ledger: RedisProcess) -> Write:
+    """(**changes) -> a configuration file with public TLS and that many lines changed."""
+
+    files = ((kind, dev_certs / name) for kind, name in _IDENTITY.items())
+    identity = "{" + ", ".join(f'{kind} = "{file}"' for kind, file in files) + "}"
+
+    def config(
+        *,
+        ledger_url: str = ledger.url,
+        address: str = "127.0.0.1:0",
+        workers: str = "both@127.0.0.1:1",
+        pepper: str = "p" * 40,
+        signing_key: str | None = None,
+        price_model: str = "deepseek-chat",
+        extra: str = "",
+        metrics: str = "",
+        router_id: str | None = None,
+    ) -> Path:
+        (tmp_path / "pepper").write_text(pepper)
+        (tmp_path / "admin").write_text(ADMIN_KEY)
+        (tmp_path / SIGNING_KEY).write_text(signing_key or new_signing_key())
+        path = tmp_path / "tidemill.toml"
+        path.write_text(
+            f"""
+[router]
+price_book = "{BOOK_PATH}"
+{extra}
+[router.server]
+address = "{address}"
+drain_s = 0.2
+tls = {identity}
+{metrics}
+[router.ledger]
+url = "{ledger_url}"
+pepper_file = "pepper"
+admin_key_file = "admin"
+[router.money]
+signing_key_file = "{SIGNING_KEY}"
+spool_dir = "spool"
+{"" if router_id is None else f'router_id = "{router_id}"'}
+[router.fleet]
+workers = ["{workers}"]
+tls = {identity}
+[[router.models]]
+name = "{MODEL}"
+path = "{model_dir}"
+price_model = "{price_model}"
+"""
+        )
+        return path
+
+    return config

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from services.stack.state import SIGNING_KEY, new_signing_key
 from tests.redis_process import RedisProcess
-from tests.router_harness import ADMIN_KEY, BOOK_PATH, DURABLE, MODEL, RouterCaller
+from tests.router_harness import DURABLE, MODEL, RouterCaller
 from tests.scripted_worker import ScriptedWorker, answer
 from tidemill.api.router.v1 import router_service_pb2 as router_pb2
 from tidemill.rpc.channel import sdk_aio_channel
@@ -23,61 +22,6 @@ pytestmark = pytest.mark.redis
 
 REPOSITORY = Path(__file__).parents[3]
 Write = Callable[..., Path]
-
-_IDENTITY = {"cert": "router.pem", "key": "router.key", "ca": "ca.pem"}
-
-
-@pytest.fixture
-def write(tmp_path: Path, model_dir: Path, dev_certs: Path, ledger: RedisProcess) -> Write:
-    """(**changes) -> a configuration file with public TLS and that many lines changed."""
-
-    files = ((kind, dev_certs / name) for kind, name in _IDENTITY.items())
-    identity = "{" + ", ".join(f'{kind} = "{file}"' for kind, file in files) + "}"
-
-    def config(
-        *,
-        ledger_url: str = ledger.url,
-        address: str = "127.0.0.1:0",
-        workers: str = "both@127.0.0.1:1",
-        pepper: str = "p" * 40,
-        signing_key: str | None = None,
-        price_model: str = "deepseek-chat",
-        extra: str = "",
-        metrics: str = "",
-    ) -> Path:
-        (tmp_path / "pepper").write_text(pepper)
-        (tmp_path / "admin").write_text(ADMIN_KEY)
-        (tmp_path / SIGNING_KEY).write_text(signing_key or new_signing_key())
-        path = tmp_path / "tidemill.toml"
-        path.write_text(
-            f"""
-[router]
-price_book = "{BOOK_PATH}"
-{extra}
-[router.server]
-address = "{address}"
-drain_s = 0.2
-tls = {identity}
-{metrics}
-[router.ledger]
-url = "{ledger_url}"
-pepper_file = "pepper"
-admin_key_file = "admin"
-[router.money]
-signing_key_file = "{SIGNING_KEY}"
-spool_dir = "spool"
-[router.fleet]
-workers = ["{workers}"]
-tls = {identity}
-[[router.models]]
-name = "{MODEL}"
-path = "{model_dir}"
-price_model = "{price_model}"
-"""
-        )
-        return path
-
-    return config
 
 
 async def launch(path: Path) -> asyncio.subprocess.Process:
