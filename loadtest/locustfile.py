@@ -1,60 +1,91 @@
-"""A gRPC user: chats over a shared prefix, cancels some answers, checks every bill.
+"""The locust side: arrivals, statistics, the table, the books.
 
-Run by `python -m loadtest`, or by locust itself. Beside each call's own time locust shows TTFT
-and TPOT (milliseconds). A usage that breaks U1, U2 or M4 is a failure, and so is any error but a
-refusal for lack of room. With the operator's key in TIDEMILL_ADMIN_KEY users are of a new tenant
-with money of its own, and the run ends by reconciling: receipts, ledger and, where --metrics names
-the workers' pages, engines' counters must agree to the token.
+Run by `python -m loadtest`, or by locust itself. Beside each call's own time locust shows TTFT,
+TPOT, ITL and goodput (milliseconds; of goodput the rate counts). A usage that breaks U1, U2 or M4
+is a failure, and so is any error but a refusal for lack of room. With the operator's key in
+TIDEMILL_ADMIN_KEY users are of a new tenant with money of its own, and the run ends by
+reconciling: what customers saw, their receipts, the ledger and, where --metrics names the
+workers' pages, the engines' counters must agree to the token.
 """
 
 import json
+import math
 import os
 import sys
 import time
 from argparse import ArgumentParser
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from random import Random
 from typing import Any
+from uuid import uuid4
 
 import gevent
+from gevent.pool import Pool
 from grpc.experimental.gevent import init_gevent
 from locust import User, events, task
 from locust.env import Environment
+from locust.exception import StopUser
+from locust.runners import STATE_RUNNING
 
-from loadtest.books import Books
-from loadtest.checks import check
-from loadtest.lengths import Lengths, look_alike, read_trace
-from loadtest.prompts import Prompts
-from loadtest.records import Answer, Records, table
-from tidemill.client import Accepted, Client, RetryPolicy, TextChunk
-from tidemill.errors import ConfigError, Overloaded, ReceiptError, TidemillError, UsageError
+from loadtest.books import Books, Reconciled
+from loadtest.customers import Customer, failure
+from loadtest.prompts import SAMPLE, Vocabulary
+from loadtest.records import Asked, Behaviour, End, Objectives, Records, table
+from loadtest.scenarios import SCENARIOS, Question, Terms, instants, trace_of
+from loadtest.traces import read_trace
+from tidemill.client import Client, Message, RetryPolicy
+from tidemill.errors import ConfigError, ReceiptError, TidemillError, UsageError
 from tidemill.rpc.address import is_loopback
 
 init_gevent()
 
-NAME = "chat"
+MOST_REQUESTS = 100_000
+MOST_RUN_S = 2 * 3600.0
+_LAST_ANSWERS_S = 90.0
+_TOLD = (
+    *("scale", "shared_tokens", "cancel_share", "hang_up_share", "slow_share", "again_share"),
+    *("ttft_objective", "tpot_objective", "most_open", "run_time", "seed"),
+)
 
 
 class Load:
-    """What the users of this process share."""
+    """One run: what was asked for, and what came of it."""
 
     def __init__(self, options: Any) -> None:
         self.options = options
-        self.records = Records()
-        self.prompts = Prompts(num_shared_tokens=options.shared_tokens, seed=options.seed)
-        self.trace = read_trace(Path(options.trace)) if options.trace else None
+        self.scenario = SCENARIOS[options.scenario]
+        self.rate = options.rate or self.scenario.rate
+        self.rng = Random(options.seed)
+        given = read_trace(Path(options.trace)) if options.trace else []
+        self.trace = trace_of(self.scenario, given, self.rng)
+        self.records = Records(Objectives(options.ttft_objective, options.tpot_objective))
         self.started_at = time.monotonic()
-        self.num_users = 0
         admin_key = os.environ.get("TIDEMILL_ADMIN_KEY")
         pages = options.metrics.split()
         self.books = Books(options.address, admin_key, pages) if admin_key else None
 
-    def lengths(self, rng: Random) -> Lengths:
-        """Tokens of the next request, scaled."""
-        drawn = rng.choice(self.trace) if self.trace else look_alike(rng)
-        return drawn.scaled(self.options.scale)
+    def clock(self) -> float:
+        """Seconds since the run's start."""
+        return time.monotonic() - self.started_at
+
+    def behaviour(self) -> Behaviour:
+        """What the next customer does about its answer."""
+        options = self.options
+        shares = {
+            Behaviour.CANCELS: options.cancel_share,
+            Behaviour.HANGS_UP: options.hang_up_share,
+            Behaviour.READS_SLOWLY: options.slow_share,
+            Behaviour.ASKS_AGAIN: options.again_share,
+        }
+        weights = [max(1 - sum(shares.values()), 0), *shares.values()]
+        return self.rng.choices([Behaviour.READS, *shares], weights)[0]
+
+    def asks(self, due_s: float, behaviour: Behaviour) -> Asked:
+        """A new request, sent now."""
+        asked = Asked(str(uuid4()), behaviour, due_s, self.clock())
+        self.records.asked.append(asked)
+        return asked
 
 
 loads: dict[Environment, Load] = {}
@@ -62,74 +93,126 @@ loads: dict[Environment, Load] = {}
 
 @events.init_command_line_parser.add_listener
 def add_arguments(parser: ArgumentParser) -> None:
-    """Ours, and other defaults for locust's: 8 users for 30 seconds, answers left to end."""
-    parser.set_defaults(num_users=8, spawn_rate=8.0, run_time="30s", stop_timeout="60s")
+    """Ours, and other defaults for locust's: one source of arrivals, for 30 seconds."""
+    parser.set_defaults(num_users=1, run_time="30s", stop_timeout=f"{_LAST_ANSWERS_S:.0f}s")
     group = parser.add_argument_group("tidemill")
 
-    def add(flag: str, variable: str, **settings: Any) -> None:
+    def add(flag: str, **settings: Any) -> None:
+        variable = "TIDEMILL_LOAD_" + flag.removeprefix("--").replace("-", "_").upper()
         group.add_argument(flag, env_var=variable, **settings)
 
-    add("--address", "TIDEMILL_ADDRESS", help="host:port of the router")
-    add("--model", "TIDEMILL_MODEL", default="", help="default: the first one served")
-    add("--trace", "TIDEMILL_TRACE", default="", help="Azure LLM trace (csv) to draw lengths from")
-    add("--scale", "TIDEMILL_LOAD_SCALE", type=float, default=0.1, help="of all lengths")
-    add("--shared-tokens", "TIDEMILL_LOAD_SHARED_TOKENS", type=int, default=384)
-    add("--cancel-share", "TIDEMILL_LOAD_CANCEL_SHARE", type=float, default=0.2)
-    add("--think", "TIDEMILL_LOAD_THINK", type=float, default=0.5, help="mean pause, seconds")
-    add("--seed", "TIDEMILL_LOAD_SEED", type=int, default=0)
-    add("--report", "TIDEMILL_LOAD_REPORT", default="", help="file to write the summary to, JSON")
-    add("--metrics", "TIDEMILL_LOAD_METRICS", default="", help="URLs of all workers' metrics")
-    group.add_argument("--beyond-loopback", action="store_true")
+    group.add_argument(
+        "--address", env_var="TIDEMILL_ADDRESS", help="host:port of the router; loopback only"
+    )
+    group.add_argument("--model", env_var="TIDEMILL_MODEL", default="", help="default: the first")
+    add("--scenario", choices=[*SCENARIOS], default="chat", help="see loadtest/scenarios.py")
+    add("--rate", type=float, default=0.0, help="requests a second; default: the scenario's")
+    add("--trace", default="", help="Azure (csv) or Mooncake (jsonl) trace; chat takes its lengths")
+    add("--scale", type=float, default=0.1, help="of a trace's lengths")
+    add("--shared-tokens", type=int, default=384, help="of chat's system message")
+    add("--cancel-share", type=float, default=0.1)
+    add("--hang-up-share", type=float, default=0.05)
+    add("--slow-share", type=float, default=0.05)
+    add("--again-share", type=float, default=0.05)
+    add("--ttft-objective", type=float, default=2.0, help="seconds")
+    add("--tpot-objective", type=float, default=0.1, help="seconds")
+    add("--most-open", type=int, default=128, help="requests at once; more are held back")
+    add("--most-requests", type=int, default=10_000, help="of the run")
+    add("--seed", type=int, default=0)
+    add("--output", default="", help="file for the summary and every request, JSON")
+    add("--metrics", default="", help="URLs of all workers' metrics pages")
+
+
+def checked(options: Any) -> Any:
+    """ConfigError for what no run may be."""
+    if not options.address:
+        raise ConfigError("no router to load: give --address or set TIDEMILL_ADDRESS")
+    if not is_loopback(options.address):
+        raise ConfigError(f"{options.address} is not loopback: load stays on this machine")
+    if not 0 < options.most_requests <= MOST_REQUESTS:
+        raise ConfigError(f"--most-requests must be from 1 to {MOST_REQUESTS}")
+    if not options.run_time or options.run_time > MOST_RUN_S:
+        raise ConfigError(f"--run-time must be at most {MOST_RUN_S:.0f} seconds")
+    if not 0 <= options.rate <= 1000 or options.scale <= 0 or options.most_open < 1:
+        raise ConfigError("--rate must be from 0 to 1000, --scale and --most-open above 0")
+    return options
 
 
 @events.init.add_listener
 def begin(environment: Environment, **_: Any) -> None:
-    """Refuse to load what is not this machine unless asked to."""
-    options = environment.parsed_options
-    assert options is not None
+    """Refuse what is not this machine, or has no end."""
     try:
-        if not options.address:
-            raise ConfigError("no router to load: give --address or set TIDEMILL_ADDRESS")
-        if not is_loopback(options.address) and not options.beyond_loopback:
-            raise ConfigError(f"{options.address} is not loopback; --beyond-loopback allows it")
-        loads[environment] = Load(options)
-        # A slow start would otherwise count against --run-time: gevent's timers begin at the
-        # time of the loop's last turn.
-        gevent.get_hub().loop.update_now()
-    except ConfigError as error:
+        loads[environment] = Load(checked(environment.parsed_options))
+    except TidemillError as error:
         print(f"error: {error.reason}: {error}", file=sys.stderr)
         sys.exit(2)
+    # A slow start would otherwise count against --run-time: gevent's timers begin at the
+    # time of the loop's last turn.
+    gevent.get_hub().loop.update_now()
 
 
 @events.quitting.add_listener
 def conclude(environment: Environment, **_: Any) -> None:
-    """Print the table; the exit status is 1 after any failure or violation."""
+    """Print the table; the exit status is 1 after any failure, violation or difference."""
+    environment.process_exit_code = 1  # stays if this raises: locust only logs that
     load = loads[environment]
     records = load.records
-    summary = records.summary(time.monotonic() - load.started_at)
+    summary = records.summary(load.clock())
     print(table(summary))
-    differences: Sequence[str] = ()
+    reconciled: Reconciled | None = None
     if load.books is not None:
-        reconciled = load.books.reconcile(records.receipts)
+        reconciled = load.books.reconcile(records.asked)
         print(reconciled)
-        differences = reconciled.differences
         summary["reconciled"] = asdict(reconciled)
-    if load.options.report:
-        Path(load.options.report).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    bad = records.failures or records.violations or differences or not records.answers
-    environment.process_exit_code = 1 if bad else 0
+    if load.options.output:
+        write(Path(load.options.output), load, summary)
+    bad = records.failures or records.violations or not records.num(End.WHOLE)
+    if not bad and (reconciled is None or not reconciled.differences):
+        environment.process_exit_code = 0
 
 
-class ChatUser(User):
-    """Asks, reads or cancels, thinks, asks again."""
+def write(path: Path, load: Load, summary: dict[str, Any]) -> None:
+    """The summary, what was asked for, and a row for every request (times in seconds)."""
+    options = {name: getattr(load.options, name) for name in _TOLD}
+    rows = [
+        {
+            "due_s": round(asked.due_s, 4),
+            "sent_s": round(asked.sent_s, 4),
+            "ended_s": round(asked.ended_s, 4),
+            "behaviour": asked.behaviour.value,
+            "end": asked.end.value,
+            "good": load.records.objectives.met(asked),
+            "ttft_s": None if asked.ttft_s is None else round(asked.ttft_s, 5),
+            "tpot_s": None if asked.tpot_s is None else round(asked.tpot_s, 5),
+            "prompt_tokens": asked.prompt_tokens,
+            "tokens": asked.received_tokens,
+            "gaps_ms": [round(gap * 1000, 1) for gap in asked.gaps_s],
+        }
+        for asked in load.records.asked
+        if asked.behaviour is not Behaviour.SAMPLE
+    ]
+    document = {
+        "scenario": load.options.scenario,
+        "rate": load.rate,
+        "trace": Path(load.options.trace).name,
+        "options": options,
+        "summary": summary,
+        "requests": rows,
+    }
+    path.write_text(json.dumps(document) + "\n", encoding="utf-8")
+
+
+class Arrivals(User):
+    """The one source of requests: sends each when it is due, whatever became of those before."""
+
+    fixed_count = 1
 
     def on_start(self) -> None:
-        """Connect, and learn what is served."""
+        """Connect, learn what is served, and have a sample of text counted."""
         self.load = loads[self.environment]
-        self.load.num_users += 1
-        self.rng = Random(f"{self.load.options.seed}/{self.load.num_users}")
-        # Retries would hide refusals and stretch TTFT: none.
+        self.name = self.load.options.scenario
         books = self.load.books
+        # Retries would hide refusals and stretch TTFT: none.
         self.client = Client(
             self.load.options.address,
             books.api_key if books else None,
@@ -137,98 +220,97 @@ class ChatUser(User):
         )
         served = {model.name: model for model in self.client.models()}
         self.model = served[self.load.options.model or min(served)]
+        self.open = Pool(self.load.options.most_open)
+        self.asker = self.load.scenario.asker(self._terms())
 
     def on_stop(self) -> None:
         """Disconnect."""
         self.client.close()
 
-    def wait_time(self) -> float:
-        """Exponential pauses, so that the users together come near to a Poisson process."""
-        return self.rng.expovariate(1.0 / self.load.options.think)
-
     @task
-    def chat(self) -> None:
-        """One answer, read to its end or cancelled at a random token."""
-        lengths = self._fitting(self.load.lengths(self.rng))
-        cancel_at = None
-        if self.rng.random() < self.load.options.cancel_share:
-            cancel_at = self.rng.randrange(lengths.num_output_tokens + 1)
-        started = time.monotonic()
+    def arrive(self) -> None:
+        """All of the run's requests; returns once the last of them has ended."""
+        load = self.load
+        run_s = float(load.options.run_time)
+        load.started_at = time.monotonic()
+        for due_s in instants(load.scenario, load.trace, load.rate, run_s, load.rng):
+            time.sleep(max(due_s - load.clock(), 0))
+            if len(load.records.asked) >= load.options.most_requests or load.clock() > run_s:
+                break
+            if self.open.full():
+                load.records.held_back += 1
+                continue
+            asked = load.asks(due_s, load.behaviour())
+            question = self.asker.ask(load.rng)
+            self.open.spawn(self._one, question, asked, Random(load.rng.random()))
+        self.open.join(timeout=_LAST_ANSWERS_S - 5)
+        load.records.failures += [
+            f"no end came (request {each.request_id})"
+            for each in load.records.asked
+            if math.isnan(each.ended_s)
+        ]
+        runner = self.environment.runner
+        assert runner is not None
+        if runner.state == STATE_RUNNING:
+            gevent.spawn(runner.quit)
+        raise StopUser
+
+    def _terms(self) -> Terms:
+        load = self.load
+        question = Question((Message("user", SAMPLE),), 1)
+        sample = load.asks(load.clock(), Behaviour.SAMPLE)
+        self._one(question, sample, load.rng)
+        return Terms(
+            model=self.model,
+            vocabulary=Vocabulary.measured(sample.prompt_tokens or len(SAMPLE.split())),
+            scale=load.options.scale,
+            shared_tokens=load.options.shared_tokens,
+            trace=load.trace,
+            rng=load.rng,
+        )
+
+    def _one(self, question: Question, asked: Asked, rng: Random) -> None:
+        load = self.load
+        customer = Customer(
+            self.client, asked, question, model=self.model.name, rng=rng, clock=load.clock
+        )
         try:
-            answer = self._ask(lengths, cancel_at, started)
-        except Overloaded as error:
-            self.load.records.refused += 1
-            self._fire("refused", NAME, time.monotonic() - started)
-            time.sleep(error.retry_after_s or 0.5)
+            text = customer.run()
         except (UsageError, ReceiptError) as error:
-            self.load.records.violations.append(f"{error} (request {error.request_id})")
-            self._fire("grpc", NAME, time.monotonic() - started, error)
+            load.records.violations.append(failure(asked, error))
+            self._fire("generate", asked.total_s, exception=error)
         except TidemillError as error:
-            failure = f"{error.reason}: {error} (request {error.request_id})"
-            self.load.records.failures.append(failure)
-            self._fire("grpc", NAME, time.monotonic() - started, error)
+            if asked.end is End.REFUSED:
+                self._fire("refused", asked.total_s)
+                return
+            load.records.failures.append(failure(asked, error))
+            self._fire("generate", asked.total_s, exception=error)
         else:
-            self._record(answer)
+            if asked.end is End.WHOLE and asked.behaviour is Behaviour.READS:
+                self.asker.answered(question, text)
+            self._tell(asked)
 
-    def _ask(self, lengths: Lengths, cancel_at: int | None, started: float) -> Answer:
-        messages = self.load.prompts.write(lengths.num_prompt_tokens, self.rng)
-        stream = self.client.chat(
-            messages, model=self.model.name, stream=True, max_tokens=lengths.num_output_tokens
-        )
-        cancelled = False
-        with stream:
-            for event in stream:
-                if isinstance(event, Accepted):
-                    self.load.prompts.learn(messages, event.prompt_tokens)
-                due = cancel_at is not None and len(stream.token_ids) >= cancel_at
-                if due and not cancelled and isinstance(event, (Accepted, TextChunk)):
-                    cancelled = True
-                    stream.cancel()
-        total_s = time.monotonic() - started
-        assert stream.completed is not None
-        try:
-            check(stream, stream.completed)
-        except (UsageError, ReceiptError) as error:
-            error.request_id = stream.request_id
-            raise
-        return Answer(
-            ttft_s=stream.ttft_s,
-            total_s=total_s,
-            num_tokens=len(stream.token_ids),
-            usage=stream.completed.usage,
-            receipt=stream.completed.receipt,
-            cancelled=cancelled,
-        )
-
-    def _fitting(self, lengths: Lengths) -> Lengths:
-        """Within the model's context, with room for the template and a wrong guess of words."""
-        context = self.model.context_tokens
-        output = min(lengths.num_output_tokens, self.model.max_output_tokens, context // 4)
-        room = (context - output) // 2 - self.load.options.shared_tokens
-        return Lengths(max(1, min(lengths.num_prompt_tokens, room)), max(1, output))
-
-    def _record(self, answer: Answer) -> None:
-        self.load.records.answers.append(answer)
-        name = f"{NAME} (cancelled)" if answer.cancelled else NAME
-        self._fire("grpc", name, answer.total_s, length=answer.num_tokens)
-        if not answer.cancelled:
-            if answer.ttft_s is not None:
-                self._fire("TTFT", NAME, answer.ttft_s)
-            if answer.tpot_s is not None:
-                self._fire("TPOT", NAME, answer.tpot_s)
+    def _tell(self, asked: Asked) -> None:
+        """Locust's statistics of an answer."""
+        kind = "generate" if asked.end is End.WHOLE else asked.end.value
+        self._fire(kind, asked.total_s, length=asked.received_tokens)
+        if not asked.timed:
+            return
+        if asked.ttft_s is not None:
+            self._fire("TTFT", asked.ttft_s)
+        if asked.tpot_s is not None:
+            self._fire("TPOT", asked.tpot_s)
+        for gap_s in asked.gaps_s:
+            self._fire("ITL", gap_s)
+        if self.load.records.objectives.met(asked):
+            self._fire("goodput", asked.total_s)
 
     def _fire(
-        self,
-        kind: str,
-        name: str,
-        seconds: float,
-        exception: Exception | None = None,
-        *,
-        length: int = 0,
+        self, kind: str, seconds: float, exception: Exception | None = None, *, length: int = 0
     ) -> None:
         self.environment.events.request.fire(
             request_type=kind,
-            name=name,
+            name=self.name,
             response_time=seconds * 1000,
             response_length=length,
             exception=exception,

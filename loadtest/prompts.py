@@ -1,5 +1,10 @@
-"""Conversations whose first message all requests share, so that the caches have work."""
+"""Text of about the length asked for, in the model's own tokens.
 
+How many tokens a word takes is the model's secret: a run begins by having a sample counted.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 from random import Random
 
 from tidemill.client import Message
@@ -13,28 +18,25 @@ _TEXT = (
 )
 _WORDS = _TEXT.split()
 
-_FIRST_GUESS = 2.0
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """Writes texts for a model that takes so many tokens a word, measured on `SAMPLE`."""
+
+    tokens_per_word: float
+
+    def text(self, num_tokens: float, rng: Random) -> str:
+        """At least one word."""
+        return " ".join(rng.choices(_WORDS, k=max(1, round(num_tokens / self.tokens_per_word))))
+
+    def num_tokens(self, messages: Sequence[Message]) -> float:
+        """About how many tokens these come to."""
+        return sum(len(each.content.split()) for each in messages) * self.tokens_per_word
+
+    @classmethod
+    def measured(cls, num_sample_tokens: int) -> "Vocabulary":
+        """By what the router counted of `SAMPLE`, the template's few tokens included."""
+        return cls(num_sample_tokens / len(SAMPLE.split()))
 
 
-class Prompts:
-    """Writes prompts of about the length asked for.
-
-    How many tokens a word takes is the model's secret; it is learnt from what the router counts.
-    """
-
-    def __init__(self, *, num_shared_tokens: int, seed: int) -> None:
-        self._tokens_per_word = _FIRST_GUESS
-        self._num_shared_tokens = num_shared_tokens
-        words = Random(seed).choices(_WORDS, k=round(num_shared_tokens / _FIRST_GUESS))
-        self._shared = " ".join(words)
-
-    def write(self, num_tail_tokens: int, rng: Random) -> list[Message]:
-        """The shared system message, then a random question of about `num_tail_tokens`."""
-        count = max(1, round(num_tail_tokens / self._tokens_per_word))
-        question = " ".join(rng.choices(_WORDS, k=count))
-        return [Message("system", self._shared), Message("user", question)]
-
-    def learn(self, messages: list[Message], num_prompt_tokens: int) -> None:
-        """Take in how many tokens a prompt came to."""
-        num_words = sum(len(message.content.split()) for message in messages)
-        self._tokens_per_word = num_prompt_tokens / num_words
+SAMPLE = Vocabulary(1.0).text(200, Random(0))

@@ -215,7 +215,7 @@ class Stack:
         for name, port in self.metrics_ports.items():
             if name in document:
                 document[name]["server"]["metrics_address"] = f"127.0.0.1:{port}"
-        document = merged(document, settings)
+        document = toml.merged(document, settings)
         one_worker = document.pop("both", None)
         if one_worker is not None:
             both_path = self.plan.state.path / "both.toml"
@@ -249,7 +249,7 @@ class Stack:
             "metrics_address": f"127.0.0.1:{self.metrics_ports[twin]}",
         }
         own = {"money": {"router_id": twin}} if name == "router" else {"worker_id": twin}
-        section = merged(self.config[name], {"server": server, **own})
+        section = toml.merged(self.config[name], {"server": server, **own})
         path = self.plan.state.path / f"{twin}.toml"
         path.write_text(toml.dumps({name: section}))
         command = (sys.executable, "-m", f"services.{name}", "--config", str(path))
@@ -416,19 +416,6 @@ def words(num_words: int, *, start: int = 0) -> str:
 def sum_of(receipts: Iterable[Mapping[str, Any]], *names: str) -> int:
     """Total of some fields over receipts."""
     return sum(int(receipt[name]) for receipt in receipts for name in names)
-
-
-def merged(document: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy with `changes` laid over it, table by table; None takes a key out."""
-    result = dict(document)
-    for key, value in changes.items():
-        if isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
-            result[key] = merged(result[key], value)
-        elif value is None:
-            result.pop(key, None)
-        else:
-            result[key] = value
-    return result
 
 
 def _named(files: TlsFiles) -> dict[str, str]:

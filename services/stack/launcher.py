@@ -2,8 +2,9 @@
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from services.stack.plan import ROOT, Plan, free_port
 from services.stack.processes import Supervisor
@@ -35,11 +36,13 @@ async def run_stack(
     both: bool = False,
     port: int = 0,
     empty: bool = False,
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Start everything in `directory`, await `use`, stop everything in reverse order.
 
-    `port` is the router's, 0 for a free one. With `empty` the ledger starts from nothing. Raises
-    ConfigError before anything is started, and ChildFailed when a process ends by itself.
+    `port` is the router's, 0 for a free one. With `empty` the ledger starts from nothing.
+    `settings` are laid over the configuration. Raises ConfigError before anything is started, and
+    ChildFailed when a process ends by itself.
     """
     state = StateDirectory(directory)
     with state.held(), state.shared_memory() as shm_dir:
@@ -50,6 +53,7 @@ async def run_stack(
             both=both,
             shm_dir=shm_dir,
             router_port=port or free_port(),
+            settings=settings or {},
         )
         plan.write_config()
         say(f"starting in {_short(directory)}, logs in {_short(state.logs)}")

@@ -3,7 +3,7 @@
 import os
 import socket
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +27,8 @@ from tidemill.rpc.tls import TlsFiles
 
 T = TypeVar("T")
 
+SERVICES = ("cache", "prefill", "decode", "router")
+
 ROOT = Path(__file__).resolve().parents[2]
 PRICE_BOOK = ROOT / "prices" / "deepseek-2025-02.toml"
 MODEL = "tidemill-demo"
@@ -49,7 +51,8 @@ def free_port() -> int:
 class Plan:
     """One local stack. `both` is one worker that prefills and decodes, else one of each.
 
-    `shm_dir` is where the workers share memory; None: they move latents by gRPC.
+    `shm_dir` is where the workers share memory; None: they move latents by gRPC. `settings` are
+    laid over the sections of the configuration.
     """
 
     state: StateDirectory
@@ -62,11 +65,27 @@ class Plan:
     decode_port: int = field(default_factory=free_port)
     cache_redis: RedisInstance = field(default_factory=lambda: cache_redis(free_port()))
     ledger_redis: RedisInstance = field(default_factory=lambda: ledger_redis(free_port()))
+    metrics_ports: Mapping[str, int] = field(
+        default_factory=lambda: {name: free_port() for name in SERVICES}
+    )
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def address(self) -> str:
         """The router's, for clients."""
         return f"127.0.0.1:{self.router_port}"
+
+    @property
+    def metrics_pages(self) -> dict[str, str]:
+        """Prometheus pages by service."""
+        names = [name for name in SERVICES if not (self.both and name == "prefill")]
+        return {name: f"http://127.0.0.1:{self.metrics_ports[name]}/metrics" for name in names}
+
+    @property
+    def worker_pages(self) -> list[str]:
+        """Of those, the workers'."""
+        pages = self.metrics_pages
+        return [pages[name] for name in ("prefill", "decode") if name in pages]
 
     @property
     def ca(self) -> Path:
@@ -81,7 +100,7 @@ class Plan:
         document["decode"] = self._worker(
             "decode", self.decode_port, "worker" if self.both else "decode"
         )
-        write_private(self.state.config, toml.dumps(document))
+        write_private(self.state.config, toml.dumps(toml.merged(document, self.settings)))
 
     def stores(self) -> list[Child]:
         """Both Redis: what the services need before they start."""
@@ -122,8 +141,13 @@ class Plan:
         files = self._tls_files(name)
         return {"cert": files.cert, "key": files.key, "ca": files.ca}
 
-    def _server(self, port: int, certificate: str) -> dict[str, Any]:
-        return {"address": f"127.0.0.1:{port}", "drain_s": 5.0, "tls": self._tls(certificate)}
+    def _server(self, name: str, port: int, certificate: str) -> dict[str, Any]:
+        return {
+            "address": f"127.0.0.1:{port}",
+            "metrics_address": f"127.0.0.1:{self.metrics_ports[name]}",
+            "drain_s": 5.0,
+            "tls": self._tls(certificate),
+        }
 
     def _cache(self) -> dict[str, Any]:
         return {
@@ -132,7 +156,7 @@ class Plan:
             "disk_path": self.state.cache_disk,
             "disk_capacity_bytes": CACHE_DISK_BYTES,
             "redis_url": self.cache_redis.url(self.state, "cache"),
-            "server": self._server(self.cache_port, "cache"),
+            "server": self._server("cache", self.cache_port, "cache"),
         }
 
     def _worker(self, name: str, port: int, certificate: str) -> dict[str, Any]:
@@ -141,7 +165,7 @@ class Plan:
             "worker_id": f"{name}-0",
             "model": MODEL,
             "model_dir": self.model_dir,
-            "server": self._server(port, certificate),
+            "server": self._server(name, port, certificate),
             "engine": {
                 "num_blocks": NUM_BLOCKS,
                 "max_batch": MAX_BATCH,
@@ -155,7 +179,7 @@ class Plan:
     def _router(self) -> dict[str, Any]:
         return {
             "price_book": PRICE_BOOK,
-            "server": self._server(self.router_port, "router"),
+            "server": self._server("router", self.router_port, "router"),
             "ledger": {
                 "url": self.ledger_redis.url(self.state, "ledger"),
                 "pepper_file": self.state.secrets / "pepper",

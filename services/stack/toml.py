@@ -1,4 +1,4 @@
-"""Writing TOML: as much of it as a generated configuration needs."""
+"""Writing TOML, and changing what is to be written: as much as a generated configuration needs."""
 
 import json
 from collections.abc import Mapping
@@ -9,6 +9,19 @@ from typing import Any
 def dumps(document: Mapping[str, Any]) -> str:
     """Nested tables of strings, numbers, booleans, paths and lists; None leaves a key out."""
     return "\n".join(_table((), document)).strip() + "\n"
+
+
+def merged(document: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy with `changes` laid over it, table by table; None takes a key out."""
+    result = dict(document)
+    for key, value in changes.items():
+        if isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
+            result[key] = merged(result[key], value)
+        elif value is None:
+            result.pop(key, None)
+        else:
+            result[key] = value
+    return result
 
 
 def _table(path: tuple[str, ...], table: Mapping[str, Any]) -> list[str]:

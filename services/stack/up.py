@@ -21,6 +21,7 @@ async def up(plan: Plan, say: Callable[[str], None]) -> None:
         "TIDEMILL_ADDRESS": plan.address,
         "TIDEMILL_API_KEY": await _key(plan),
         "TIDEMILL_CA": str(plan.ca),
+        "TIDEMILL_LOAD_METRICS": " ".join(plan.worker_pages),
     }
     exports = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
     env_file = plan.state.path / "env"

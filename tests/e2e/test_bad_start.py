@@ -16,7 +16,7 @@ from services.stack import toml
 from services.stack.plan import ROOT
 from tests.redis_process import RedisProcess
 from tests.router_harness import DURABLE
-from tests.stack_harness import Stack, merged
+from tests.stack_harness import Stack
 
 pytestmark = [pytest.mark.e2e, pytest.mark.redis]
 
@@ -31,7 +31,7 @@ class Attempt:
         own: dict[str, Any] = {"server": {"address": "127.0.0.1:0", "metrics_address": None}}
         if service == "cache":  # a folder of blocks has one owner
             own["disk_path"] = str(directory / "blocks")
-        section = merged(merged(stack.config[service], own), changes)
+        section = toml.merged(toml.merged(stack.config[service], own), changes)
         path = directory / f"{service}.toml"
         path.write_text(toml.dumps({service: section}))
         command = [sys.executable, "-m", f"services.{service}", "--config", str(path)]
