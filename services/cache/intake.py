@@ -45,9 +45,11 @@ class Arrival:
 async def namespace_of(requests: AsyncIterator[pb.StoreBlocksRequest]) -> pb.BlockNamespace:
     """The stream's first message. Raises InvalidRequest if it is anything but a namespace."""
     first = await _next(requests)
-    if first is None or first.WhichOneof("content") != "namespace":
+    if first is None:
         raise _bad("namespace", "must come first")
     validate(first)
+    if not first.HasField("namespace"):
+        raise _bad("namespace", "must come first")
     return first.namespace
 
 

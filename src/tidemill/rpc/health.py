@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class Health(health_pb2_grpc.HealthServicer):
-    """Check and Watch for "" and the services named at the start."""
+    """Check, List and Watch for "" and the services named at the start."""
 
     def __init__(self, readiness: Readiness) -> None:
         self._readiness = readiness
@@ -58,6 +58,13 @@ class Health(health_pb2_grpc.HealthServicer):
         if request.service not in self._names:
             await context.abort(grpc.StatusCode.NOT_FOUND, "there is no such service here")
         return health_pb2.HealthCheckResponse(status=self._status(request.service))
+
+    async def List(self, request: Any, context: Any) -> Any:  # noqa: ARG002, N802 - gRPC's name
+        """The status of each; asked for only where grpc.health.v1 is new enough to have it."""
+        each = {
+            name: health_pb2.HealthCheckResponse(status=self._status(name)) for name in self._names
+        }
+        return health_pb2.HealthListResponse(statuses=each)  # type: ignore[attr-defined]  # newer than the stubs
 
     async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802 - gRPC's name
         """Stream the status until the caller leaves or the server drains."""
