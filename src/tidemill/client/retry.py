@@ -5,7 +5,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from tidemill.errors import RequestInProgress, ResourceExhausted, TidemillError, Unavailable
+from tidemill.errors import (
+    Cancelled,
+    RequestInProgress,
+    ResourceExhausted,
+    TidemillError,
+    Unavailable,
+)
+
+_NEXT_ROUTER_S = 0.1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +78,14 @@ class Attempts:
 
     def delay_s(self, error: TidemillError) -> float:
         """Seconds until the next attempt. Raises `error` when there is to be none."""
+        if isinstance(error, Cancelled):
+            # Not by us, who still wait for the answer: a gRPC server that shuts down says so to
+            # calls that it has not begun (grpc/grpc#41785).
+            error = Unavailable(
+                "the router is going away",
+                request_id=error.request_id,
+                retry_after_s=_NEXT_ROUTER_S,
+            )
         delay = self._policy.delay_s(error, retries=self._retries, rng=self._rng)
         if not self._repeatable or delay is None or delay >= self._deadline - self._clock():
             raise error

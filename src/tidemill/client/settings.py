@@ -27,7 +27,10 @@ CHANNEL_OPTIONS: Final[Options] = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """A router to call. `insecure` means plaintext, which only loopback allows."""
+    """A router to call, or those behind `dns:///host:port`.
+
+    `insecure` means plaintext, which only loopback allows.
+    """
 
     address: str
     api_key: str | None = field(repr=False)

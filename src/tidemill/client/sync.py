@@ -54,9 +54,10 @@ class Client(Generation[Completion, "Stream"]):
     """Calls a router. Safe to share between threads; close it, or use it as a context manager.
 
     `address` (host:port), `api_key` and `ca` (PEM file or bytes) default to TIDEMILL_ADDRESS,
-    TIDEMILL_API_KEY and TIDEMILL_CA. Without a CA a loopback address is called in plaintext and
-    any other by TLS with the system's authorities; `insecure` overrides that, never beyond
-    loopback.
+    TIDEMILL_API_KEY and TIDEMILL_CA. Of `dns:///host:port` all addresses are called in turn; any
+    other address is one connection, hence one router process. Without a CA a loopback address is
+    called in plaintext and any other by TLS with the system's authorities; `insecure` overrides
+    that, never beyond loopback.
 
     Every method raises the classes of tidemill.errors, with the request's id where there is one.
     """

@@ -1,4 +1,7 @@
-"""Network addresses as they stand in configuration: `host:port`, or `unix:path`."""
+"""Network addresses as they stand in configuration: `host:port`, `unix:path` or `dns:///host:port`.
+
+The last is for clients, where a name stands for several routers.
+"""
 
 import ipaddress
 
@@ -13,11 +16,18 @@ def split_address(address: str) -> tuple[str, int]:
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
+def is_name_of_many(target: str) -> bool:
+    """Whether `target` asks for every address of a name, `dns:///host:port`."""
+    return target.startswith("dns:")
+
+
 def is_loopback(address: str) -> bool:
-    """Whether only this machine reaches `address`. A name other than localhost is not trusted."""
+    """Whether only this machine reaches `address`. A name other than localhost is not trusted,
+    nor what a name server of the address's own choice (`dns://server/host:port`) says.
+    """
     if address.startswith("unix:"):
         return True
-    host, _ = split_address(address)
+    host, _ = split_address(address.removeprefix("dns:///"))
     if host == "localhost":
         return True
     try:

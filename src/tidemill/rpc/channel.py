@@ -1,11 +1,13 @@
 """Channels: between our processes with a checked role, and from the SDK to a router."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import grpc
 
 from tidemill.errors import ConfigError
-from tidemill.rpc.address import is_loopback
+from tidemill.rpc.address import is_loopback, is_name_of_many
 from tidemill.rpc.options import BULK_CLIENT, INTERNAL_CLIENT, SDK_CLIENT, Options
 from tidemill.rpc.tls import TlsFiles, channel_credentials, role_name
 
@@ -35,7 +37,13 @@ def sdk_channel(
     insecure: bool = False,
     options: Options = SDK_CLIENT,
 ) -> grpc.Channel:
-    """A channel to a router's public port. Raises ConfigError for plaintext beyond loopback."""
+    """A channel to a router's public port, or to several routers' in turn.
+
+    Of `dns:///host:port` every address is connected to and calls go round, those of routers that
+    cannot be reached left out; any other address is one connection. Raises ConfigError for
+    plaintext beyond loopback.
+    """
+    options = _in_turn(address, options)
     if insecure:
         _check_plaintext(address)
         return grpc.insecure_channel(address, options=options)
@@ -50,10 +58,20 @@ def sdk_aio_channel(
     options: Options = SDK_CLIENT,
 ) -> grpc.aio.Channel:
     """As sdk_channel, for asyncio."""
+    options = _in_turn(address, options)
     if insecure:
         _check_plaintext(address)
         return grpc.aio.insecure_channel(address, options=options)
     return grpc.aio.secure_channel(address, channel_credentials(ca), options=options)
+
+
+def _in_turn(address: str, options: Options) -> Options:
+    if not is_name_of_many(address):
+        return options
+    rest = dict(options)
+    config: dict[str, Any] = json.loads(str(rest.pop("grpc.service_config", "{}")))
+    config["loadBalancingConfig"] = [{"round_robin": {}}]
+    return (*rest.items(), ("grpc.service_config", json.dumps(config)))
 
 
 def _check_plaintext(address: str) -> None:

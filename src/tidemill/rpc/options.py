@@ -36,7 +36,10 @@ def _keepalive(time_ms: int, timeout_ms: int) -> Options:
 
 
 def _retries(methods: list[dict[str, str]], attempts: int, backoff_s: float) -> tuple[str, str]:
-    """Retry UNAVAILABLE; gRPC itself stops once response headers have arrived."""
+    """Retry UNAVAILABLE; gRPC itself stops once response headers have arrived.
+
+    CANCELLED too: so a server that shuts down ends calls that it has not begun (grpc/grpc#41785).
+    """
     config: dict[str, Any] = {
         "methodConfig": [
             {
@@ -46,7 +49,7 @@ def _retries(methods: list[dict[str, str]], attempts: int, backoff_s: float) -> 
                     "initialBackoff": f"{backoff_s}s",
                     "maxBackoff": f"{10 * backoff_s}s",
                     "backoffMultiplier": 2,
-                    "retryableStatusCodes": ["UNAVAILABLE"],
+                    "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
                 },
             }
         ],
@@ -107,8 +110,12 @@ BULK_CLIENT: Final[Options] = (
     ("grpc.http2.max_frame_size", 1 << 20),
 )
 
+# Each channel has connections of its own: one shared by all would be one router process for all.
+# Behind a name, routers that came since are looked up when one goes, at most every two seconds.
 SDK_CLIENT: Final[Options] = (
     *_message_limit(PUBLIC_MESSAGE_BYTES),
     *_keepalive(30_000, 10_000),
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.dns_min_time_between_resolutions_ms", 2_000),
     _retries([{"service": "tidemill.api.router.v1.RouterService"}], attempts=3, backoff_s=0.2),
 )

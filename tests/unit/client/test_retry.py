@@ -60,6 +60,15 @@ def test_attempts_share_one_deadline() -> None:
         attempts.delay_s(errors.Unavailable("x"))
 
 
+def test_a_server_that_cancels_what_it_has_not_begun_is_one_that_goes_away() -> None:
+    attempts = Attempts(RetryPolicy(max_retries=1), Random(0), timeout_s=10.0)
+    cancelled = errors.Cancelled("CANCELLED", request_id="r1")
+    assert attempts.delay_s(cancelled) < 0.2
+    with pytest.raises(errors.Unavailable) as raised:
+        attempts.delay_s(cancelled)
+    assert raised.value.request_id == "r1"
+
+
 def test_a_call_that_is_not_repeatable_has_one_attempt() -> None:
     attempts = Attempts(POLICY, Random(0), timeout_s=10.0, repeatable=False)
     with pytest.raises(errors.Unavailable):
