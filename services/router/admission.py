@@ -15,6 +15,7 @@ from services.router.sampling import Sampling, Wanted, resolve
 from tidemill.billing import PriceBook
 from tidemill.blocks import BLOCK_TOKENS, chain_hashes, root_hash
 from tidemill.errors import FailedPrecondition, InvalidRequest, Unavailable
+from tidemill.policy import Priority
 from tidemill.text import ChatMessage
 
 
@@ -43,6 +44,7 @@ class Ask:
     max_cost: tuple[str, int] | None = None  # currency, nano-units
     first_token_timeout_s: float | None = None
     total_timeout_s: float | None = None
+    priority: Priority = Priority.STANDARD
 
 
 @dataclass(frozen=True, kw_only=True)

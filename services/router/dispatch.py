@@ -5,13 +5,14 @@ import contextlib
 import random
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from services.router.fleet import DECODE, PREFILL, Fleet, Worker
+from services.router.ticket import Place, Placed, Ticket
+from services.router.waiting import WaitingLine
 from tidemill.blocks import BLOCK_TOKENS, max_hit_tokens
 from tidemill.policy import (
     BalancerConfig,
-    FairQueue,
     InFlight,
     Placement,
     PrefixAffinity,
@@ -24,40 +25,7 @@ from tidemill.policy import (
 
 _POLL_S = 1.0
 _RETRY_POLL_S = 0.05
-_POSITIONS_EVERY_S = 0.2
 _MOST_PEERS = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Placed:
-    """The workers of one attempt; `prefill` None: the decode worker prefills in place.
-
-    `peers` are believed to hold more of the prompt's chain than the one that prefills, best first.
-    """
-
-    decode: Worker
-    prefill: Worker | None
-    peers: Sequence[Worker] = ()
-
-
-@dataclass(eq=False, kw_only=True, slots=True)
-class Ticket:
-    """A place in the queue, or back in front of it after a refusal or a loss.
-
-    A request has one, and each choice that goes on alone. `moved` hears of a new position; `placed`
-    is None once the place was given up. `excluded` maps workers that refused it or were lost to
-    when, on the dispatcher's clock, they may be asked again.
-    """
-
-    key: str
-    tenant_id: str
-    num_prompt_tokens: int
-    max_tokens: int
-    block_hashes: Sequence[bytes]
-    moved: Callable[[int], None]
-    placed: asyncio.Future[Placed | None]
-    excluded: dict[str, float] = field(default_factory=dict)
-    position: int = -1
 
 
 class Dispatcher:
@@ -75,8 +43,7 @@ class Dispatcher:
     ) -> None:
         self._model = model
         self._fleet = fleet
-        self._queue: FairQueue[Ticket] = FairQueue(limits, clock=clock)
-        self._queued: dict[str, Ticket] = {}
+        self._line = WaitingLine(limits, clock)
         self._returned: deque[Ticket] = deque()
         self._balancer = balancer
         self._rng = rng
@@ -85,32 +52,30 @@ class Dispatcher:
         self._prefilling = InFlight()
         self._decoding = InFlight()
         self._wake = asyncio.Event()
-        self._positions_told_at = 0.0
         fleet.subscribe(on_change=self._wake.set, on_leave=self._forget)
 
     def __len__(self) -> int:
-        return len(self._queue) + len(self._returned)
+        return len(self._line) + len(self._returned)
 
     @property
     def queued_tokens(self) -> int:
         """Uncached prompt tokens of those that wait for their first attempt."""
-        return self._queue.queued_tokens
+        return self._line.queued_tokens
 
     @property
     def staffed(self) -> bool:
         """Whether there are workers of both roles, with or without room."""
         return all(self._fleet.usable(self._model, role) for role in (PREFILL, DECODE))
 
-    def enqueue(self, ticket: Ticket) -> int:
-        """Take a place and return its position, 0 being next; QueueFull if there is none."""
+    def enqueue(self, ticket: Ticket) -> Place:
+        """Take a place; see WaitingLine.join for what is raised where there is none."""
         request = self._request(ticket)
         held = request.overlap
         cost = min([ticket.num_prompt_tokens, *(request.uncached_tokens(each) for each in held)])
-        self._queue.push(ticket.key, ticket.tenant_id, cost, ticket)
-        self._queued[ticket.key] = ticket
-        ticket.position = self._queue.position(ticket.key) + len(self._returned)
+        ticket.cost_tokens = cost
+        self._line.join(ticket, others_first=len(self._returned))
         self._wake.set()
-        return ticket.position
+        return ticket.place
 
     def put_back(self, ticket: Ticket, *, without: str, for_s: float) -> None:
         """Place the ticket anew, before all others, for a while elsewhere than at `without`."""
@@ -129,8 +94,7 @@ class Dispatcher:
         """Give the place up; nothing happens to a ticket that has none."""
         if ticket in self._returned:
             self._returned.remove(ticket)
-        if self._queue.remove(ticket.key):
-            del self._queued[ticket.key]
+        self._line.leave(ticket)
         if not ticket.placed.done():
             ticket.placed.set_result(None)
         self._wake.set()
@@ -138,6 +102,7 @@ class Dispatcher:
     def prefilled(self, key: str) -> None:
         """The request's prefill is done."""
         self._prefilling.remove(key)
+        self._line.began(key)
         self._wake.set()
 
     def filled(self, worker_id: str, hashes: Sequence[bytes]) -> None:
@@ -148,12 +113,12 @@ class Dispatcher:
         """The request's attempt is over."""
         self._prefilling.remove(key)
         self._decoding.remove(key)
+        self._line.ended(key)
         self._wake.set()
 
     def check_integrity(self) -> None:
         """That nothing of any request is left; only true when none runs (R1)."""
-        assert not self._queue
-        assert not self._queued
+        self._line.check_integrity()
         assert not self._returned
         assert not self._prefilling
         assert not self._decoding
@@ -167,16 +132,19 @@ class Dispatcher:
                     await self._wake.wait()
             self._wake.clear()
             self._place_all()
-            self._tell_positions()
+            self._line.tell(others_first=len(self._returned))
 
     def _place_all(self) -> None:
         for ticket in list(self._returned):
             if self._place(ticket):
                 self._returned.remove(ticket)
-        while (head := self._queue.peek()) is not None and self._place(head):
-            popped = self._queue.pop()
-            assert popped is head
-            del self._queued[head.key]
+        while (head := self._line.head()) is not None and self._place(head):
+            self._line.give_out(head)
+        self._line.settle(self._prefill_tokens_per_s())
+
+    def _prefill_tokens_per_s(self) -> float:
+        loads = [worker.load for worker in self._fleet.usable(self._model, PREFILL)]
+        return sum(load.prefill_tokens_per_s for load in loads if load is not None)
 
     def _place(self, ticket: Ticket) -> bool:
         placed = self._choose(ticket)
@@ -257,18 +225,6 @@ class Dispatcher:
             },
             excluded=frozenset(id_ for id_, until in ticket.excluded.items() if until > now),
         )
-
-    def _tell_positions(self) -> None:
-        now = self._clock()
-        if not len(self._queue) or now - self._positions_told_at < _POSITIONS_EVERY_S:
-            return
-        self._positions_told_at = now
-        ahead = len(self._returned)
-        for key, position in self._queue.positions().items():
-            ticket = self._queued[key]
-            if ticket.position != position + ahead:
-                ticket.position = position + ahead
-                ticket.moved(ticket.position)
 
     def _forget(self, worker: Worker) -> None:
         self._affinity.forget(worker.id)

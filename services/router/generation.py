@@ -12,7 +12,7 @@ from collections.abc import Callable
 from services.router.admission import Admitted
 from services.router.config import LimitsConfig
 from services.router.crash_points import crash_point
-from services.router.dispatch import Dispatcher, Ticket
+from services.router.dispatch import Dispatcher
 from services.router.finish import Completed, Finish, Timing
 from services.router.money.hold import Hold
 from services.router.money.terms import Progress
@@ -23,6 +23,7 @@ from services.router.requests import RequestBook
 from services.router.serving import Serving
 from services.router.tally import Prefilled
 from services.router.tasks import OwnedTasks
+from services.router.ticket import Ticket
 from tidemill.errors import Aborted, DeadlineExceeded, Internal, TidemillError, Unavailable
 
 logger = logging.getLogger(__name__)
@@ -63,8 +64,9 @@ class Generation:
     async def start(self) -> Completed | None:
         """Take a place in the queue, have the money held and run.
 
-        Returns how the request was settled before, if it was. Raises QueueFull, and what
-        `Treasury.open` raises. But for a request that runs, nothing is left here.
+        Returns how the request was settled before, if it was. Raises QueueFull,
+        DeadlineUnreachable, and what `Treasury.open` raises. But for a request that runs, nothing
+        is left here.
         """
         ticket = Ticket(
             key=self.admitted.key,
@@ -72,10 +74,12 @@ class Generation:
             num_prompt_tokens=len(self.admitted.token_ids),
             max_tokens=self.admitted.sampling.max_tokens,
             block_hashes=self.admitted.block_hashes,
+            priority=self.admitted.ask.priority,
+            deadline=self._admitted_at + self.admitted.first_token_timeout_s,
             moved=self.outbox.move,
             placed=asyncio.get_running_loop().create_future(),
         )
-        position = self._dispatcher.enqueue(ticket)
+        place = self._dispatcher.enqueue(ticket)
         hold: Hold | Completed | None = None
         try:
             hold = await self._treasury.open(self.admitted)
@@ -86,7 +90,7 @@ class Generation:
         if isinstance(hold, Completed):
             return hold
         self._begin(hold, ticket)
-        self.outbox.accept(position)
+        self.outbox.accept(place.position, place.wait_s)
         return None
 
     def end(self, finish: Finish) -> None:

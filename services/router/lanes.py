@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from services.router.attempt import Attempt
-from services.router.dispatch import Ticket
 from services.router.relay import Choice
 from services.router.tally import Run
+from services.router.ticket import Ticket
 from tidemill.errors import WorkerLost
 
 

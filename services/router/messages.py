@@ -13,6 +13,7 @@ from tidemill.api.billing.v1 import receipt_pb2
 from tidemill.api.common.v1 import lifecycle_pb2, sampling_pb2, usage_pb2
 from tidemill.api.router.v1 import router_service_pb2 as router_pb2
 from tidemill.billing import Decides, Prices, Receipt, Usage
+from tidemill.policy import Priority
 from tidemill.text import ChatMessage
 
 _ROLES = {
@@ -24,6 +25,13 @@ _DECIDES = {
     Decides.COMPLETION.value: receipt_pb2.DECIDING_INSTANT_COMPLETION,
     Decides.ARRIVAL.value: receipt_pb2.DECIDING_INSTANT_ARRIVAL,
 }
+
+_PRIORITIES = {
+    router_pb2.PRIORITY_STANDARD: Priority.STANDARD,
+    router_pb2.PRIORITY_BATCH: Priority.BATCH,
+}
+
+_MOST_MS = 2**32 - 1
 
 _OPTIONAL_SAMPLING = [
     field.name for field in sampling_pb2.Sampling.DESCRIPTOR.fields if field.has_presence
@@ -57,6 +65,7 @@ def ask_of(request: router_pb2.GenerateRequest) -> Ask:
         total_timeout_s=(
             request.total_timeout_ms / 1000 if request.HasField("total_timeout_ms") else None
         ),
+        priority=_PRIORITIES.get(request.priority, Priority.STANDARD),
     )
 
 
@@ -109,12 +118,15 @@ class EventWriter:
                     position=event.position,
                     prompt_tokens=len(self._admitted.token_ids),
                     admitted_at_ms=self._admitted.admitted_at_ms,
+                    expected_wait_ms=_milliseconds(event.expected_wait_s),
                 )
                 return router_pb2.GenerateResponse(accepted=accepted)
             case Moved():
-                return router_pb2.GenerateResponse(
-                    queued=router_pb2.Queued(position=event.position)
+                queued = router_pb2.Queued(
+                    position=event.position,
+                    expected_wait_ms=_milliseconds(event.expected_wait_s),
                 )
+                return router_pb2.GenerateResponse(queued=queued)
             case Piece():
                 sequence = self._sequence
                 self._sequence += 1
@@ -125,6 +137,10 @@ class EventWriter:
                 return router_pb2.GenerateResponse(choice_end=_choice_end(event))
             case Completed():
                 return completed_message(event)
+
+
+def _milliseconds(seconds: float | None) -> int | None:
+    return None if seconds is None else min(round(seconds * 1000), _MOST_MS)
 
 
 def completed_message(completed: Completed) -> router_pb2.GenerateResponse:

@@ -13,16 +13,18 @@ from tidemill.errors import TidemillError
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """The request has a place."""
+    """The request has a place; None: when it will be served is not known yet."""
 
     position: int
+    expected_wait_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """Its place has changed."""
+    """Its place has changed, or what is expected of it."""
 
     position: int
+    expected_wait_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,14 +130,14 @@ class Outbox:
         self._end: Completed | TidemillError | None = None
         self._filled = asyncio.Event()
 
-    def accept(self, position: int) -> None:
+    def accept(self, position: int, expected_wait_s: float | None = None) -> None:
         """Say that the request has a place."""
-        self._accepted = Accepted(position)
+        self._accepted = Accepted(position, expected_wait_s)
         self._filled.set()
 
-    def move(self, position: int) -> None:
+    def move(self, position: int, expected_wait_s: float | None = None) -> None:
         """Say that the place has changed; an older place not yet read is forgotten."""
-        self._moved = Moved(position)
+        self._moved = Moved(position, expected_wait_s)
         self._filled.set()
 
     def score(self, scored: PromptScored) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from services.router.attempt import Attempt
 from services.router.config import LimitsConfig
 from services.router.crash_points import crash_point
-from services.router.dispatch import Dispatcher, Placed, Ticket
+from services.router.dispatch import Dispatcher
 from services.router.finish import Finish
 from services.router.fleet import Worker
 from services.router.lanes import Lane, share
@@ -23,6 +23,7 @@ from services.router.relay import Choice, Relay
 from services.router.reports import Report
 from services.router.tally import ChoiceEnded, Ended, Generated, Prefilled, Run
 from services.router.tasks import OwnedTasks
+from services.router.ticket import Placed, Ticket
 from services.router.worker_task import start_message
 from tidemill.api.common.v1.logprobs_pb2 import TokenLogprobs
 from tidemill.errors import Overloaded, PrefillFull, TidemillError, WorkerLost
@@ -133,7 +134,7 @@ class Serving:
                 group.create_task(self._carry(successor))
 
     async def _place(self, lane: Lane) -> Placed | None:
-        """Where to attempt next, None if the place was given up.
+        """Where to attempt next, None if the place was given up; raises why it was taken away.
 
         Once a worker was lost there must be others, or it is raised again; that all are busy is
         no reason to give up.
@@ -145,6 +146,8 @@ class Serving:
                 self._dispatcher.withdraw(lane.ticket)
                 raise lane.lost
             patience_s = _STAFFED_POLL_S
+        if lane.ticket.refusal is not None:
+            raise lane.ticket.refusal
         return placed.result()
 
     async def _attempt(self, lane: Lane, placed: Placed) -> None:

@@ -4,10 +4,10 @@ import hashlib
 from collections.abc import Sequence
 
 from services.router.admission import Admitted
-from services.router.dispatch import Placed
 from services.router.fleet import DECODE, PREFILL
 from services.router.relay import Choice
 from services.router.sampling import Sampling
+from services.router.ticket import Placed
 from tidemill.api.common.v1 import lifecycle_pb2
 from tidemill.api.decode.v1 import decode_service_pb2 as decode_pb2
 from tidemill.policy.seeds import choice_seed

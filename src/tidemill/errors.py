@@ -10,6 +10,7 @@ TidemillError
 ├── ResourceExhausted       RESOURCE_EXHAUSTED
 │   ├── Overloaded                               try again after retry_after_s
 │   │   ├── QueueFull
+│   │   ├── DeadlineUnreachable                  the queue is too long for its deadline
 │   │   ├── PrefillFull
 │   │   └── DecodeFull
 │   └── LimitExceeded                            a tenant's own limit, named in quotas
@@ -151,6 +152,12 @@ class QueueFull(Overloaded):
     """The router's queue has no place left."""
 
     reason = "QUEUE_FULL"
+
+
+class DeadlineUnreachable(Overloaded):
+    """The request's first token would come too late; `metadata` says when it was expected."""
+
+    reason = "DEADLINE_UNREACHABLE"
 
 
 class PrefillFull(Overloaded):

@@ -1,7 +1,7 @@
 """Where requests go and in which order: pure, with clock and random source passed in."""
 
 from tidemill.policy.balancer import BalancerConfig, Placement, pick_decode, pick_prefill
-from tidemill.policy.fair_queue import FairQueue, QueueLimits
+from tidemill.policy.fair_queue import Ahead, FairQueue, Priority, QueueLimits
 from tidemill.policy.fetch_or_recompute import (
     Budget,
     CostLine,
@@ -20,8 +20,10 @@ from tidemill.policy.placement import (
     place_experts,
 )
 from tidemill.policy.prefix_affinity import PrefixAffinity
+from tidemill.policy.queue_model import QueueModel
 
 __all__ = [
+    "Ahead",
     "BalancerConfig",
     "Budget",
     "CostLine",
@@ -31,7 +33,9 @@ __all__ = [
     "InFlight",
     "Placement",
     "PrefixAffinity",
+    "Priority",
     "QueueLimits",
+    "QueueModel",
     "Run",
     "Source",
     "TierOverlap",

@@ -219,7 +219,7 @@ class TestFullQueue:
         workers = [ScriptedWorker("prefill-0", "prefill"), decode]
         async with scripted(workers, tls_files) as endpoints:
             config = router_config(
-                model_dir, ledger, endpoints, tls_files("router"), queue_requests=2
+                model_dir, ledger, endpoints, tls_files("router"), queue_requests=3
             )
             async with running_router(config) as harness:
                 yield harness

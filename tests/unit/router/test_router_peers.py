@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from services.router.admission import Admitted, Ask
-from services.router.dispatch import Dispatcher, Placed, Ticket
+from services.router.dispatch import Dispatcher
 from services.router.fleet import (
     DECODE,
     PREFILL,
@@ -21,6 +21,7 @@ from services.router.fleet import (
 )
 from services.router.keys import Tenant
 from services.router.sampling import Sampling
+from services.router.ticket import Placed, Ticket
 from services.router.worker_task import start_message
 from tidemill.blocks import chain_hashes, root_hash
 from tidemill.policy import BalancerConfig, QueueLimits, WorkerLoad
@@ -100,7 +101,7 @@ class Yard:
             num_prompt_tokens=64 * num_blocks + 1,
             max_tokens=8,
             block_hashes=CHAIN[:num_blocks],
-            moved=lambda _: None,
+            moved=lambda *_: None,
             placed=asyncio.get_running_loop().create_future(),
         )
         self.dispatcher.enqueue(ticket)
