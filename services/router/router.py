@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from services.router.admission import Admission, Ask, request_key
+from services.router.cancellations import Cancellations
 from services.router.config import LimitsConfig
 from services.router.dispatch import Dispatcher
 from services.router.finish import Completed, Finish
@@ -24,6 +25,7 @@ class Router:
         admission: Admission,
         dispatchers: Mapping[str, Dispatcher],
         treasury: Treasury,
+        cancellations: Cancellations,
         book: RequestBook,
         tasks: OwnedTasks,
         limits: LimitsConfig,
@@ -33,6 +35,7 @@ class Router:
         self._admission = admission
         self._dispatchers = dispatchers
         self._treasury = treasury
+        self._cancellations = cancellations
         self._book = book
         self._tasks = tasks
         self._limits = limits
@@ -56,9 +59,18 @@ class Router:
             self._metrics.refused(error.reason)
             raise
 
-    def cancel(self, tenant: Tenant, request_id: str) -> bool:
-        """End the tenant's request so that its stream closes with a bill; False if none runs."""
-        generation = self._book.find(request_key(tenant.id, request_id))
+    async def cancel(self, tenant: Tenant, request_id: str) -> bool:
+        """End the tenant's request so that its stream closes with a bill; False if none runs.
+
+        It may run at another router, which is then told by way of the ledger.
+        """
+        return self.cancel_here(request_key(tenant.id, request_id)) or (
+            await self._cancellations.send(tenant.id, request_id)
+        )
+
+    def cancel_here(self, key: str) -> bool:
+        """As `cancel`, of a request that this router serves."""
+        generation = self._book.find(key)
         if generation is None:
             return False
         generation.end(Finish.CANCELLED)

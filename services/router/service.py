@@ -77,7 +77,7 @@ class RouterService(router_service_pb2_grpc.RouterServiceServicer):
     ) -> router_pb2.CancelGenerationResponse:
         """End a request of the caller's tenant."""
         validate(request)
-        found = self._router.cancel(current_tenant(), request.request_id)
+        found = await self._router.cancel(current_tenant(), request.request_id)
         return router_pb2.CancelGenerationResponse(found=found)
 
     async def ListModels(

@@ -17,6 +17,7 @@ from services.router.admin_service import AdminService
 from services.router.admission import Admission
 from services.router.authentication import Access, Authenticator, KeyGuard
 from services.router.billing_service import BillingService
+from services.router.cancellations import Cancellations
 from services.router.config import RouterConfig
 from services.router.dispatch import Dispatcher
 from services.router.fleet import Expected, Fleet
@@ -128,6 +129,9 @@ class RouterProcess:
             registry=registry,
             now_ms=now_ms,
         )
+        self._cancellations = Cancellations(
+            self.ledger, self.money.accounts, router_id=self.money.router_id
+        )
         self.router = self._router(admission, metrics)
         self.server = self._server(admission, RpcMetrics(registry))
 
@@ -141,6 +145,7 @@ class RouterProcess:
             admission=admission,
             dispatchers=self.dispatchers,
             treasury=self.money.treasury,
+            cancellations=self._cancellations,
             book=self.requests,
             tasks=self.tasks,
             limits=self._config.limits,
@@ -228,6 +233,7 @@ class RouterProcess:
         for coroutine in (
             self._registry.run(),
             self._hours.run(),
+            self._cancellations.run(self.router.cancel_here),
             *(dispatcher.run() for dispatcher in self.dispatchers.values()),
         ):
             self._background.append(asyncio.create_task(coroutine))

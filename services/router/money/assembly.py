@@ -46,7 +46,7 @@ class Money:
         registry: CollectorRegistry,
         now_ms: Callable[[], int],
     ) -> None:
-        router_id = config.router_id or _own_id()
+        self.router_id = router_id = config.router_id or _own_id()
         lease_ms = round(config.lease_s * 1000)
         self.accounts = Accounts(ledger)
         self._watch = LedgerWatch(ledger, now_ms=now_ms)

@@ -17,6 +17,7 @@ tm:{T}:journal      stream: kind, subject, at, postings by sub-account, detail
 tm:{T}:operations   hash: operation id -> "<amount> <content>"
 tm:accounts         set: every T
 tm:book:<digest>    a price book's canonical JSON
+tm:cancel:<router>  list: requests that this router is to end, see services.router.cancellations
 tm:up:<run id>      when a router first reached this process of the server
 """
 
