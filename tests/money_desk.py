@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import grpc
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from prometheus_client import CollectorRegistry
 
@@ -54,6 +55,7 @@ class KeptFinals:
     def __init__(self, *finals: decode_pb2.Final) -> None:
         self.finals = list(finals)
         self.running = False
+        self.silent = False
         self.asked: list[str] = []
         self.acknowledged: list[Any] = []
         self.description = SimpleNamespace(accelerators=2)
@@ -61,6 +63,9 @@ class KeptFinals:
 
     async def _list(self, request: Any, **_: float) -> decode_pb2.ListFinalsResponse:
         self.asked.append(request.request_id)
+        if self.silent:
+            nothing = grpc.aio.Metadata()
+            raise grpc.aio.AioRpcError(grpc.StatusCode.DEADLINE_EXCEEDED, nothing, nothing)
         finals = [each for each in self.finals if each.id.request_id == request.request_id]
         return decode_pb2.ListFinalsResponse(finals=finals, running=self.running)
 

@@ -63,6 +63,7 @@ class CacheNode:
             readiness=self._why_not_ready,
             guards=[RoleGuard(ALLOWED_ROLES)],
             metrics=RpcMetrics(registry),
+            service="tidemill-cache",
         )
         self.server.add_service_name(SERVICE)
         metrics.watch(self.store, self.disk, lambda: self.redis_up)

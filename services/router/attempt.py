@@ -26,6 +26,7 @@ from tidemill.errors import (
 )
 from tidemill.rpc.interceptors import REQUEST_ID_KEY
 from tidemill.rpc.status import from_rpc_error
+from tidemill.rpc.tracing import outgoing
 
 _ACK_TIMEOUT_S = 2.0
 _STILL_RUNNING_S = 0.1
@@ -52,7 +53,7 @@ class Attempt:
         self._start = start
         self._final_wait_s = final_wait_s
         self._id = start.task.id
-        metadata = ((REQUEST_ID_KEY, self._id.request_id),)
+        metadata = ((REQUEST_ID_KEY, self._id.request_id), *outgoing())
         self._call = worker.decode.Decode(metadata=metadata)
         worker.open_attempts.count += 1
         self._writing = asyncio.Lock()

@@ -166,6 +166,7 @@ class RouterProcess:
             guards=(KeyGuard(_access(), authenticator, admin_key),),
             metrics=metrics,
             options=SHARED_PUBLIC_SERVER if self._shared_port else None,
+            service="tidemill-router",
         )
         service = RouterService(
             self.router,

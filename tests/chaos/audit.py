@@ -111,13 +111,19 @@ class Books:
         return {each.request_id: each for each in requests if each.posted is not None}
 
     def tokens_touched_by(self, worker_id: str) -> int:
-        """Completion tokens of all requests that this worker may have generated some of."""
+        """Completion tokens of all requests that this worker may have generated some of.
+
+        It may have died between a request's last token and its Final: then nobody's decode compute
+        is on record.
+        """
         records = [json.loads(entry.detail) for entry in self.entries("settle")]
         unbilled = [json.loads(entry.detail)["unbilled"] for entry in self.entries("release")]
         touched = [
             int(each["generated_tokens"])
             for each in records
-            if each["attempts"] > 1 or worker_id in {part["worker_id"] for part in each["busy"]}
+            if each["attempts"] > 1
+            or worker_id in {part["worker_id"] for part in each["busy"]}
+            or not any(part["phase"] == "decode" for part in each["busy"])
         ]
         return sum(touched) + sum(map(_unbilled_tokens, unbilled))
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.otlp_collector import Collector
 from tests.stack_harness import Stack
 from tests.tiny_model import make_tiny_checkpoint
 from tidemill.client import AsyncClient
@@ -19,18 +20,29 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shared_stack(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Stack]:
+def collector() -> Iterator[Collector]:
+    """An OpenTelemetry collector that keeps what it is sent."""
+    made = Collector()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def shared_stack(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, collector: Collector
+) -> Iterator[Stack]:
     """Prefill, decode, cache, router, both Redis, and a second model with one worker."""
+    telling = {"drain_s": 60.0, "otlp_endpoint": collector.address}
     directory = tmp_path_factory.mktemp("stack") / "state"
     stack = Stack(
         directory,
         tiny_model,
         one_worker=True,
         settings={
-            "prefill": {"server": {"drain_s": 60.0}},
-            "decode": {"server": {"drain_s": 60.0}},
+            "prefill": {"server": telling},
+            "decode": {"server": telling},
             "router": {
-                "server": {"drain_s": 60.0},
+                "server": telling,
                 "money": {"accelerator_hour_nano": {"USD": 2_000_000_000}},
             },
         },

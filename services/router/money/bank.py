@@ -14,6 +14,7 @@ from services.router.money.retained import Workers
 from services.router.tasks import OwnedTasks
 from tidemill.billing import BusyPart, PriceBook, Usage, decode_book
 from tidemill.errors import ConfigError
+from tidemill.rpc.tracing import describe
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class Bank:
         receipt, timing = completed.receipt, completed.timing
         self.requests.completed(receipt.model, completed)
         self.requests.used(receipt.model, busy)
+        describe(_span_attributes(completed))
         fields = {**receipt.to_fields(), "content_sha256": receipt.content_sha256}
         logger.info(
             "pending" if completed.pending else "settled",
@@ -75,6 +77,23 @@ class Bank:
                 "unbilled_server_fault_tokens": usage.unbilled.server_fault,
             },
         )
+
+
+def _span_attributes(completed: Completed) -> dict[str, str | int | float]:
+    """By OpenTelemetry's GenAI conventions, and what they have no name for."""
+    receipt, usage = completed.receipt, completed.usage
+    return {
+        "gen_ai.request.model": receipt.model,
+        "gen_ai.response.finish_reasons": completed.finish.name.lower(),
+        "gen_ai.usage.input_tokens": usage.prompt_tokens,
+        "gen_ai.usage.cache_read.input_tokens": usage.cache_hit_tokens,
+        "gen_ai.usage.output_tokens": usage.completion_tokens,
+        "tidemill.request_id": receipt.request_id,
+        "tidemill.tenant_id": receipt.tenant_id,
+        "tidemill.amount_nano": receipt.charge.amount_nano,
+        "tidemill.currency": receipt.charge.currency,
+        "tidemill.ttft_s": completed.timing.first_token_us / 1e6,
+    }
 
 
 class Books:

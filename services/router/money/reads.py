@@ -12,6 +12,7 @@ from tidemill.billing import ledger as rules
 Cursor = tuple[int, str]
 
 _PAGE = 1000
+_TENANTS_AT_ONCE = 256
 
 
 def account_fields(redis: Redis, tenant_id: str, *names: str) -> Awaitable[list[bytes | None]]:
@@ -48,15 +49,27 @@ async def requests(redis: Redis, tenant_id: str, request_ids: Sequence[str]) -> 
     ]
 
 
-async def open_requests(
-    redis: Redis, tenant_id: str, until_ms: int | None, limit: int
-) -> list[tuple[str, int]]:
-    """(request id, lease end), soonest first, up to `until_ms`."""
-    most = "+inf" if until_ms is None else until_ms
-    found: Any = await redis.zrangebyscore(
-        key(tenant_id, "open"), "-inf", most, start=0, num=limit, withscores=True
-    )
+async def open_requests(redis: Redis, tenant_id: str) -> list[tuple[str, int]]:
+    """(request id, lease end), soonest first."""
+    found: Any = await redis.zrange(key(tenant_id, "open"), 0, -1, withscores=True)
     return [(request_id.decode(), int(until)) for request_id, until in found]
+
+
+async def late_requests(redis: Redis, until_ms: int, limit: int) -> list[tuple[str, str]]:
+    """(tenant id, request id) of leases that ended by `until_ms`, at most `limit` a tenant.
+
+    A round trip for every 256 tenants, however few of them have any.
+    """
+    late: list[tuple[str, str]] = []
+    everybody = await tenants(redis)
+    for start in range(0, len(everybody), _TENANTS_AT_ONCE):
+        some = everybody[start : start + _TENANTS_AT_ONCE]
+        pipeline = redis.pipeline(transaction=False)
+        for tenant_id in some:
+            pipeline.zrangebyscore(key(tenant_id, "open"), "-inf", until_ms, start=0, num=limit)
+        for tenant_id, found in zip(some, await pipeline.execute(), strict=True):
+            late += [(tenant_id, request_id.decode()) for request_id in found]
+    return late
 
 
 async def open_states(redis: Redis, tenant_id: str) -> list[str]:

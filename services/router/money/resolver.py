@@ -70,15 +70,12 @@ class Resolver:
             or self._bank.now_ms() < self._watch.up_since_ms + self._bank.lease_ms
         ):
             return
-        for tenant_id in await self._bank.accounts.tenants():
-            late = await self._bank.accounts.open_requests(
-                tenant_id, until_ms=self._bank.now_ms(), limit=_PAGE
-            )
-            for request_id, _ in late:
-                key = (tenant_id, request_id)
-                # Those of this router run, however late it is with renewing them.
-                if key not in self._resolving and key not in self._bank.leases:
-                    await self._take(tenant_id, request_id)
+        late = await self._bank.accounts.late_requests(self._bank.now_ms(), limit=_PAGE)
+        for tenant_id, request_id in late:
+            key = (tenant_id, request_id)
+            # Those of this router run, however late it is with renewing them.
+            if key not in self._resolving and key not in self._bank.leases:
+                await self._take(tenant_id, request_id)
 
     async def _take(self, tenant_id: str, request_id: str) -> None:
         command = rules.Orphan(
@@ -129,14 +126,20 @@ class Resolver:
     async def _finals(
         self, wire_id: str, progress: Progress | None, orphan: rules.Orphaned
     ) -> list[Retained]:
-        """Those that workers keep; they are asked until that decides it, or for two leases."""
-        give_up_ms = orphan.orphaned_at_ms + 2 * self._bank.lease_ms
+        """Those that workers keep; they are asked until that decides it, or for two leases.
+
+        A worker notices a dead router within a step, and a busy machine's steps are long: one that
+        still runs an attempt, or is silent, gets `retained.PATIENCE_S` however short they are.
+        """
+        two_leases_ms = 2 * self._bank.lease_ms
+        patience_ms = max(two_leases_ms, round(retained.PATIENCE_S * 1000))
         while True:
             found, running = await retained.ask(self._bank.workers, wire_id)
             finals = [each for each in found if each.final.id.fence >= orphan.first_fence]
             if not running and decisive(progress, [each.end for each in finals]):
                 return finals
-            if self._bank.now_ms() >= give_up_ms:
+            waited_ms = self._bank.now_ms() - orphan.orphaned_at_ms
+            if waited_ms >= (patience_ms if running else two_leases_ms):
                 return finals
             await asyncio.sleep(_ASK_EVERY * self._bank.lease_ms / 1000)
 

@@ -17,8 +17,9 @@ from tidemill.api.decode.v1 import decode_service_pb2 as decode_pb2
 from tidemill.billing import BusyPart
 from tidemill.billing.margin import DECODE, PREFILL
 
+PATIENCE_S = 10.0  # what is not heard of by then is never counted
+
 _TIMEOUT_S = 2.0
-_PATIENCE_S = 1.0
 _AGAIN_S = 0.1
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class Retained:
 
 
 async def ask(workers: Workers, wire_id: str) -> tuple[list[Retained], bool]:
-    """What every worker keeps of the request, and whether any still runs it."""
+    """What every worker keeps of the request, and whether any still runs it, or does not say."""
     request = decode_pb2.ListFinalsRequest(request_id=wire_id)
     asked = workers.decoders()
     calls = [each.decode.ListFinals(request, timeout=_TIMEOUT_S) for each in asked]
@@ -73,6 +74,7 @@ async def ask(workers: Workers, wire_id: str) -> tuple[list[Retained], bool]:
             running = running or answer.running
         elif isinstance(answer, grpc.aio.AioRpcError):
             logger.info("%s says nothing of %s: %s", worker.id, wire_id, answer.details())
+            running = True
         else:
             raise answer
     return retained, running
@@ -80,7 +82,7 @@ async def ask(workers: Workers, wire_id: str) -> tuple[list[Retained], bool]:
 
 async def former(workers: Workers, wire_id: str, fences: range) -> list[Retained]:
     """What workers keep of these fences of the request, once none runs or patience ends."""
-    give_up_at = asyncio.get_running_loop().time() + _PATIENCE_S
+    give_up_at = asyncio.get_running_loop().time() + PATIENCE_S
     while True:
         retained, running = await ask(workers, wire_id)
         if not running or asyncio.get_running_loop().time() >= give_up_at:

@@ -82,7 +82,8 @@ def serve_metrics(
     """
     check_bind(address, tls=tls is not None)
     host, port = split_address(address)
-    disable_created_metrics()  # a second series for each: when it began, which nobody asks
+    # No second series for each that says when it began.
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # untyped there
     try:
         if tls is None:
             server, thread = start_http_server(port, host, registry)

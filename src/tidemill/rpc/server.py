@@ -23,6 +23,7 @@ from tidemill.rpc.interceptors import (
 from tidemill.rpc.metrics import RpcMetrics
 from tidemill.rpc.options import INTERNAL_SERVER, PUBLIC_SERVER, Options
 from tidemill.rpc.tls import TlsFiles, check_bind, server_credentials
+from tidemill.rpc.tracing import Tracing
 
 _READINESS_PERIOD_S = 1.0
 _HEALTH_CALLS = 64  # at once; watchers are load balancers and a person or two
@@ -38,6 +39,7 @@ class ServerConfig:
     same is served: where several processes share `address`, each can be asked for its health there.
     `drain_s` is how long calls may go on once the process has been told to stop. `metrics_address`
     unset: no metrics port. `reflection` tells any caller that the port admits what its methods are.
+    `otlp_endpoint`, host:port of an OpenTelemetry collector (OTLP over gRPC), unset: no spans.
     """
 
     address: str = "127.0.0.1:0"
@@ -47,6 +49,7 @@ class ServerConfig:
     drain_s: float = 10.0
     metrics_address: str | None = None
     reflection: bool = False
+    otlp_endpoint: str | None = None
 
     def __post_init__(self) -> None:
         if self.max_concurrent_rpcs < 1:
@@ -61,7 +64,8 @@ class RpcServer:
     `public` is the router's front door: server-side TLS, callers bring an API key. All other
     ports demand a client certificate, so they cannot do without TLS even on loopback.
     `readiness` says why this process is not ready, None when it is; it is asked every second and
-    drives grpc.health.v1. `guards` run inside the access log and the error mapping.
+    drives grpc.health.v1. `guards` run inside the access log and the error mapping. Spans are
+    those of `service`.
     Constructing raises ConfigError where the configuration forbids to listen.
     """
 
@@ -73,6 +77,7 @@ class RpcServer:
         readiness: Readiness,
         guards: Sequence[Guard] = (),
         metrics: RpcMetrics | None = None,
+        service: str = "tidemill",
         options: Options | None = None,
     ) -> None:
         self._addresses = [config.address, *filter(None, [config.own_address])]
@@ -85,12 +90,13 @@ class RpcServer:
             server_credentials(config.tls, client_certs=not public) if config.tls else None
         )
         defaults = PUBLIC_SERVER if public else INTERNAL_SERVER
+        endpoint = config.otlp_endpoint
+        self._tracing = None if endpoint is None else Tracing(service, endpoint, config.tls)
+        around: tuple[Guard, ...] = (AccessLog(metrics), map_errors, HealthPlaces(_HEALTH_CALLS))
+        if self._tracing is not None:
+            around = (self._tracing, *around)
         self.server = grpc.aio.server(
-            interceptors=(
-                CallInterceptor(
-                    AccessLog(metrics), map_errors, HealthPlaces(_HEALTH_CALLS), *guards
-                ),
-            ),
+            interceptors=(CallInterceptor(*around, *guards),),
             options=defaults if options is None else options,
             maximum_concurrent_rpcs=config.max_concurrent_rpcs,
         )
@@ -143,6 +149,8 @@ class RpcServer:
             self._watch.cancel()
         await self._health.end()
         await self.server.stop(self._config.drain_s + and_s)
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
 
     async def wait(self) -> None:
         """Until the server has stopped."""

@@ -228,6 +228,7 @@ def _serve(
         readiness=worker.readiness,
         guards=(RoleGuard(ALLOWED),),
         metrics=rpc_metrics,
+        service=f"tidemill-{worker.role.value}",
     )
     add_WorkerServiceServicer_to_server(WorkerService(worker), server.server)
     server.add_service_name(WORKER_SERVICE)

@@ -28,6 +28,7 @@ from tidemill.kv.shm import ShmArena, ShmArenas
 from tidemill.kv.threads import in_thread, one_ahead
 from tidemill.kv.transport import GrpcKvTransport, KvTransport
 from tidemill.rpc.status import from_rpc_error
+from tidemill.rpc.tracing import outgoing
 from tidemill.worker.config import HandoverConfig
 from tidemill.worker.metrics import WorkerMetrics
 
@@ -174,7 +175,7 @@ class PrefillPeer:
         compute that it had used, if the far side says so within CLEANUP_S.
         """
         deadline = time.monotonic() + timeout_s
-        call = self._stub.Prefill(request, timeout=timeout_s)
+        call = self._stub.Prefill(request, timeout=timeout_s, metadata=outgoing())
         offer: pb.HandoverOffer | None = None
         try:
             offer = await self._offer(call)

@@ -2,11 +2,13 @@ import asyncio
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from services.router.finish import Completed
-from services.router.money import record
+from services.router.money import record, retained
 from services.router.money.hold import Hold
 from tests.money_desk import (
     LEASE_S,
@@ -123,6 +125,35 @@ async def test_an_attempt_that_still_runs_is_waited_for(
         assert await own.state("r1") is rules.State.ORPHAN
         worker.running = False
         assert (await settled(own)).completed.usage.completion_tokens == 30
+
+
+async def test_a_worker_that_does_not_answer_is_asked_again_beyond_two_leases(
+    server: RedisProcess, tmp_path: Path
+) -> None:
+    hold = await vanished(server, tmp_path, tokens=5)
+    worker = KeptFinals(kept_final(hold, 30))
+    worker.silent = True
+    async with desk(server, tmp_path, workers=[worker]) as own:
+        await own.until("r1", rules.State.ORPHAN)
+        await asyncio.sleep(2.5 * LEASE_S)
+        assert await own.state("r1") is rules.State.ORPHAN
+        worker.silent = False
+        assert (await settled(own)).completed.usage.completion_tokens == 30
+
+
+async def test_a_taken_over_request_waits_for_a_worker_that_does_not_answer_at_first(
+    server: RedisProcess, tmp_path: Path
+) -> None:
+    hold = await vanished(server, tmp_path, tokens=5)
+    final = kept_final(hold, 30)
+    worker = KeptFinals(final)
+    worker.silent = True
+    fleet = cast(retained.Workers, SimpleNamespace(decoders=lambda: [worker]))
+    fences = range(final.id.fence, final.id.fence + 1)
+    asked = asyncio.create_task(retained.former(fleet, final.id.request_id, fences))
+    await asyncio.sleep(1.5)
+    worker.silent = False
+    assert [each.end.generated_tokens for each in await asked] == [30]
 
 
 async def test_several_resolvers_charge_once(server: RedisProcess, tmp_path: Path) -> None:
