@@ -14,6 +14,7 @@ from tidemill.blocks import BLOCK_TOKENS, max_hit_tokens
 from tidemill.policy import (
     BalancerConfig,
     InFlight,
+    OutputLengths,
     Placement,
     PrefixAffinity,
     QueueLimits,
@@ -51,6 +52,7 @@ class Dispatcher:
         self._affinity = PrefixAffinity()
         self._prefilling = InFlight()
         self._decoding = InFlight()
+        self._answers = OutputLengths()
         self._wake = asyncio.Event()
         fleet.subscribe(on_change=self._wake.set, on_leave=self._forget)
 
@@ -109,6 +111,10 @@ class Dispatcher:
         """The worker holds this chain, from block 0 on: a prompt and what was generated."""
         self._affinity.record(worker_id, hashes)
 
+    def answered(self, num_tokens: int) -> None:
+        """A choice has ended after so many tokens."""
+        self._answers.add(num_tokens)
+
     def release(self, key: str) -> None:
         """The request's attempt is over."""
         self._prefilling.remove(key)
@@ -154,7 +160,12 @@ class Dispatcher:
         request = self._request(ticket)
         prefill = placed.prefill or placed.decode
         self._prefilling.add(
-            ticket.key, prefill.id, at=now, tokens=request.uncached_tokens(prefill.id)
+            ticket.key,
+            prefill.id,
+            at=now,
+            tokens=request.uncached_tokens(prefill.id),
+            pairs=request.attention_pairs(prefill.id),
+            blocks=request.new_blocks(prefill.id),
         )
         blocks = request.new_blocks(
             placed.decode.id, extra_tokens=self._reserve(ticket).decode_reserve_tokens
@@ -224,6 +235,8 @@ class Dispatcher:
                 for worker_id, num_blocks in self._affinity.overlap(ticket.block_hashes).items()
             },
             excluded=frozenset(id_ for id_, until in ticket.excluded.items() if until > now),
+            output_tokens=self._answers.expected(ticket.max_tokens),
+            growth_tokens=self._answers.remaining,
         )
 
     def _forget(self, worker: Worker) -> None:

@@ -371,6 +371,8 @@ class Serving:
         """The attempt has ended as it should: a stop string won, else what Final says."""
         if lane.run is None or lane.run.ended is None:
             return
+        for choice in lane.choices:
+            self._dispatcher.answered(len(choice.token_ids))
         finish = lane.run.ended.finish
         if finish is not Finish.SERVER_FAULT:
             for choice in lane.going_on:

@@ -1,6 +1,14 @@
 """Where requests go and in which order: pure, with clock and random source passed in."""
 
-from tidemill.policy.balancer import BalancerConfig, Placement, pick_decode, pick_prefill
+from tidemill.policy.balancer import (
+    BalancerConfig,
+    Placement,
+    Scored,
+    pick_decode,
+    pick_prefill,
+    score_decode,
+    score_prefill,
+)
 from tidemill.policy.fair_queue import Ahead, FairQueue, Priority, QueueLimits
 from tidemill.policy.fetch_or_recompute import (
     Budget,
@@ -10,7 +18,7 @@ from tidemill.policy.fetch_or_recompute import (
     Run,
     Source,
 )
-from tidemill.policy.load import InFlight, TierOverlap, Work, WorkerLoad
+from tidemill.policy.load import InFlight, OutputLengths, TierOverlap, Work, WorkerLoad
 from tidemill.policy.placement import (
     Topology,
     balancedness,
@@ -31,12 +39,14 @@ __all__ = [
     "FetchConfig",
     "FetchOrRecompute",
     "InFlight",
+    "OutputLengths",
     "Placement",
     "PrefixAffinity",
     "Priority",
     "QueueLimits",
     "QueueModel",
     "Run",
+    "Scored",
     "Source",
     "TierOverlap",
     "Topology",
@@ -49,4 +59,6 @@ __all__ = [
     "pick_decode",
     "pick_prefill",
     "place_experts",
+    "score_decode",
+    "score_prefill",
 ]

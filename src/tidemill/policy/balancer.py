@@ -2,24 +2,26 @@
 
 DeepSeek publishes what its balancers aim at and not how (open-infra-index, day 6): prefill evens
 out core-attention compute and input tokens per GPU, decode evens out KV-cache use and the number
-of requests per GPU, because one overloaded GPU stalls its whole unit. The scores below put each
-pair in one unit, and the lowest score wins:
+of requests per GPU, because one overloaded GPU stalls its whole unit. Here (docs/adr/0020):
 
-    prefill = queued uncached tokens + own uncached tokens + own attention work     [tokens]
-    decode  = share of KV blocks in use + requests / most requests anywhere         [shares]
-
-where attention work is the number of (query, key) pairs of the uncached tokens, counted in tokens
-that cost as much in the rest of the model, and cached tokens cost neither. Every router sees the
-same reports, so among scores that differ by less than the reports are wrong each takes the better
-of two drawn at random ("power of two choices").
+- What a worker is busy with now is its last report, less what it has computed since, and what all
+  routers have sent since: this router's own work, times the number of routers there seem to be.
+- Prefill goes where the first token is expected soonest. Where that is equal within what reports
+  are wrong by, attention work and input tokens given lately decide.
+- Decode goes where KV use and request count end up most equal, both relative to their means.
+- A worker much slower than its peers gets nothing while others have room, but for one request now
+  and then that tells whether it has recovered.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from random import Random
+from statistics import median_low
+from typing import NamedTuple
 
 from tidemill.blocks import BLOCK_TOKENS
-from tidemill.policy.load import InFlight, TierOverlap, WorkerLoad
+from tidemill.policy.load import Dispatch, InFlight, TierOverlap, Work, WorkerLoad
 
 _NOTHING = TierOverlap(0)
 
@@ -30,18 +32,24 @@ class BalancerConfig:
 
     `attention_parity_tokens`: context at which a token's attention costs as much as the rest of
     the model; for V3 2 x 37e9 FLOPs / (61 layers x 128 heads x 2 x (192 + 128) FLOPs) = 14,800.
+    `host_block_tokens`: what bringing a block back from host memory costs, in computed tokens.
     `max_queued_tokens`: a prefill worker with this many queued has no room, so that requests
     wait in the router's fair queue and not in a worker's first-come queue.
-    `min_scale_requests`: below this many, decode workers' request counts matter less.
+    Costs this close to the least count as equal: `near_tie_tokens` or `prefill_tie_ratio` of it,
+    and `decode_tie_ratio`.
+    `slow_ratio`: a worker this much slower than the median of its peers is avoided, and tried with
+    one request every `probe_s` seconds.
     """
 
     near_tie_tokens: int = 64
-    near_tie_ratio: float = 0.05
-    near_tie_share: float = 0.02
+    prefill_tie_ratio: float = 0.05
+    decode_tie_ratio: float = 0.02
     attention_parity_tokens: int = 14_800
+    host_block_tokens: float = 0.2
     max_queued_tokens: int = 8192
     decode_reserve_tokens: int = BLOCK_TOKENS
-    min_scale_requests: int = 32
+    slow_ratio: float = 2.0
+    probe_s: float = 5.0
     stale_after_s: float = 3.0
 
 
@@ -51,11 +59,15 @@ class Placement:
 
     `overlap`: leading blocks of the prompt that each worker is believed to hold.
     `excluded`: workers that refused it or that it failed on.
+    `output_tokens`: how many it is expected to generate; `growth_tokens`: how many a request that
+    decodes somewhere is expected to generate still.
     """
 
     num_prompt_tokens: int
     overlap: Mapping[str, TierOverlap] = field(default_factory=dict)
     excluded: frozenset[str] = frozenset()
+    output_tokens: int = 0
+    growth_tokens: float = 0.0
 
     @property
     def num_blocks(self) -> int:
@@ -71,14 +83,30 @@ class Placement:
         """Prompt tokens that the worker would compute."""
         return self.num_prompt_tokens - self.cached_tokens(worker_id)
 
+    def attention_pairs(self, worker_id: str) -> int:
+        """(query, key) pairs of these: each token attends to itself and to all before it."""
+        total, cached = self.num_prompt_tokens, self.cached_tokens(worker_id)
+        return (total * (total + 1) - cached * (cached + 1)) // 2
+
     def new_blocks(self, worker_id: str, *, extra_tokens: int = 0) -> int:
         """Blocks that the worker would have to allocate."""
         total = -(-(self.num_prompt_tokens + extra_tokens) // BLOCK_TOKENS)
         held = min(self._overlap(worker_id).blocks, self.num_prompt_tokens // BLOCK_TOKENS)
         return total - held
 
+    def host_blocks(self, worker_id: str) -> int:
+        """Blocks that the worker would bring back from its host memory."""
+        return self._overlap(worker_id).host
+
     def _overlap(self, worker_id: str) -> TierOverlap:
         return self.overlap.get(worker_id, _NOTHING)
+
+
+class Scored(NamedTuple):
+    """A worker with room; the least cost wins."""
+
+    cost: float
+    load: WorkerLoad
 
 
 def pick_prefill(
@@ -91,14 +119,9 @@ def pick_prefill(
     config: BalancerConfig = BalancerConfig(),
 ) -> WorkerLoad | None:
     """The worker to prefill on; None if none has room now."""
-    scored: list[tuple[float, WorkerLoad]] = []
-    for load in _eligible(loads, request, now, config):
-        own = in_flight.unreported(load)
-        queued = load.queued_uncached_tokens + own.tokens
-        fits = load.free_blocks - own.blocks >= request.new_blocks(load.worker_id)
-        if fits and queued < config.max_queued_tokens:
-            scored.append((queued + _prefill_work(request, load.worker_id, config), load))
-    return _choose(scored, config.near_tie_tokens, config.near_tie_ratio, rng)
+    scored = score_prefill(loads, request, in_flight, now=now, config=config)
+    near = _near(scored, config.near_tie_tokens, config.prefill_tie_ratio)
+    return _least_given(near, request, in_flight, rng, now=now)
 
 
 def pick_decode(
@@ -110,50 +133,216 @@ def pick_decode(
     now: float,
     config: BalancerConfig = BalancerConfig(),
 ) -> WorkerLoad | None:
-    """The worker to decode on; None if none has room for the prompt and the reserve now.
-
-    The prompt's blocks count from the pick on, though they fill only as prefill proceeds.
-    """
-    candidates: list[tuple[int, int, WorkerLoad]] = []
-    for load in _eligible(loads, request, now, config):
-        own = in_flight.unreported(load)
-        free = load.free_blocks - own.blocks
-        needed = request.new_blocks(load.worker_id, extra_tokens=config.decode_reserve_tokens)
-        if free >= needed:
-            requests = load.running + load.waiting + own.requests + 1
-            candidates.append((load.total_blocks - free + needed, requests, load))
-    scale = max([config.min_scale_requests, *(requests for _, requests, _ in candidates)])
-    scored = [
-        (used / load.total_blocks + requests / scale, load) for used, requests, load in candidates
-    ]
-    return _choose(scored, config.near_tie_share, config.near_tie_ratio, rng)
-
-
-def _eligible(
-    loads: Sequence[WorkerLoad], request: Placement, now: float, config: BalancerConfig
-) -> Iterator[WorkerLoad]:
-    """Workers that report, take new work, and have not refused this request."""
-    for load in loads:
-        fresh = now - load.observed_at <= config.stale_after_s
-        if fresh and not load.draining and load.worker_id not in request.excluded:
-            yield load
-
-
-def _prefill_work(request: Placement, worker_id: str, config: BalancerConfig) -> float:
-    """Tokens' worth of computing, attention included: each token attends to all before it."""
-    total, cached = request.num_prompt_tokens, request.cached_tokens(worker_id)
-    pairs = (total * total - cached * cached) / 2
-    return total - cached + pairs / config.attention_parity_tokens
-
-
-def _choose(
-    scored: Sequence[tuple[float, WorkerLoad]], tie: float, tie_ratio: float, rng: Random
-) -> WorkerLoad | None:
-    """The better of two random ones among those close to the best."""
-    if not scored:
-        return None
-    best = min(score for score, _ in scored)
-    limit = best + max(tie, best * tie_ratio)
-    near = [entry for entry in scored if entry[0] <= limit]
+    """The worker to decode on; None if none has room for the prompt and the reserve now."""
+    scored = score_decode(loads, request, in_flight, now=now, config=config)
+    near = _near(scored, 0.0, config.decode_tie_ratio)
     pair = rng.sample(near, min(2, len(near)))
-    return min(pair, key=lambda entry: entry[0])[1]
+    return min(pair, key=lambda each: each.cost).load if pair else None
+
+
+def score_prefill(
+    loads: Sequence[WorkerLoad],
+    request: Placement,
+    in_flight: InFlight,
+    *,
+    now: float,
+    config: BalancerConfig = BalancerConfig(),
+) -> list[Scored]:
+    """Workers with room for the prefill, and what it would take until its first token.
+
+    A cost is the work queued and the request's own, in tokens of a worker of median pace.
+    """
+    able = _able(loads, request, now, config)
+    unreported = [in_flight.unreported(load) for load in able]
+    routers = in_flight.num_routers(able, unreported, sum(load.prefilling for load in able))
+    slowness = _slowness(able, lambda load: 1 / (load.prefill_tokens_per_s or math.inf))
+    scored = []
+    for load, sent in zip(able, unreported, strict=True):
+        name, slow = load.worker_id, slowness[load.worker_id]
+        queued = slow * _queued_work(load, sent, now=now, routers=routers, config=config)
+        free_blocks = load.free_blocks - sum(each.work.blocks for each in sent)
+        if queued < config.max_queued_tokens and free_blocks >= request.new_blocks(name):
+            own = _work(request.uncached_tokens(name), request.attention_pairs(name), config)
+            own += request.host_blocks(name) * config.host_block_tokens
+            scored.append(Scored(queued + slow * own, load))
+    idle = {load.worker_id for load in able if not load.prefilling}
+    return _sound(scored, slowness, idle & _due(able, in_flight, now, config), config)
+
+
+def score_decode(
+    loads: Sequence[WorkerLoad],
+    request: Placement,
+    in_flight: InFlight,
+    *,
+    now: float,
+    config: BalancerConfig = BalancerConfig(),
+) -> list[Scored]:
+    """Workers with room to decode, and what the request would add to their squared loads.
+
+    Loads are KV blocks as forecast and requests, each relative to its mean; where both are equal
+    everywhere a request as long as most costs about 2. The prompt's blocks count from the pick
+    on, though they fill only as prefill proceeds.
+    """
+    able = _able(loads, request, now, config)
+    unreported = [in_flight.unreported(load) for load in able]
+    routers = in_flight.num_routers(able, unreported, sum(load.decoding for load in able))
+    roomy = []
+    for load, sent in zip(able, unreported, strict=True):
+        name, sent_blocks = load.worker_id, sum(each.work.blocks for each in sent)
+        reserve = request.new_blocks(name, extra_tokens=config.decode_reserve_tokens)
+        if load.free_blocks - sent_blocks < reserve:
+            continue
+        requests = load.decoding + routers * len(sent)
+        used = load.total_blocks - load.free_blocks + routers * sent_blocks
+        used += requests * request.growth_tokens / BLOCK_TOKENS
+        needed = max(request.new_blocks(name, extra_tokens=request.output_tokens), reserve)
+        roomy.append(_Decoder(load, requests + 1 / 2, used + needed / 2, needed))
+    slowness = _slowness(able, lambda load: load.decode_step_us)
+    idle = {load.worker_id for load in able if not load.decoding}
+    due = idle & _due(able, in_flight, now, config)
+    return _sound(_added_squares(roomy), slowness, due, config)
+
+
+def _able(
+    loads: Sequence[WorkerLoad], request: Placement, now: float, config: BalancerConfig
+) -> list[WorkerLoad]:
+    """Workers that report, take new work, and have not refused this request."""
+    return [
+        load
+        for load in loads
+        if now - load.observed_at <= config.stale_after_s
+        and not load.draining
+        and load.worker_id not in request.excluded
+    ]
+
+
+def _queued_work(
+    load: WorkerLoad,
+    sent: Sequence[Dispatch],
+    *,
+    now: float,
+    routers: float,
+    config: BalancerConfig,
+) -> float:
+    """What should be queued now: as reported, and sent since, less what was computed meanwhile.
+
+    For each request that this router has sent, others like it have sent as much.
+    """
+    queued = _work(load.queued_uncached_tokens, load.queued_attention_pairs, config)
+    at = load.observed_at
+    for dispatch in sent:
+        since = max(dispatch.at, at)
+        queued = max(queued - load.prefill_tokens_per_s * (since - at), 0.0)
+        queued += routers * _work(dispatch.work.tokens, dispatch.work.pairs, config)
+        at = since
+    return max(queued - load.prefill_tokens_per_s * max(now - at, 0.0), 0.0)
+
+
+def _work(tokens: float, pairs: float, config: BalancerConfig) -> float:
+    """Tokens' worth of computing, attention included."""
+    return tokens + pairs / config.attention_parity_tokens
+
+
+def _slowness(
+    loads: Sequence[WorkerLoad], seconds: Callable[[WorkerLoad], float]
+) -> dict[str, float]:
+    """How many times the median each worker takes for the same; 1 where unknown."""
+    took = {load.worker_id: seconds(load) for load in loads}
+    known = [each for each in took.values() if each > 0]
+    median = median_low(known) if known else 1.0
+    return {name: each / median if each > 0 else 1.0 for name, each in took.items()}
+
+
+def _due(
+    loads: Sequence[WorkerLoad], in_flight: InFlight, now: float, config: BalancerConfig
+) -> Set[str]:
+    """Workers that this router has not asked for anything for long."""
+    names = [load.worker_id for load in loads]
+    return {name for name in names if in_flight.idle_s(name, now=now) >= config.probe_s}
+
+
+def _sound(
+    scored: Sequence[Scored], slowness: Mapping[str, float], due: Set[str], config: BalancerConfig
+) -> list[Scored]:
+    """Without the slow ones, unless only they have room; one that is due for a try, alone."""
+    sound, slow = [], []
+    for each in scored:
+        if slowness[each.load.worker_id] <= config.slow_ratio:
+            sound.append(each)
+        elif each.load.worker_id in due:
+            return [each]
+        else:
+            slow.append(each)
+    return sound or slow
+
+
+def _near(scored: Sequence[Scored], tie: float, tie_ratio: float) -> list[Scored]:
+    """Those whose cost is close to the least."""
+    least = min((each.cost for each in scored), default=0.0)
+    limit = least + max(tie, least * tie_ratio)
+    return [each for each in scored if each.cost <= limit]
+
+
+def _least_given(
+    near: Sequence[Scored], request: Placement, in_flight: InFlight, rng: Random, *, now: float
+) -> WorkerLoad | None:
+    """Whose attention work and input tokens of late this evens out most, by this router's part."""
+    if not near:
+        return None
+    given = {each.load.worker_id: in_flight.given(each.load.worker_id, now=now) for each in near}
+    mean = Work.sum(given.values()).faded(1 / len(given))
+
+    def added_squares(load: WorkerLoad) -> float:
+        has = given[load.worker_id]
+        tokens = request.uncached_tokens(load.worker_id)
+        pairs = request.attention_pairs(load.worker_id)
+        requests = mean.requests or 1.0
+        return _weighed(tokens, mean.tokens / requests, has.tokens + tokens / 2, mean.tokens) + (
+            _weighed(pairs, mean.pairs / requests, has.pairs + pairs / 2, mean.pairs)
+        )
+
+    return min(rng.sample([each.load for each in near], len(near)), key=added_squares)
+
+
+class _Decoder(NamedTuple):
+    """A decode worker with room, and half of what the request adds to it, all as forecast."""
+
+    load: WorkerLoad
+    requests: float
+    blocks: float
+    needed_blocks: int
+
+    @property
+    def share(self) -> float:
+        """Of its blocks in use."""
+        return self.blocks / self.load.total_blocks
+
+
+def _added_squares(decoders: Sequence[_Decoder]) -> list[Scored]:
+    """What each would add to the sum of squares of relative KV use and relative request count.
+
+    So a prompt that is longer than most goes by KV use, a shorter one by request count. Workers
+    that should run out of blocks count only if all should.
+    """
+    ample = [
+        each for each in decoders if each.blocks + each.needed_blocks / 2 <= each.load.total_blocks
+    ]
+    chosen = ample or decoders
+    requests, blocks = (sum(each.requests for each in chosen), sum(each.blocks for each in chosen))
+    shares = sum(each.share for each in chosen)
+    return [
+        Scored(
+            _weighed(each.needed_blocks, blocks / requests, each.share, shares / len(chosen))
+            + _weighed(1, 1, each.requests, requests / len(chosen)),
+            each.load,
+        )
+        for each in chosen
+    ]
+
+
+def _weighed(own: float, mean_own: float, load: float, mean: float) -> float:
+    """A load relative to its mean, by how much of it a request is relative to the mean request.
+
+    With `load` half-way between before and after, it is what the request adds to the square.
+    """
+    return own / mean_own * load / mean if mean else 0.0

@@ -1,7 +1,10 @@
 """What each balancer evens out, and whom it never picks."""
 
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,13 +15,15 @@ from tidemill.policy import (
     InFlight,
     Placement,
     TierOverlap,
+    Work,
     WorkerLoad,
     pick_decode,
     pick_prefill,
 )
 
 NOW = 100.0
-PICKS = [pick_prefill, pick_decode]
+Pick = Callable[..., WorkerLoad | None]
+PICKS: list[Pick] = [pick_prefill, pick_decode]
 
 
 def worker(name: str, **changes: int | float | bool) -> WorkerLoad:
@@ -32,6 +37,26 @@ def worker(name: str, **changes: int | float | bool) -> WorkerLoad:
     return WorkerLoad(worker_id=name, **(figures | changes))  # type: ignore[arg-type]
 
 
+def sent_and_done(in_flight: InFlight, name: str, tokens: int, *, at: float = NOW) -> None:
+    in_flight.add("done", name, at=at, tokens=tokens, pairs=tokens * (tokens + 1) // 2)
+    in_flight.remove("done")
+
+
+def pick_of(
+    pick: Pick, loads: list[WorkerLoad], in_flight: InFlight | None = None, seed: int = 0
+) -> str | None:
+    request = Placement(num_prompt_tokens=1000)
+    return name_of(
+        pick(
+            loads,
+            request,
+            in_flight if in_flight is not None else InFlight(),
+            Random(seed),
+            now=NOW,
+        )
+    )
+
+
 def name_of(load: WorkerLoad | None) -> str | None:
     return None if load is None else load.worker_id
 
@@ -39,13 +64,29 @@ def name_of(load: WorkerLoad | None) -> str | None:
 def prefill(
     loads: list[WorkerLoad], request: Placement, in_flight: InFlight | None = None, seed: int = 0
 ) -> str | None:
-    return name_of(pick_prefill(loads, request, in_flight or InFlight(), Random(seed), now=NOW))
+    return name_of(
+        pick_prefill(
+            loads,
+            request,
+            in_flight if in_flight is not None else InFlight(),
+            Random(seed),
+            now=NOW,
+        )
+    )
 
 
 def decode(
     loads: list[WorkerLoad], request: Placement, in_flight: InFlight | None = None, seed: int = 0
 ) -> str | None:
-    return name_of(pick_decode(loads, request, in_flight or InFlight(), Random(seed), now=NOW))
+    return name_of(
+        pick_decode(
+            loads,
+            request,
+            in_flight if in_flight is not None else InFlight(),
+            Random(seed),
+            now=NOW,
+        )
+    )
 
 
 def test_prefill_goes_where_fewer_uncached_tokens_are_queued() -> None:
@@ -91,13 +132,120 @@ def test_own_unreported_work_counts_at_once() -> None:
     assert picked == {"a": 4, "b": 4}
 
 
-def test_among_near_ties_the_better_of_two_random_ones_is_taken() -> None:
-    loads = [worker(str(number), queued_uncached_tokens=number) for number in range(4)]
-    picked = Counter(
-        prefill(loads, Placement(num_prompt_tokens=100), seed=seed) for seed in range(600)
-    )
-    assert picked.keys() == {"0", "1", "2"}  # the worst of four never wins a pair
-    assert picked["0"] > picked["1"] > picked["2"] > 50
+def test_prefill_among_near_ties_goes_where_less_was_given_lately() -> None:
+    loads = [worker(name, queued_uncached_tokens=number) for number, name in enumerate("abcd")]
+    in_flight = InFlight()
+    for name in "acd":
+        sent_and_done(in_flight, name, 500)
+    picked = {
+        prefill(loads, Placement(num_prompt_tokens=100), in_flight, seed) for seed in range(9)
+    }
+    assert picked == {"b"}
+    fresh = Counter(prefill(loads, Placement(num_prompt_tokens=100), seed=s) for s in range(400))
+    assert fresh.keys() == set("abcd"), "nobody was given anything: any will do"
+    assert min(fresh.values()) > 50
+
+
+def test_prefill_evens_out_attention_and_tokens_at_once() -> None:
+    """One prompt of 9,000 tokens attends to nine times as much as nine of 1,000."""
+    loads = [worker("one"), worker("many")]
+    in_flight = InFlight()
+    sent_and_done(in_flight, "one", 9000)
+    for _ in range(10):
+        sent_and_done(in_flight, "many", 1000)
+    assert prefill(loads, Placement(num_prompt_tokens=6000), in_flight) == "many"
+    for _ in range(20):
+        sent_and_done(in_flight, "many", 1000)
+    assert prefill(loads, Placement(num_prompt_tokens=50), in_flight) == "one"
+
+
+def test_what_was_given_fades() -> None:
+    in_flight = InFlight(half_life_s=10)
+    in_flight.add("r", "a", at=NOW - 20, tokens=1000, pairs=400, blocks=16)
+    assert in_flight.given("a", now=NOW) == Work(0.25, 250, 100, 4)
+    assert in_flight.given("b", now=NOW) == Work()
+    in_flight.forget("a")
+    assert in_flight.given("a", now=NOW) == Work()
+
+
+def test_a_worker_has_computed_since_its_report() -> None:
+    old = worker("a", queued_uncached_tokens=5000, observed_at=NOW - 0.5)
+    loads = [old, worker("b", queued_uncached_tokens=1000, prefill_tokens_per_s=9000)]
+    request = Placement(num_prompt_tokens=100)
+    assert prefill(loads, request) == "b"
+    assert prefill([replace(old, prefill_tokens_per_s=9000), loads[1]], request) == "a"
+
+
+def test_a_worker_has_not_computed_what_it_got_only_now() -> None:
+    idle = worker("a", observed_at=NOW - 0.5, prefill_tokens_per_s=10_000)
+    busy = worker("b", queued_uncached_tokens=2000, prefill_tokens_per_s=10_000)
+    in_flight = InFlight()
+    in_flight.add("r", "a", at=NOW, tokens=3000)
+    assert prefill([idle, busy], Placement(num_prompt_tokens=100), in_flight) == "b"
+
+
+@pytest.mark.parametrize(("reported", "picked"), [(10, "a"), (40, "b")])
+def test_other_routers_are_taken_to_send_as_much_as_this_one(reported: int, picked: str) -> None:
+    """Ten of the reported requests are its own, so with 40 in all there are about four routers."""
+    in_flight = InFlight()
+    for number in range(10):
+        in_flight.add(f"old {number}", "b", at=NOW - 5)
+    in_flight.add("new", "a", at=NOW, tokens=1000, blocks=10)
+    loads = [worker("a"), worker("b", queued_uncached_tokens=2000, prefilling=reported)]
+    assert prefill(loads, Placement(num_prompt_tokens=1000), in_flight) == picked
+
+
+def test_prefill_counts_in_time_where_paces_differ() -> None:
+    loads = [
+        worker("slower", prefill_tokens_per_s=6000, queued_uncached_tokens=2000),
+        worker("faster", prefill_tokens_per_s=10_000, queued_uncached_tokens=3000),
+        worker("also", prefill_tokens_per_s=10_000, queued_uncached_tokens=6000),
+    ]
+    assert prefill(loads, Placement(num_prompt_tokens=1000)) == "faster"
+    unknown = [replace(loads[0], prefill_tokens_per_s=0), *loads[1:]]
+    assert prefill(unknown, Placement(num_prompt_tokens=1000)) == "slower"
+
+
+SLOW = {
+    pick_prefill: {"prefill_tokens_per_s": 4000},
+    pick_decode: {"decode_step_us": 45_000},
+}
+SOUND = {"prefill_tokens_per_s": 9000, "decode_step_us": 20_000}
+
+
+@pytest.mark.parametrize("pick", PICKS)
+def test_a_slow_worker_gets_nothing_while_others_have_room(pick: Pick) -> None:
+    slow = worker("slow", **(SOUND | SLOW[pick]), running=1, prefilling=1)
+    others = {"queued_uncached_tokens": 6000, "running": 60, "free_blocks": 300}
+    loads = [slow, worker("a", **SOUND, **others), worker("b", **SOUND, **others)]
+    assert {pick_of(pick, loads, seed=seed) for seed in range(20)} == {"a", "b"}
+    full = {"queued_uncached_tokens": 9000, "free_blocks": 0}
+    loads = [slow, worker("a", **SOUND, **full), worker("b", **SOUND, **full)]
+    assert pick_of(pick, loads) == "slow"
+
+
+@pytest.mark.parametrize("pick", PICKS)
+def test_a_slow_worker_that_is_idle_gets_one_request_now_and_then(pick: Pick) -> None:
+    loads = [worker("slow", **(SOUND | SLOW[pick])), worker("a", **SOUND), worker("b", **SOUND)]
+    in_flight = InFlight()
+    assert pick_of(pick, loads, in_flight) == "slow", "this router never tried it"
+    in_flight.add("try", "slow", at=NOW - 60)
+    assert pick_of(pick, loads, in_flight) != "slow", "its try is not over"
+    in_flight.remove("try")
+    assert pick_of(pick, loads, in_flight) == "slow", "the try was long ago"
+    sent_and_done(in_flight, "slow", 1, at=NOW - 4.9)
+    assert pick_of(pick, loads, in_flight) != "slow"
+    busy = [replace(loads[0], running=1, prefilling=1), *loads[1:]]
+    assert pick_of(pick, busy, InFlight()) != "slow", "it is busy with another router's"
+
+
+def test_prefill_prefers_blocks_on_the_device_to_blocks_in_host_memory() -> None:
+    overlap = {"host": TierOverlap(0, 700), "device": TierOverlap(700)}
+    loads = [worker("host"), worker("device")]
+    request = Placement(num_prompt_tokens=700 * 64 + 1, overlap=overlap)
+    assert {prefill(loads, request, seed=seed) for seed in range(20)} == {"device"}
+    loads = [worker("host"), worker("device", queued_uncached_tokens=500)]
+    assert prefill(loads, request) == "host"
 
 
 def test_a_prefill_worker_with_a_long_queue_has_no_room() -> None:
@@ -129,15 +277,29 @@ def test_decode_evens_out_kv_use() -> None:
 
 
 def test_decode_evens_out_requests_where_kv_use_is_equal() -> None:
-    loads = [worker("a", running=30, waiting=2), worker("b", running=10), worker("c", running=31)]
+    loads = [
+        worker("a", running=30, waiting=2, free_blocks=500),
+        worker("b", running=10, free_blocks=500),
+        worker("c", running=31, free_blocks=500),
+    ]
     assert {decode(loads, Placement(num_prompt_tokens=100), seed=seed) for seed in range(20)} == {
         "b"
     }
 
 
+def test_a_long_prompt_goes_by_kv_use_and_a_short_one_by_request_count() -> None:
+    loads = [
+        worker("few", running=20, free_blocks=300),
+        worker("light", running=30, free_blocks=500),
+    ]
+    assert decode(loads, Placement(num_prompt_tokens=8000)) == "light"
+    assert decode(loads, Placement(num_prompt_tokens=100)) == "few"
+
+
 def test_own_unreported_requests_count_for_decode_at_once() -> None:
-    loads = [worker("a", running=10), worker("b", running=12)]
+    loads = [worker("a", running=10, free_blocks=500), worker("b", running=14, free_blocks=500)]
     in_flight = InFlight()
+    assert decode(loads, Placement(num_prompt_tokens=100), in_flight) == "a"
     for number in range(8):
         in_flight.add(str(number), "a", at=NOW)
     assert decode(loads, Placement(num_prompt_tokens=100), in_flight) == "b"
@@ -150,6 +312,17 @@ def test_decode_compares_shares_of_unequal_pools() -> None:
     ]
     assert decode(loads, Placement(num_prompt_tokens=640)) == "small"
     assert decode(loads, Placement(num_prompt_tokens=2560)) == "large"
+
+
+def test_decode_leaves_a_worker_that_will_run_out_of_blocks_as_its_requests_grow() -> None:
+    """40 requests of 100 tokens more need 63 blocks; each pool has more than that free now."""
+    loads = [worker("many", running=40, free_blocks=70), worker("few", running=4, free_blocks=65)]
+    request = Placement(num_prompt_tokens=640)
+    assert decode(loads, request) is not None
+    growing = replace(request, output_tokens=200, growth_tokens=100.0)
+    assert {decode(loads, growing, seed=seed) for seed in range(20)} == {"few"}
+    endless = replace(request, output_tokens=20_000, growth_tokens=10_000.0)
+    assert decode(loads, endless) is not None, "all will: then they swap"
 
 
 def test_decode_needs_room_for_the_prompt_and_its_reserve() -> None:
@@ -172,10 +345,9 @@ def test_decode_needs_room_for_the_prompt_and_its_reserve() -> None:
         worker("refused"),
     ],
 )
-def test_who_cannot_take_it_is_never_picked(pick: object, unfit: WorkerLoad) -> None:
-    assert callable(pick)
+def test_who_cannot_take_it_is_never_picked(pick: Pick, unfit: WorkerLoad) -> None:
     request = Placement(num_prompt_tokens=100, excluded=frozenset({"refused"}))
-    arguments = {"in_flight": InFlight(), "rng": Random(0), "now": NOW}
+    arguments: dict[str, Any] = {"in_flight": InFlight(), "rng": Random(0), "now": NOW}
     assert pick(loads=[unfit], request=request, **arguments) is None
     busy = worker("fit", queued_uncached_tokens=8000, running=500, free_blocks=500)
     assert name_of(pick(loads=[unfit, busy], request=request, **arguments)) == "fit"
@@ -211,10 +383,10 @@ def test_a_pick_fits_is_near_the_best_and_repeats_with_its_seed(
     assert (picked is None) == (not roomy)
     if picked is not None:
         assert by_name[picked] in roomy
-        own_work = tokens + tokens * tokens / 2 / config.attention_parity_tokens
+        own_work = tokens + tokens * (tokens + 1) / 2 / config.attention_parity_tokens
         best = min(load.queued_uncached_tokens for load in roomy) + own_work
         score = by_name[picked].queued_uncached_tokens + own_work
-        assert score <= best + max(config.near_tie_tokens, best * config.near_tie_ratio)
+        assert score <= best + max(config.near_tie_tokens, best * config.prefill_tie_ratio)
     assert prefill(loads, request, seed=seed) == picked
     decoding = decode(loads, request, seed=seed)
     assert decoding is None or by_name[decoding].free_blocks >= -(-(tokens + 64) // 64)
