@@ -17,7 +17,7 @@ ROUTERS = ("router", "router-1")
 WORKERS = ("prefill", "prefill-1", "decode", "decode-1")
 LEDGER = "redis-ledger"
 
-LEASE_S = 1.0
+LEASE_S = 2.0  # a machine that is busy elsewhere may stand still for one
 HANDOVER_LEASE_S = 10.0
 CONTEXT_TOKENS = 8192
 _DIED_S = 60.0
