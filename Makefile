@@ -10,7 +10,7 @@ CODEGEN_VENV  := .venv-protos
 CODEGEN_STAMP := $(CODEGEN_VENV)/.installed
 CODEGEN_PINS  := grpcio-tools==1.66.2 protobuf==5.27.2 mypy-protobuf==3.6.0 protovalidate==2.1.0 setuptools==75.8.0
 
-.PHONY: help demo up test check protos bench load clean venv redis pins
+.PHONY: help demo up test check protos bench load soak clean venv redis pins
 
 help:  ## list the verbs
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -39,6 +39,9 @@ bench: venv  ## the benchmarks; results as JSON under benchmarks/results
 
 load: venv  ## every load scenario against the whole stack, the books reconciled; docs/reports
 	$(BIN)/python -m loadtest.local
+
+soak: venv  ## half an hour at 70 % of what the stack bears: nothing may grow; docs/reports/soak
+	$(BIN)/python -m loadtest.soak
 
 clean:  ## remove what the other verbs made, the virtual environments too
 	rm -rf $(VENV) $(CODEGEN_VENV) .tidemill build dist

@@ -5,6 +5,7 @@ and the books side by side.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,30 +38,21 @@ def write_report(run: Run, source: Source, folder: Path) -> Path:
     """Write the page of one run, and return it."""
     into = folder / str(run["scenario"])
     into.mkdir(parents=True, exist_ok=True)
-    plot(into / "latency.svg", run, _latency, "time", "share of answers", num=3)
-    plot(into / "course.svg", run, _course, "seconds", "", num=3)
+    plot(into / "latency.svg", partial(_latency, run), num=3, xlabel="ms")
+    plot(into / "course.svg", partial(_course, run), num=3, xlabel="seconds")
     page = into / "README.md"
     page.write_text("\n".join(_page(run, source)) + "\n", encoding="utf-8")
     return page
 
 
-def plot(
-    path: Path,
-    run: Run,
-    draw: Callable[[Run, Sequence[Axes]], None],
-    xlabel: str,
-    ylabel: str,
-    *,
-    num: int,
-) -> None:
+def plot(path: Path, draw: Callable[[Sequence[Axes]], None], *, num: int, xlabel: str) -> None:
     """`num` panels side by side, as `draw` fills them in."""
     figure = Figure(figsize=(4 * num, 3.2), layout="constrained")
     panels = [figure.add_subplot(1, num, index + 1) for index in range(num)]
     for panel in panels:
         panel.set_xlabel(xlabel)
-        panel.set_ylabel(ylabel)
         panel.grid(alpha=0.3)
-    draw(run, panels)
+    draw(panels)
     figure.savefig(path, format="svg", metadata=_METADATA)
 
 
@@ -77,6 +69,7 @@ def _latency(run: Run, panels: Sequence[Axes]) -> None:
         xs, ys = distribution(values)
         panel.step(xs, ys, where="post")
         panel.set_xlabel(name)
+        panel.set_ylabel("share")
         panel.set_ylim(0, 1.02)
         if limit is not None:
             panel.axvline(limit, color="tab:red", linestyle="--", linewidth=1, label="objective")
@@ -164,7 +157,7 @@ def _page(run: Run, source: Source) -> list[str]:
         "",
         "![course](course.svg)",
         "",
-        *_books(summary),
+        *books_of(summary),
     ]
 
 
@@ -175,7 +168,8 @@ def _of_trace(run: Run) -> str:
     return f"look-alike lengths times {options['scale']:g}"
 
 
-def _books(summary: Mapping[str, Any]) -> list[str]:
+def books_of(summary: Mapping[str, Any]) -> list[str]:
+    """The section that tells how the books came out."""
     books = summary.get("reconciled")
     if books is None:
         return ["The books were not reconciled: no operator's key was given."]
