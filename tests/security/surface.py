@@ -25,6 +25,10 @@ DECODE = "tidemill.api.decode.v1.DecodeService"
 CACHE = "tidemill.api.cache.v1.CacheService"
 
 
+# What gRPC says here, and not the server, when a body meets a call that the server has ended.
+_CUT_IN_WRITING = "Internal error from Core"
+
+
 @dataclass(frozen=True)
 class Method:
     """One method of one service."""
@@ -100,6 +104,8 @@ async def call(
     try:
         await answer.read()
     except grpc.aio.AioRpcError as error:
+        if error.details() == _CUT_IN_WRITING:
+            return Answered(grpc.StatusCode.ABORTED)
         return Answered(error.code(), from_rpc_error(error))
     answer.cancel()
     return Answered(grpc.StatusCode.OK)
