@@ -10,13 +10,12 @@ from dataclasses import replace
 from services.router.fleet import DECODE, PREFILL, Fleet, Worker
 from services.router.ticket import Place, Placed, Ticket
 from services.router.waiting import WaitingLine
-from tidemill.blocks import BLOCK_TOKENS, max_hit_tokens
+from tidemill.blocks import BLOCK_TOKENS, block_names, max_hit_tokens
 from tidemill.policy import (
     BalancerConfig,
     InFlight,
     OutputLengths,
     Placement,
-    PrefixAffinity,
     QueueLimits,
     TierOverlap,
     WorkerLoad,
@@ -49,7 +48,6 @@ class Dispatcher:
         self._balancer = balancer
         self._rng = rng
         self._clock = clock
-        self._affinity = PrefixAffinity()
         self._prefilling = InFlight()
         self._decoding = InFlight()
         self._answers = OutputLengths()
@@ -89,8 +87,9 @@ class Dispatcher:
 
     def expected_hit_tokens(self, num_prompt_tokens: int, block_hashes: Sequence[bytes]) -> int:
         """What would be billed as hits if the prompt met the worker that holds most of it."""
-        held = self._affinity.overlap(block_hashes)
-        return min(max(held.values(), default=0) * BLOCK_TOKENS, max_hit_tokens(num_prompt_tokens))
+        held = self._fleet.prefixes.overlap(block_names(block_hashes), self._clock())
+        most = max((each.blocks for each in held.values()), default=0)
+        return min(most * BLOCK_TOKENS, max_hit_tokens(num_prompt_tokens))
 
     def withdraw(self, ticket: Ticket) -> None:
         """Give the place up; nothing happens to a ticket that has none."""
@@ -106,10 +105,6 @@ class Dispatcher:
         self._prefilling.remove(key)
         self._line.began(key)
         self._wake.set()
-
-    def filled(self, worker_id: str, hashes: Sequence[bytes]) -> None:
-        """The worker holds this chain, from block 0 on: a prompt and what was generated."""
-        self._affinity.record(worker_id, hashes)
 
     def answered(self, num_tokens: int) -> None:
         """A choice has ended after so many tokens."""
@@ -173,7 +168,7 @@ class Dispatcher:
         self._decoding.add(ticket.key, placed.decode.id, at=now, blocks=blocks)
         peers = self._peers(request.overlap, prefill)
         for each in (prefill, placed.decode):
-            self._affinity.record(each.id, ticket.block_hashes)
+            self._fleet.prefixes.expect(each.id, ticket.names, now)
         if not ticket.placed.done():
             ticket.placed.set_result(replace(placed, peers=peers))
         return True
@@ -230,17 +225,13 @@ class Dispatcher:
         now = self._clock()
         return Placement(
             num_prompt_tokens=ticket.num_prompt_tokens,
-            overlap={
-                worker_id: TierOverlap(num_blocks)
-                for worker_id, num_blocks in self._affinity.overlap(ticket.block_hashes).items()
-            },
+            overlap=self._fleet.prefixes.overlap(ticket.names, now),
             excluded=frozenset(id_ for id_, until in ticket.excluded.items() if until > now),
             output_tokens=self._answers.expected(ticket.max_tokens),
             growth_tokens=self._answers.remaining,
         )
 
     def _forget(self, worker: Worker) -> None:
-        self._affinity.forget(worker.id)
         self._prefilling.forget(worker.id)
         self._decoding.forget(worker.id)
         self._wake.set()

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from tidemill.policy import WorkerLoad
+from tidemill.policy import PrefixIndex, WorkerLoad
 
 if TYPE_CHECKING:  # the name exists in the stubs alone
     from tidemill.api.decode.v1.decode_service_pb2_grpc import DecodeServiceAsyncStub
@@ -83,11 +83,13 @@ class Fleet:
 
     Workers of one model name must have one digest: the configured one, else that of the first
     worker seen, for as long as one with it stays. Others stay connected and are never picked.
+    `prefixes` is which blocks they hold.
     """
 
     expected: Mapping[str, Expected]
     clock: Callable[[], float]
     stale_after_s: float
+    prefixes: PrefixIndex = field(default_factory=PrefixIndex)
     _workers: dict[str, Worker] = field(default_factory=dict)
     _digests: dict[str, bytes] = field(default_factory=dict)
     _on_change: list[Callable[[], None]] = field(default_factory=list)
@@ -123,6 +125,7 @@ class Fleet:
         if self._workers.get(worker.id) is not worker:
             return
         del self._workers[worker.id]
+        self.prefixes.forget(worker.id)
         model = worker.description.model
         left = [each.description for each in self._workers.values()]
         if not any(each.digest == self._digests.get(model) for each in left if each.model == model):

@@ -2,8 +2,8 @@
 
 Workers register in the cache Redis: sorted set tm:workers of worker ids, and for each a hash
 tm:worker:<id> with its address and role. Each address found, there or in the configuration, gets
-one link: DescribeWorker, then WatchLoad for as long as it lasts. While the cache Redis is away
-the links that live stay.
+one link: DescribeWorker, then WatchLoad and WatchKv for as long as they last. While the cache Redis
+is away the links that live stay.
 """
 
 import asyncio
@@ -24,12 +24,15 @@ from redis.exceptions import (
 from services.router.config import FleetConfig
 from services.router.fleet import DECODE, PREFILL, Description, Fleet, OpenAttempts, Worker
 from services.router.fleet_hours import FleetHours
+from services.router.kv_watch import watch_kv
+from services.router.tasks import OwnedTasks
 from tidemill.api.common.v1 import kv_pb2
 from tidemill.api.decode.v1 import decode_service_pb2_grpc
 from tidemill.api.worker.v1 import worker_service_pb2 as worker_pb2
 from tidemill.api.worker.v1 import worker_service_pb2_grpc
 from tidemill.errors import ConfigError
 from tidemill.policy import WorkerLoad
+from tidemill.rpc import tasks
 from tidemill.rpc.channel import internal_channel
 from tidemill.rpc.options import INTERNAL_CLIENT
 
@@ -145,7 +148,7 @@ class Registry:
 
 
 class Link:
-    """One worker's connection: asks what it is, then follows its load, again and again."""
+    """One worker's connection: asks what it is, then follows load and blocks, again and again."""
 
     def __init__(
         self,
@@ -163,6 +166,7 @@ class Link:
         self._worker: Worker | None = None
         self.asked = False  # whether it has reported, or failed to
         self._open_attempts = OpenAttempts()
+        self._watches = OwnedTasks()
         self._channel = internal_channel(
             endpoint.address, role=endpoint.role, tls=config.tls, options=_CHANNEL_OPTIONS
         )
@@ -212,6 +216,9 @@ class Link:
         worker = Worker(description, self._decode, open_attempts=self._open_attempts)
         self._fleet.join(worker)
         self._worker = worker
+        watching = self._watches.spawn(
+            watch_kv(self._stub, worker.id, self._fleet.prefixes), name="watch KV"
+        )
         try:
             request = worker_pb2.WatchLoadRequest(min_interval_ms=self._interval_ms)
             async for message in self._stub.WatchLoad(request):
@@ -226,6 +233,7 @@ class Link:
                     decode_us=message.decode_busy_us,
                 )
         finally:
+            await tasks.end(watching)
             self._worker = None
             self._fleet.leave(worker)
 

@@ -188,7 +188,6 @@ class Serving:
             lane.attempt = lane.patience = None
             await attempt.close()
         self._end_choices(lane)
-        self._note_filled(lane, placed.decode)
 
     async def _follow(self, lane: Lane, attempt: Attempt) -> None:
         """Take in what the worker says, to the end; WorkerLost where a Final is overdue."""
@@ -377,11 +376,6 @@ class Serving:
         if finish is not Finish.SERVER_FAULT:
             for choice in lane.going_on:
                 self._relay.end(choice, finish)
-
-    def _note_filled(self, lane: Lane, decode: Worker) -> None:
-        """Let the next turn look for the answer there, where all but its last token lies."""
-        for choice in lane.choices:
-            self._dispatcher.filled(decode.id, self._admitted.chain(choice.token_ids[:-1]))
 
 
 def _blamed(loss: WorkerLost, placed: Placed) -> Worker:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from services.router.fleet import Worker
+from tidemill.blocks import block_names
 from tidemill.errors import TidemillError
 from tidemill.policy import Priority
 
@@ -44,7 +45,8 @@ class Ticket:
     A request has one, and each choice that goes on alone. Instants are the dispatcher's clock's:
     `deadline` is when the first token must have come; `excluded` maps workers that refused it or
     were lost to when they may be asked again. `moved` hears of a new place: position and seconds.
-    `placed` is None once the place was given up, or taken away: then `refusal` says why.
+    `placed` is None once the place was given up, or taken away: then `refusal` says why. `names`
+    are what the prefix index calls the prompt's blocks.
     """
 
     key: str
@@ -60,6 +62,10 @@ class Ticket:
     place: Place = Place(0, None)
     cost_tokens: int = 0
     refusal: TidemillError | None = None
+    names: Sequence[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.names = block_names(self.block_hashes)
 
     @property
     def flow(self) -> tuple[Priority, str]:

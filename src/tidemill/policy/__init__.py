@@ -27,7 +27,7 @@ from tidemill.policy.placement import (
     num_moves,
     place_experts,
 )
-from tidemill.policy.prefix_affinity import PrefixAffinity
+from tidemill.policy.prefix_index import KvChange, PrefixIndex
 from tidemill.policy.queue_model import QueueModel
 
 __all__ = [
@@ -39,9 +39,10 @@ __all__ = [
     "FetchConfig",
     "FetchOrRecompute",
     "InFlight",
+    "KvChange",
     "OutputLengths",
     "Placement",
-    "PrefixAffinity",
+    "PrefixIndex",
     "Priority",
     "QueueLimits",
     "QueueModel",

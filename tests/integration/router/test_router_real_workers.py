@@ -17,6 +17,7 @@ from tests.router_workers import Pair, TlsOf, ask, check_usage, router_over, spl
 from tests.tiny_model import make_tiny_checkpoint
 from tests.worker_harness import metric, prompt_of, settled, slow_down, worker_at
 from tidemill.api.common.v1 import lifecycle_pb2, usage_pb2
+from tidemill.blocks import block_names
 from tidemill.errors import WorkerLost
 from tidemill.worker.config import Role
 
@@ -49,6 +50,36 @@ async def test_a_repeated_prompt_is_a_hit_and_the_same_answer(pair: Pair) -> Non
     assert usage.prompt.prefill_site == usage_pb2.PREFILL_SITE_PREFILL_WORKER
     assert second.completed.receipt.amount_nano < first.completed.receipt.amount_nano
     assert second.completed.receipt.saved_nano > 0
+
+
+async def test_a_router_that_starts_learns_what_its_workers_hold(
+    pair: Pair, tiny_dir: Path, ledger: RedisProcess, tls_files: TlsOf
+) -> None:
+    prefill, decode, router = pair
+    first = await router.generate(ask("r1"))
+    async with (
+        worker_at(Role.PREFILL, tiny_dir, tls_files, worker_id="empty") as empty,
+        router_over(
+            tiny_dir,
+            ledger,
+            tls_files,
+            *(f"prefill@{each.address}" for each in (prefill, empty)),
+            f"decode@{decode.address}",
+        ) as other,
+    ):
+        index = other.process.fleet.prefixes
+        held = {each: each.worker.engine.pool.findable() for each in (prefill, decode)}
+        names = block_names(
+            [name for tiers in held.values() for each in tiers.values() for name in each]
+        )
+        await other.until(lambda: len(index) == len(set(names)) > 0)
+        for number in range(3):
+            again = await other.generate(ask(f"s{number}"), key=router.key)
+            usage = check_usage(again, 200)
+            assert again.token_ids == first.token_ids
+            assert (usage.prompt.prefill_worker_id, usage.cache_hit_tokens) == ("p", 192)
+        await settled(empty)
+    assert index.overlap(names, 0.0) == {}  # it hung up
 
 
 async def test_one_worker_doing_both_gives_the_same_answer(

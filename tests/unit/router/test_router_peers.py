@@ -23,8 +23,8 @@ from services.router.keys import Tenant
 from services.router.sampling import Sampling
 from services.router.ticket import Placed, Ticket
 from services.router.worker_task import start_message
-from tidemill.blocks import chain_hashes, root_hash
-from tidemill.policy import BalancerConfig, QueueLimits, WorkerLoad
+from tidemill.blocks import block_names, chain_hashes, root_hash
+from tidemill.policy import BalancerConfig, KvChange, QueueLimits, WorkerLoad
 
 FULL = 100_000
 ADMITTED = Admitted(
@@ -74,7 +74,13 @@ class Yard:
         )
         worker = self._workers[worker_id] = Worker(description, cast(Any, None))
         self.fleet.join(worker)
+        self.hold(worker_id, 0)
         self.load(worker_id)
+
+    def hold(self, worker_id: str, num_blocks: int) -> None:
+        """The worker tells that so much of the chain is all that it holds."""
+        change = KvChange(block_names(CHAIN[:num_blocks]))
+        self.fleet.prefixes.hear(worker_id, [change], epoch=1, sequence=1, resets=True)
 
     def load(self, worker_id: str, *, queued_tokens: int = 0) -> None:
         self.now += 1
@@ -129,30 +135,17 @@ def ids(placed: Placed) -> list[str]:
 
 async def test_workers_with_a_longer_overlap_are_peers_best_first() -> None:
     async with yard() as it:
-        for name in ("p1", "p2", "p3"):
+        for name, num_blocks in (("p1", 2), ("p2", 6), ("p3", 0), ("p4", 5)):
             it.add(name, PREFILL)
+            it.hold(name, num_blocks)
+            it.load(name, queued_tokens=FULL)
         it.add("d1", DECODE)
-        for name, others, num_blocks in (
-            ("p1", "p2 p3", 2),
-            ("p2", "p1 p3", 6),
-            ("p3", "p1 p2", 4),
-        ):
-            for other in others.split():
-                it.load(other, queued_tokens=FULL)
-            it.load(name)
-            placed = await it.place(num_blocks)
-            assert placed.prefill is not None
-            assert placed.prefill.id == name
-        # p3 held nothing of it then: the decode worker and p2 held six blocks, p1 two.
-        assert ids(placed) == ["d1", "p2"]
-
-        it.load("p2", queued_tokens=FULL)
         it.load("p3")
-        again = await it.place(4)
-        assert again.prefill is not None
-        assert again.prefill.id == "p3"
-        assert ids(again) == [], "nobody holds more of these four"
-        assert ids(await it.place(8)) == ["d1", "p2"]
+        placed = await it.place(8)
+        assert placed.prefill is not None
+        assert placed.prefill.id == "p3"
+        assert ids(placed) == ["p2", "p4"]
+        assert ids(await it.place(4)) == [], "nobody holds more of these four than it is to compute"
 
 
 async def test_the_worker_chosen_and_workers_that_left_are_no_peers() -> None:
@@ -170,13 +163,20 @@ async def test_the_worker_chosen_and_workers_that_left_are_no_peers() -> None:
         assert ids(await it.place(4)) == []
 
 
-async def test_who_generated_an_answer_is_a_peer_of_the_next_turn() -> None:
+async def test_what_a_worker_was_given_draws_more_of_the_same_until_it_is_told_otherwise() -> None:
     async with yard() as it:
         it.add("p1", PREFILL)
         it.add("d1", DECODE)
-        placed = await it.place(2)
-        it.dispatcher.filled(placed.decode.id, CHAIN[:5])
-        assert ids(await it.place(6)) == ["d1"]
+        await it.place(4)
+        it.add("p2", PREFILL)
+        placed = await it.place(4)  # believed to be at p1, which has not told of it
+        assert placed.prefill is not None
+        assert placed.prefill.id == "p1"
+        it.now += 100
+        it.hold("p2", 4)
+        placed = await it.place(4)
+        assert placed.prefill is not None
+        assert placed.prefill.id == "p2"
 
 
 def test_a_completion_goes_on_with_the_chain_of_its_prompt() -> None:
