@@ -147,7 +147,7 @@ def differences(
     found += [f"{each} is charged and not stated" for each, _ in charged - stated]
     if ledger.spent_nano != (total := ledger.total("amount_nano")):
         found.append(f"the balance fell by {ledger.spent_nano}, the charges are {total}")
-    return found + _engine_differences(ledger, engines)
+    return found + _engine_differences(asked, ledger, engines)
 
 
 def compare(receipts: Sequence[Receipt], settled: Sequence[tuple[str, Record]]) -> list[str]:
@@ -218,7 +218,15 @@ def _seen_differently(asked: Asked, records: Mapping[str, Record]) -> list[str]:
     return found
 
 
-def _engine_differences(ledger: Ledger, engines: Engines | None) -> list[str]:
+def _engine_differences(
+    asked: Sequence[Asked], ledger: Ledger, engines: Engines | None
+) -> list[str]:
+    """Every token generated is in the journal; every prompt prefilled too, or was given up.
+
+    A request that ends before its first token costs nothing, and its prompt is in no journal; the
+    worker may have finished that prompt. Which ones were is not told, but each is whole: what the
+    engines count beyond the journal must be the sum of some of them.
+    """
     if engines is None:
         return []
     found = []
@@ -227,10 +235,34 @@ def _engine_differences(ledger: Ledger, engines: Engines | None) -> list[str]:
             f"engines generated {engines.generated_tokens} tokens, "
             f"the journal has {ledger.generated_tokens}"
         )
-    for name, count in engines.prompt_tokens.items():
-        if count != ledger.total(name):
-            found.append(f"engines count {count} {name}, the journal {ledger.total(name)}")
+    beyond = {name: count - ledger.total(name) for name, count in engines.prompt_tokens.items()}
+    found += [
+        f"engines count {-count} {name} fewer than the journal"
+        for name, count in beyond.items()
+        if count < 0
+    ]
+    total = sum(beyond.values())
+    if not found and not (_sums(_given_up(asked, ledger)) >> total) & 1:
+        found.append(f"engines prefilled {total} tokens of no prompt that was billed or given up")
     return found
+
+
+def _given_up(asked: Sequence[Asked], ledger: Ledger) -> list[int]:
+    """Prompt tokens of every time that a request was let in and ended without a charge."""
+    charged = Counter(request_id for request_id, _ in ledger.charges)
+    return [
+        each.prompt_tokens
+        for each in asked
+        for _ in range(each.times_accepted - charged[each.request_id])
+    ]
+
+
+def _sums(numbers: Sequence[int]) -> int:
+    """Bit n is set where some of the numbers add up to n."""
+    sums = 1
+    for number in numbers:
+        sums |= sums << number
+    return sums
 
 
 def _verified(customer: Client, statement: Sequence[Receipt]) -> list[str]:

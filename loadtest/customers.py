@@ -102,6 +102,7 @@ class Customer:
         for event in stream:
             if isinstance(event, Accepted):
                 self._asked.prompt_tokens = event.prompt_tokens
+                self._asked.times_accepted += 1
             if isinstance(event, TextChunk) and event.token_ids:
                 now = time.monotonic()
                 if last is not None:

@@ -49,6 +49,7 @@ class Asked:
     ttft_s: float | None = None
     gaps_s: list[float] = field(default_factory=list)
     prompt_tokens: int = 0  # as Accepted told
+    times_accepted: int = 0
     received_tokens: int = 0  # most of any one call
     usage: Usage | None = None
     receipts: list[Receipt] = field(default_factory=list)

@@ -60,6 +60,7 @@ def asked(request_id: str, end: End = End.WHOLE, *, received: int = 7) -> Asked:
         sent_s=0.0,
         end=end,
         prompt_tokens=100,
+        times_accepted=1,
         received_tokens=received,
         usage=usage if end is End.WHOLE else None,
         receipts=[receipt(request_id)] if end is End.WHOLE else [],
@@ -98,10 +99,22 @@ def engines_generated(run: Run) -> None:
     run.engines = replace(run.engines, generated_tokens=22)
 
 
+def prefilled(run: Run, **more: int) -> None:
+    before = run.engines.prompt_tokens
+    changed = {name: before[name] + count for name, count in more.items()}
+    run.engines = replace(run.engines, prompt_tokens={**before, **changed})
+
+
 def engines_computed(run: Run) -> None:
-    run.engines = replace(
-        run.engines, prompt_tokens={**run.engines.prompt_tokens, "computed_tokens": 73}
-    )
+    prefilled(run, computed_tokens=1)
+
+
+def engines_computed_less(run: Run) -> None:
+    prefilled(run, computed_tokens=-1)
+
+
+def engines_reused_elsewhere(run: Run) -> None:
+    prefilled(run, reused_device_tokens=-64, reused_peer_tokens=64)
 
 
 def unbilled_left_out(run: Run) -> None:
@@ -162,7 +175,12 @@ def another_prompt(run: Run) -> None:
     ("tamper", "told"),
     [
         (engines_generated, "engines generated 22 tokens, the journal has 21"),
-        (engines_computed, "engines count 73 computed_tokens, the journal 72"),
+        (engines_computed, "engines prefilled 1 tokens of no prompt that was billed or given up"),
+        (engines_computed_less, "engines count 1 computed_tokens fewer than the journal"),
+        (
+            engines_reused_elsewhere,
+            "engines count 64 reused_device_tokens fewer than the journal",
+        ),
         (unbilled_left_out, "engines generated 21 tokens, the journal has 18"),
         (balance, "the balance fell by 101, the charges are 100"),
         (charged_twice, "read was charged 2 times"),
@@ -182,6 +200,25 @@ def test_one_tampered_count_is_a_difference(tamper: Callable[[Run], None], told:
     run = true_run()
     tamper(run)
     assert told in run.differences()
+
+
+def test_a_prompt_that_was_given_up_may_have_been_prefilled_as_a_whole() -> None:
+    run = true_run()
+    prefilled(run, computed_tokens=36, reused_host_tokens=64)
+    assert run.differences() == []  # "gone" was let in, and had a prompt of a hundred tokens
+    run.asked[2].times_accepted = 0
+    assert run.differences() == [
+        "engines prefilled 100 tokens of no prompt that was billed or given up"
+    ]
+
+
+def test_a_request_asked_again_was_let_in_once_for_its_charge() -> None:
+    run = true_run()
+    run.asked[0].times_accepted = 2  # hung up before the first token, then read
+    prefilled(run, computed_tokens=200)
+    assert run.differences() == []
+    prefilled(run, computed_tokens=100)
+    assert len(run.differences()) == 1
 
 
 def test_a_receipt_that_cost_nothing_needs_no_charge() -> None:
