@@ -18,6 +18,7 @@ from tidemill.billing import BusyPart, PriceBook, clamp_decided_at, issue_receip
 from tidemill.billing import ledger as rules
 from tidemill.errors import ConfigError, LedgerUnavailable, UsageError
 
+_FOR_THE_CLIENT = 1 / 3  # of a lease
 _ASK_EVERY = 0.1  # of a lease
 _PAGE = 200
 _WHY = "ROUTER_LOST"
@@ -70,7 +71,9 @@ class Resolver:
             or self._bank.now_ms() < self._watch.up_since_ms + self._bank.lease_ms
         ):
             return
-        late = await self._bank.accounts.late_requests(self._bank.now_ms(), limit=_PAGE)
+        # A client was told to come back when the lease ends, and is to find the request there.
+        until_ms = self._bank.now_ms() - round(_FOR_THE_CLIENT * self._bank.lease_ms)
+        late = await self._bank.accounts.late_requests(until_ms, limit=_PAGE)
         for tenant_id, request_id in late:
             key = (tenant_id, request_id)
             # Those of this router run, however late it is with renewing them.

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 from prometheus_client import CollectorRegistry
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from services.router.config import LedgerConfig
 from services.router.money.accounts import Accounts
@@ -117,6 +119,28 @@ async def test_a_call_that_is_cut_off_at_the_end_says_so(ledger_redis: RedisProc
         with pytest.raises(LedgerUnavailable):
             await asked
     await ledger.close()
+
+
+def test_a_server_that_hung_up_is_a_lost_connection_under_uvloop_too(
+    ledger_redis: RedisProcess,
+) -> None:
+    async def hang_up_and_ask() -> None:
+        ledger = Ledger(config_of(ledger_redis))
+        assert await by_command(ledger, "nothing") is None
+        pool = ledger._redis.connection_pool
+        (connection,) = pool._available_connections
+        assert connection._writer is not None
+        connection._writer.transport.abort()
+        with pytest.raises(RedisConnectionError, match="hung up"):
+            await connection.send_command("PING", check_health=False)
+        assert await by_command(ledger, "nothing") is None
+        await ledger.close()
+
+    loop = uvloop.new_event_loop()
+    try:
+        loop.run_until_complete(hang_up_and_ask())
+    finally:
+        loop.close()
 
 
 @pytest.mark.parametrize("own_value", [by_command, by_script])
