@@ -36,6 +36,7 @@ async def _run(arguments: argparse.Namespace) -> None:
         model_dir=arguments.model,
         both=arguments.role == "both",
         port=arguments.port,
+        routers=arguments.routers,
         empty=arguments.verb == "demo",
         say=say,
     )
@@ -57,6 +58,9 @@ def main() -> int:
     )
     parser.add_argument("--model", type=Path, help="Hugging Face folder; default: models/demo")
     parser.add_argument("--port", type=int, default=0, help="the router's; default: a free one")
+    parser.add_argument(
+        "--routers", type=int, default=1, help="router processes on that port; default: 1"
+    )
     parser.add_argument("--state", type=Path, default=ROOT / ".tidemill", help="state directory")
     arguments = parser.parse_args()
     try:

@@ -40,6 +40,7 @@ from tidemill.rpc.tls import TlsFiles
 BOOK_PATH = ROOT / "prices" / "deepseek-2025-02.toml"
 ONE_WORKER_MODEL = "one-worker"
 OPENING_NANO = 1000 * 10**9  # 1000 USD
+ROUTER_HOSTS = ("127.0.0.1", "127.0.0.2")
 START_S = 90.0
 STOP_S = 30.0
 
@@ -134,7 +135,8 @@ class Stack:
 
     `settings` are merged into the configuration file's sections; section [both] is the one-worker
     model's [decode]. Each of `twins` (prefill, decode, router) is there twice, the second one as
-    "router-1" and so on.
+    "router-1" and so on. The routers' certificate is good for `router_name` too; where it is given
+    their port is the same one, at ROUTER_HOSTS.
     """
 
     def __init__(
@@ -144,10 +146,12 @@ class Stack:
         *,
         one_worker: bool = False,
         twins: Sequence[str] = (),
+        router_name: str | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         directory.mkdir(exist_ok=True)
-        state = StateDirectory(directory)
+        hosts = () if router_name is None else (router_name, *ROUTER_HOSTS)
+        state = StateDirectory(directory, hosts=hosts)
         state.prepare(empty=True)
         self.directory = directory
         self.plan = Plan(
@@ -173,6 +177,10 @@ class Stack:
         if one_worker:
             self._ports["both"] = lasting_port()
         self._ports |= {f"{name}-1": lasting_port() for name in twins}
+        self._hosts: dict[str, str] = {}
+        if router_name is not None:
+            self._hosts = dict(zip(("router", "router-1"), ROUTER_HOSTS, strict=True))
+            self._ports["router-1"] = self.plan.router_port
         self.metrics_ports = {name: lasting_port() for name in self._ports}
         self.plan.write_config()
         self.config = self._configure(settings or {})
@@ -227,7 +235,7 @@ class Stack:
         server = {
             **decode["server"],
             "address": f"127.0.0.1:{self._ports['both']}",
-            "tls": _named(self._tls("worker")),
+            "tls": _named(self.tls("worker")),
         }
         own = {"worker_id": "both-0", "model": ONE_WORKER_MODEL, "server": server}
         return {**decode, **own}
@@ -245,7 +253,7 @@ class Stack:
         """The second of its kind: the first one's configuration, another place and name."""
         twin = f"{name}-1"
         server = {
-            "address": f"127.0.0.1:{self._ports[twin]}",
+            "address": self.address_of(twin),
             "metrics_address": f"127.0.0.1:{self.metrics_ports[twin]}",
         }
         own = {"money": {"router_id": twin}} if name == "router" else {"worker_id": twin}
@@ -259,7 +267,12 @@ class Stack:
 
         return Child(twin, command, ready)
 
-    def _tls(self, name: str) -> TlsFiles:
+    def address_of(self, name: str) -> str:
+        """host:port at which a process serves."""
+        return f"{self._hosts.get(name, '127.0.0.1')}:{self._ports[name]}"
+
+    def tls(self, name: str) -> TlsFiles:
+        """The identity of a role."""
         certs = self.plan.state.certs
         return TlsFiles(cert=certs / f"{name}.pem", key=certs / f"{name}.key", ca=self.ca)
 
@@ -294,7 +307,7 @@ class Stack:
         self, key: str, *, retry: RetryPolicy = TOLD_ONCE, router: str = "router"
     ) -> AsyncClient:
         """The SDK with a tenant's key; without retries, so that a refusal is seen."""
-        return AsyncClient(f"127.0.0.1:{self._ports[router]}", key, self.ca, retry=retry)
+        return AsyncClient(self.address_of(router), key, self.ca, retry=retry)
 
     async def key_of(self, tenant_id: str, *, paid_nano: int = OPENING_NANO) -> str:
         """A new key of a tenant, which is made if need be and has paid in `paid_nano`, once."""
@@ -310,11 +323,11 @@ class Stack:
             yield channel
 
     def _channel(self, name: str) -> grpc.aio.Channel:
-        address = f"127.0.0.1:{self._ports[name]}"
+        address = self.address_of(name)
         if _kind(name) == "router":
             return sdk_aio_channel(address, ca=self.ca)
         role = "decode" if name == "both" else _kind(name)
-        return internal_channel(address, role=role, tls=self._tls("router"))
+        return internal_channel(address, role=role, tls=self.tls("router"))
 
     async def health(self, name: str) -> str:
         """What grpc.health.v1 says, or why it cannot be asked."""

@@ -164,7 +164,7 @@ class Link:
         self._clock = clock
         self._hours = hours
         self._worker: Worker | None = None
-        self.asked = False  # whether it has reported, or failed to
+        self._asked = False
         self._open_attempts = OpenAttempts()
         self._watches = OwnedTasks()
         self._channel = internal_channel(
@@ -177,6 +177,12 @@ class Link:
             "DecodeServiceAsyncStub", decode_service_pb2_grpc.DecodeServiceStub(self._channel)
         )
         self._task = asyncio.create_task(self._run(), name=f"link to {endpoint.address}")
+
+    @property
+    def asked(self) -> bool:
+        """Whether the worker has told its load and its blocks, or has failed to."""
+        worker = self._worker
+        return self._asked and (worker is None or self._fleet.prefixes.heard(worker.id) is not None)
 
     @property
     def in_use(self) -> bool:
@@ -204,7 +210,7 @@ class Link:
             except ValueError as error:
                 logger.error("worker is not used: %s", error)
                 failures += 1
-            self.asked = True
+            self._asked = True
             await asyncio.sleep(_RETRY_S[min(failures, len(_RETRY_S) - 1)])
 
     async def _follow(self) -> None:
@@ -225,7 +231,7 @@ class Link:
                 if message.epoch != description.epoch:
                     return
                 self._fleet.report(worker, _load(message, worker.id, self._clock()))
-                self.asked = True
+                self._asked = True
                 self._hours.saw(
                     description,
                     uptime_us=message.uptime_us,

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from services.stack.plan import ROOT, Plan, free_port
+from services.stack.plan import ROOT, Plan, free_port, new_metrics_ports
 from services.stack.processes import Supervisor
 from services.stack.state import StateDirectory
 from tidemill.errors import ConfigError
@@ -35,14 +35,15 @@ async def run_stack(
     model_dir: Path | None = None,
     both: bool = False,
     port: int = 0,
+    routers: int = 1,
     empty: bool = False,
     settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Start everything in `directory`, await `use`, stop everything in reverse order.
 
-    `port` is the router's, 0 for a free one. With `empty` the ledger starts from nothing.
-    `settings` are laid over the configuration. Raises ConfigError before anything is started, and
-    ChildFailed when a process ends by itself.
+    `port` is the router's, 0 for a free one; `routers` processes share it. With `empty` the ledger
+    starts from nothing. `settings` are laid over the configuration. Raises ConfigError before
+    anything is started, and ChildFailed when a process ends by itself.
     """
     state = StateDirectory(directory)
     with state.held(), state.shared_memory() as shm_dir:
@@ -53,6 +54,8 @@ async def run_stack(
             both=both,
             shm_dir=shm_dir,
             router_port=port or free_port(),
+            routers=routers,
+            metrics_ports=new_metrics_ports(routers),
             settings=settings or {},
         )
         plan.write_config()

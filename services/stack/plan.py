@@ -4,6 +4,7 @@ import os
 import socket
 import sys
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,10 +42,27 @@ DEFAULT_MAX_TOKENS = 256
 
 def free_port() -> int:
     """A loopback port that nothing listens on at the moment."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+    return free_ports(1)
+
+
+def free_ports(count: int) -> int:
+    """The first of so many neighbouring loopback ports that nothing listens on at the moment."""
+    while True:
+        with ExitStack() as bound:
+            first = 0
+            try:
+                for offset in range(count):
+                    listener = bound.enter_context(socket.socket())
+                    listener.bind(("127.0.0.1", first and first + offset))
+                    first = first or listener.getsockname()[1]
+            except (OSError, OverflowError):
+                continue
+            return first
+
+
+def new_metrics_ports(routers: int = 1) -> dict[str, int]:
+    """Free ones by service; the routers' lie next to each other."""
+    return {name: free_ports(routers if name == "router" else 1) for name in SERVICES}
 
 
 @dataclass(frozen=True)
@@ -52,7 +70,8 @@ class Plan:
     """One local stack. `both` is one worker that prefills and decodes, else one of each.
 
     `shm_dir` is where the workers share memory; None: they move latents by gRPC. `settings` are
-    laid over the sections of the configuration.
+    laid over the sections of the configuration. `routers` processes share the router's port; their
+    metrics ports are that of the first and those that follow it.
     """
 
     state: StateDirectory
@@ -65,9 +84,8 @@ class Plan:
     decode_port: int = field(default_factory=free_port)
     cache_redis: RedisInstance = field(default_factory=lambda: cache_redis(free_port()))
     ledger_redis: RedisInstance = field(default_factory=lambda: ledger_redis(free_port()))
-    metrics_ports: Mapping[str, int] = field(
-        default_factory=lambda: {name: free_port() for name in SERVICES}
-    )
+    metrics_ports: Mapping[str, int] = field(default_factory=new_metrics_ports)
+    routers: int = 1
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -79,7 +97,9 @@ class Plan:
     def metrics_pages(self) -> dict[str, str]:
         """Prometheus pages by service."""
         names = [name for name in SERVICES if not (self.both and name == "prefill")]
-        return {name: f"http://127.0.0.1:{self.metrics_ports[name]}/metrics" for name in names}
+        ports = {name: self.metrics_ports[name] for name in names}
+        ports |= {f"router-{n}": ports["router"] + n for n in range(1, self.routers)}
+        return {name: f"http://127.0.0.1:{port}/metrics" for name, port in ports.items()}
 
     @property
     def worker_pages(self) -> list[str]:
@@ -119,7 +139,8 @@ class Plan:
             children.append(self._service("prefill", self.prefill_port, "prefill"))
         role = ("--role", "both") if self.both else ()
         children.append(self._service("decode", self.decode_port, "decode", *role))
-        children.append(self._service("router", self.router_port, None))
+        count = ("--processes", str(self.routers)) if self.routers > 1 else ()
+        children.append(self._service("router", self.router_port, None, *count))
         return children
 
     def _service(self, name: str, port: int, role: str | None, *arguments: str) -> Child:

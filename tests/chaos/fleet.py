@@ -5,9 +5,10 @@ Leases are short, so that what a dead router leaves is taken up within seconds.
 
 import asyncio
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from services.router.crash_points import VARIABLE
 from services.stack.redis import answers
@@ -40,11 +41,22 @@ SETTINGS = {
 
 
 class Fleet:
-    """The stack, and who in it is to die."""
+    """The stack, and who in it is to die. `router_name` is as for Stack."""
 
-    def __init__(self, directory: Path, model_dir: Path) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        model_dir: Path,
+        *,
+        router_name: str | None = None,
+        settings: Mapping[str, Any] = SETTINGS,
+    ) -> None:
         self.stack = Stack(
-            directory, model_dir, twins=("router", "prefill", "decode"), settings=SETTINGS
+            directory,
+            model_dir,
+            twins=("router", "prefill", "decode"),
+            router_name=router_name,
+            settings=settings,
         )
         for name in ROUTERS:
             self[name].environ = {VARIABLE: f"@{self._crash_file(name)}"}

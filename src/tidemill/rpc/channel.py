@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import grpc
 
@@ -10,6 +10,12 @@ from tidemill.errors import ConfigError
 from tidemill.rpc.address import is_loopback, is_name_of_many
 from tidemill.rpc.options import BULK_CLIENT, INTERNAL_CLIENT, SDK_CLIENT, Options
 from tidemill.rpc.tls import TlsFiles, channel_credentials, role_name
+
+# Routers are replaced one after the other: the first must be called again before the second goes.
+_SOON_BACK: Final = {
+    "grpc.initial_reconnect_backoff_ms": 200,
+    "grpc.max_reconnect_backoff_ms": 1_000,
+}
 
 
 def internal_channel(
@@ -71,7 +77,10 @@ def _in_turn(address: str, options: Options) -> Options:
     rest = dict(options)
     config: dict[str, Any] = json.loads(str(rest.pop("grpc.service_config", "{}")))
     config["loadBalancingConfig"] = [{"round_robin": {}}]
-    return (*rest.items(), ("grpc.service_config", json.dumps(config)))
+    return (
+        *(rest | _SOON_BACK).items(),
+        ("grpc.service_config", json.dumps(config)),
+    )
 
 
 def _check_plaintext(address: str) -> None:

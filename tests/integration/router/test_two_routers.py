@@ -6,8 +6,10 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from services.router.keys import Tenant
+from services.router.wiring import RouterProcess
 from tests.redis_process import RedisProcess
 from tests.router_harness import (
     ADMIN_KEY,
@@ -109,3 +111,23 @@ async def test_nobody_is_told_that_nothing_runs_while_nobody_can_know(
             await router.cancel(acme, "r1")
     finally:
         ledger.start()
+
+
+async def test_a_router_that_listens_knows_the_workers_and_what_they_hold(
+    model_dir: Path, ledger: RedisProcess, tls_files: Callable[[str], TlsFiles]
+) -> None:
+    worker = ScriptedWorker("both-0", "both", endless)
+    worker.held = [11, 12, 13]
+    async with scripted([worker], tls_files) as endpoints:
+        nobody = "both@127.0.0.1:1"
+        config = router_config(model_dir, ledger, [*endpoints, nobody], tls_files("router"))
+        process = RouterProcess(config, registry=CollectorRegistry())
+        began = time.monotonic()
+        await process.start()
+        try:
+            assert time.monotonic() - began < 2.0
+            assert process.fleet.readiness(MODEL) is None
+            held = process.fleet.prefixes.overlap([11, 12, 13, 14], time.monotonic())
+            assert held["both-0"].blocks == 3
+        finally:
+            await process.stop()
