@@ -243,6 +243,8 @@ class Arrivals(User):
             asked = load.asks(due_s, load.behaviour())
             question = self.asker.ask(load.rng)
             self.open.spawn(self._one, question, asked, Random(load.rng.random()))
+        else:
+            time.sleep(max(run_s - load.clock(), 0))  # rates are of the whole run
         self.open.join(timeout=_LAST_ANSWERS_S - 5)
         load.records.failures += [
             f"no end came (request {each.request_id})"

@@ -168,7 +168,7 @@ class Replay:
 
 SCENARIOS = {
     "chat": Scenario(Chat, arrivals.poisson, 2.0),
-    "long_prompt": Scenario(LongPrompts, arrivals.poisson, 0.3),
+    "long_prompt": Scenario(LongPrompts, arrivals.poisson, 0.2),
     "shared_prefix": Scenario(SharedPrefixes, arrivals.poisson, 2.0),
     "burst": Scenario(Chat, arrivals.bursts, 2.0),
     "diurnal": Scenario(Chat, arrivals.diurnal, 2.0),

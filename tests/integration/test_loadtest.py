@@ -75,6 +75,7 @@ async def test_a_run_ends_by_itself_with_a_table(tmp_path: Path) -> None:
     assert 0 < summary["ttft_ms"]["p50"] <= summary["ttft_ms"]["p99"]
     assert summary["tpot_ms"]["p50"] > 0
     assert 0 < summary["goodput_per_s"] < summary["requests_per_s"]
+    assert summary["elapsed_s"] >= 2
 
 
 async def test_a_bill_that_breaks_an_invariant_fails_the_run() -> None:
