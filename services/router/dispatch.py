@@ -167,8 +167,7 @@ class Dispatcher:
         )
         self._decoding.add(ticket.key, placed.decode.id, at=now, blocks=blocks)
         peers = self._peers(request.overlap, prefill)
-        for each in (prefill, placed.decode):
-            self._fleet.prefixes.expect(each.id, ticket.names, now)
+        self._fleet.prefixes.expect({prefill.id, placed.decode.id}, ticket.names, now)
         if not ticket.placed.done():
             ticket.placed.set_result(replace(placed, peers=peers))
         return True
@@ -222,10 +221,12 @@ class Dispatcher:
         return replace(self._balancer, decode_reserve_tokens=ahead)
 
     def _request(self, ticket: Ticket) -> Placement:
-        now = self._clock()
+        now, prefixes = self._clock(), self._fleet.prefixes
+        overlap = prefixes.overlap(ticket.names, now)
         return Placement(
             num_prompt_tokens=ticket.num_prompt_tokens,
-            overlap=self._fleet.prefixes.overlap(ticket.names, now),
+            overlap=overlap,
+            num_alike=prefixes.num_alike(ticket.names, overlap),
             excluded=frozenset(id_ for id_, until in ticket.excluded.items() if until > now),
             output_tokens=self._answers.expected(ticket.max_tokens),
             growth_tokens=self._answers.remaining,

@@ -35,6 +35,10 @@ class BalancerConfig:
     `host_block_tokens`: what bringing a block back from host memory costs, in computed tokens.
     `max_queued_tokens`: a prefill worker with this many queued has no room, so that requests
     wait in the router's fair queue and not in a worker's first-come queue.
+    `waste_weight`: what a token costs that is computed though another worker holds it: it delays
+    all that come after. A request waits at the holder as long as that is cheaper, and finds that
+    much more room there. Divided among those that lately asked for the same: what many ask for is
+    worth holding in several places.
     Costs this close to the least count as equal: `near_tie_tokens` or `prefill_tie_ratio` of it,
     and `decode_tie_ratio`.
     `slow_ratio`: a worker this much slower than the median of its peers is avoided, and tried with
@@ -47,6 +51,7 @@ class BalancerConfig:
     attention_parity_tokens: int = 14_800
     host_block_tokens: float = 0.2
     max_queued_tokens: int = 8192
+    waste_weight: float = 20.0
     decode_reserve_tokens: int = BLOCK_TOKENS
     slow_ratio: float = 2.0
     probe_s: float = 5.0
@@ -58,6 +63,7 @@ class Placement:
     """A request to be placed.
 
     `overlap`: leading blocks of the prompt that each worker is believed to hold.
+    `num_alike`: how many requests of late began with the longest of these overlaps.
     `excluded`: workers that refused it or that it failed on.
     `output_tokens`: how many it is expected to generate; `growth_tokens`: how many a request that
     decodes somewhere is expected to generate still.
@@ -65,6 +71,7 @@ class Placement:
 
     num_prompt_tokens: int
     overlap: Mapping[str, TierOverlap] = field(default_factory=dict)
+    num_alike: int = 0
     excluded: frozenset[str] = frozenset()
     output_tokens: int = 0
     growth_tokens: float = 0.0
@@ -150,21 +157,26 @@ def score_prefill(
 ) -> list[Scored]:
     """Workers with room for the prefill, and what it would take until its first token.
 
-    A cost is the work queued and the request's own, in tokens of a worker of median pace.
+    A cost is the work queued and the request's own, in tokens of a worker of median pace, and what
+    is wasted by computing what another worker holds.
     """
     able = _able(loads, request, now, config)
     unreported = [in_flight.unreported(load) for load in able]
     routers = in_flight.num_routers(able, unreported, sum(load.prefilling for load in able))
     slowness = _slowness(able, lambda load: 1 / (load.prefill_tokens_per_s or math.inf))
+    own = {name: _own_work(request, name, config) for name in (load.worker_id for load in able)}
+    least, nothing_held = min(own.values(), default=0.0), _own_work(request, "", config)
+    weight = config.waste_weight / (1 + request.num_alike)
     scored = []
     for load, sent in zip(able, unreported, strict=True):
         name, slow = load.worker_id, slowness[load.worker_id]
         queued = slow * _queued_work(load, sent, now=now, routers=routers, config=config)
         free_blocks = load.free_blocks - sum(each.work.blocks for each in sent)
-        if queued < config.max_queued_tokens and free_blocks >= request.new_blocks(name):
-            own = _work(request.uncached_tokens(name), request.attention_pairs(name), config)
-            own += request.host_blocks(name) * config.host_block_tokens
-            scored.append(Scored(queued + slow * own, load))
+        room = config.max_queued_tokens + weight * (nothing_held - own[name])
+        if queued < room and free_blocks >= request.new_blocks(name):
+            fetched = request.host_blocks(name) * config.host_block_tokens
+            wasted = weight * (own[name] - least)
+            scored.append(Scored(queued + slow * (own[name] + fetched + wasted), load))
     idle = {load.worker_id for load in able if not load.prefilling}
     return _sound(scored, slowness, idle & _due(able, in_flight, now, config), config)
 
@@ -236,6 +248,11 @@ def _queued_work(
         queued += routers * _work(dispatch.work.tokens, dispatch.work.pairs, config)
         at = since
     return max(queued - load.prefill_tokens_per_s * max(now - at, 0.0), 0.0)
+
+
+def _own_work(request: Placement, worker_id: str, config: BalancerConfig) -> float:
+    """What the worker would compute of the request."""
+    return _work(request.uncached_tokens(worker_id), request.attention_pairs(worker_id), config)
 
 
 def _work(tokens: float, pairs: float, config: BalancerConfig) -> float:

@@ -9,10 +9,12 @@ What was dispatched is believed to be held for a while, until the worker tells: 
 a prompt arrive together.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import islice, repeat
+from operator import or_
 
 from tidemill.policy.load import TierOverlap
 
@@ -59,6 +61,7 @@ class PrefixIndex:
         self._stale: list[int] = []  # shifts of those that are gone, whose bits may still be set
         self._sweep: Iterator[int] = iter(())
         self._believed: dict[int, int] = {}
+        self._dispatched: Counter[int] = Counter()
         self._beliefs: deque[tuple[float, int, Sequence[int]]] = deque()
 
     def __len__(self) -> int:
@@ -106,14 +109,16 @@ class PrefixIndex:
                 self._sweep_some(_SWEEP * len(change.blocks))
         return True
 
-    def expect(self, worker_id: str, names: Sequence[int], now: float) -> None:
-        """The worker will hold these soon. Times are seconds of one clock, never going back."""
-        feed = self._feeds.get(worker_id)
-        if feed is None or not names:
-            return
-        bit = _DEVICE << feed.shift
-        _set(self._believed, bit, names)
-        self._beliefs.append((now + self._believe_s, bit, names))
+    def expect(self, worker_ids: Iterable[str], names: Sequence[int], now: float) -> None:
+        """A request was dispatched: these workers will hold its blocks soon.
+
+        Times are seconds of one clock, never going back.
+        """
+        feeds = [feed for each in worker_ids if (feed := self._feeds.get(each)) is not None]
+        bits = reduce(or_, (_DEVICE << feed.shift for feed in feeds), 0)
+        _set(self._believed, bits, names)
+        self._dispatched.update(names)
+        self._beliefs.append((now + self._believe_s, bits, names))
 
     def overlap(self, names: Sequence[int], now: float) -> dict[str, TierOverlap]:
         """Leading blocks of the chain that each worker holds; workers with none are left out."""
@@ -135,6 +140,11 @@ class PrefixIndex:
             for bit, num in lengths.items()
         }
 
+    def num_alike(self, names: Sequence[int], overlap: Mapping[str, TierOverlap]) -> int:
+        """How many requests dispatched lately begin with the longest of these overlaps."""
+        longest = max((each.blocks for each in overlap.values()), default=0)
+        return self._dispatched[names[longest - 1]] if longest else 0
+
     def forget(self, worker_id: str) -> None:
         """Drop a worker that is gone, or restarted empty. Its bits are swept away by and by."""
         feed = self._feeds.pop(worker_id, None)
@@ -143,10 +153,10 @@ class PrefixIndex:
         bit = _DEVICE << feed.shift
         del self._worker_at[bit]
         self._device_bits ^= bit
-        for _, believed, names in self._beliefs:
-            if believed == bit:
+        for index, (until, bits, names) in enumerate(self._beliefs):
+            if bits & bit:
                 _clear(self._believed, bit, names)
-        self._beliefs = deque(each for each in self._beliefs if each[1] != bit)
+                self._beliefs[index] = (until, bits ^ bit, names)
         self._stale.append(feed.shift)
         self._sweep = iter(list(self._held))
 
@@ -168,8 +178,12 @@ class PrefixIndex:
 
     def _expire(self, now: float) -> None:
         while self._beliefs and self._beliefs[0][0] <= now:
-            _, bit, names = self._beliefs.popleft()
-            _clear(self._believed, bit, names)
+            _, bits, names = self._beliefs.popleft()
+            _clear(self._believed, bits, names)
+            self._dispatched.subtract(names)
+            for name in names:
+                if not self._dispatched[name]:
+                    del self._dispatched[name]
 
 
 def _lengths(holders: Callable[[int], int], num_blocks: int) -> Iterator[tuple[int, int]]:

@@ -103,8 +103,31 @@ def test_prefill_prefers_cached_blocks_to_an_equal_queue() -> None:
 
 
 def test_prefill_leaves_the_cached_worker_when_its_queue_costs_more_than_the_cache_saves() -> None:
+    saved = 10 * 64
+    held = Placement(num_prompt_tokens=1000, overlap={"b": TierOverlap(10)})
+    shorter, longer = 20 * saved, 25 * saved  # what is computed twice delays all that come after
+    assert prefill([worker("a"), worker("b", queued_uncached_tokens=shorter)], held) == "b"
+    assert prefill([worker("a"), worker("b", queued_uncached_tokens=longer)], held) == "a"
+    nobodys = Placement(num_prompt_tokens=1000)
+    assert prefill([worker("a"), worker("b", queued_uncached_tokens=2000)], nobodys) == "a"
+
+
+def test_what_many_ask_for_is_computed_in_several_places() -> None:
     loads = [worker("a"), worker("b", queued_uncached_tokens=2000)]
-    assert prefill(loads, Placement(num_prompt_tokens=1000, overlap={"b": TierOverlap(10)})) == "a"
+    overlap = {"b": TierOverlap(10)}
+    rare = Placement(num_prompt_tokens=1000, overlap=overlap, num_alike=1)
+    assert prefill(loads, rare) == "b"
+    popular = Placement(num_prompt_tokens=1000, overlap=overlap, num_alike=50)
+    assert prefill(loads, popular) == "a"
+
+
+def test_a_holder_has_room_for_what_it_spares_others() -> None:
+    full = [worker("a", queued_uncached_tokens=9000), worker("b", queued_uncached_tokens=9000)]
+    assert prefill(full, Placement(num_prompt_tokens=1000)) is None
+    assert prefill(full, Placement(num_prompt_tokens=1000, overlap={"b": TierOverlap(10)})) == "b"
+    assert (
+        prefill(full, Placement(num_prompt_tokens=1000, overlap={"b": TierOverlap(0, 10)})) == "b"
+    )
 
 
 def test_attention_makes_a_cached_beginning_worth_less_than_a_cached_whole() -> None:

@@ -119,8 +119,8 @@ def test_a_gap_is_refused_and_a_replay_passed_over() -> None:
 def test_what_was_dispatched_counts_as_held_for_a_while() -> None:
     it = Listening("a", "b")
     it.tell("a", 1)
-    it.index.expect("a", [1, 2, 3], now=100.0)
-    it.index.expect("b", [1, 2], now=105.0)
+    it.index.expect(["a"], [1, 2, 3], now=100.0)
+    it.index.expect(["b"], [1, 2], now=105.0)
     assert it.overlap(1, 2, 3, 4, now=105.0) == {"a": TierOverlap(3), "b": TierOverlap(2)}
     assert it.blocks(1, 2, 3, now=100.0 + BELIEVE_S) == {"a": 1, "b": 2}
     it.tell("b", 1, 2)
@@ -130,13 +130,31 @@ def test_what_was_dispatched_counts_as_held_for_a_while() -> None:
 
 def test_nothing_is_believed_of_who_left_or_never_told() -> None:
     it = Listening("a", "b")
-    it.index.expect("a", [1, 2], now=0.0)
-    it.index.expect("b", [1], now=0.0)
-    it.index.expect("c", [1, 2], now=0.0)
+    it.index.expect(["a", "b"], [1], now=0.0)
+    it.index.expect(["a", "c"], [1, 2], now=0.0)
     it.index.forget("a")
     it.begin("d")
     assert it.blocks(1, 2) == {"b": 1}
     assert it.index._believed.keys() == {1}
+
+
+def test_it_is_known_how_many_asked_for_the_same_lately() -> None:
+    it = Listening("a", "b")
+    it.tell("a", 1, 2)
+    for at in range(3):
+        it.index.expect(["a", "b"], [1, 2, 10 + at], now=float(at))
+    it.index.expect(["b"], [1, 20], now=3.0)
+
+    def alike(*names: int, now: float) -> int:
+        return it.index.num_alike(names, it.overlap(*names, now=now))
+
+    assert alike(1, 2, 30, now=3.0) == 3
+    assert alike(1, 30, now=3.0) == 4
+    assert alike(1, 2, 11, now=3.0) == 1  # the longest overlap is that one's
+    assert alike(9, now=3.0) == 0
+    assert alike(1, 2, 30, now=1.0 + BELIEVE_S) == 1
+    assert alike(1, 2, 30, now=3.0 + BELIEVE_S) == 0
+    assert not it.index._dispatched
 
 
 @pytest.mark.parametrize("num_blocks", [1, 2, 3, 64, 65, 1000])
