@@ -78,17 +78,12 @@ def _serve(pipe: Connection, configs: list[MockConfig], files: list[TlsFiles]) -
 async def _run(pipe: Connection, configs: list[MockConfig], files: list[TlsFiles]) -> None:
     workers = [MockWorker(config, tls) for config, tls in zip(configs, files, strict=True)]
     pipe.send([await worker.start() for worker in workers])
-    asked = asyncio.Event()
-    asyncio.get_running_loop().add_reader(pipe.fileno(), asked.set)
     while True:
-        await asked.wait()
-        asked.clear()
-        while pipe.poll():
-            try:
-                question, *about = pipe.recv()
-            except EOFError:
-                os._exit(0)  # whoever started this is gone
-            pipe.send(_answer_to(workers, question, *about))
+        try:
+            question, *about = await asyncio.to_thread(pipe.recv)
+        except EOFError:
+            os._exit(0)  # whoever started this is gone
+        pipe.send(_answer_to(workers, question, *about))
 
 
 def _answer_to(workers: list[MockWorker], question: str, *about: Any) -> Any:

@@ -77,7 +77,7 @@ class Attempt:
         reader = ReportReader(self._start.task)
         report: Report | None = None
         while (response := await self._read()) is not None:
-            if response.HasField("final"):
+            if not response.HasField("chunk") and response.HasField("final"):
                 self._ended = True
                 await self._hang_up()
             report = reader.read(response)

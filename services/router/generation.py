@@ -13,7 +13,7 @@ from services.router.admission import Admitted
 from services.router.config import LimitsConfig
 from services.router.crash_points import crash_point
 from services.router.dispatch import Dispatcher
-from services.router.finish import Completed, Finish, Timing
+from services.router.finish import Completed, Finish, PrefillSite, Timing
 from services.router.money.hold import Hold
 from services.router.money.terms import Progress
 from services.router.money.treasury import Treasury
@@ -24,6 +24,7 @@ from services.router.serving import Serving
 from services.router.tally import Prefilled
 from services.router.tasks import OwnedTasks
 from services.router.ticket import Ticket
+from tidemill.billing import Usage
 from tidemill.errors import Aborted, DeadlineExceeded, Internal, TidemillError, Unavailable
 
 logger = logging.getLogger(__name__)
@@ -92,6 +93,16 @@ class Generation:
         self._begin(hold, ticket)
         self.outbox.accept(place.position, place.wait_s)
         return None
+
+    @property
+    def usage_so_far(self) -> Usage:
+        """What a client that is told of tokens would have used, if they were the last."""
+        return self._tally.usage()
+
+    @property
+    def prefill_site(self) -> PrefillSite:
+        """Who prefilled, as far as is known."""
+        return self._tally.site
 
     def end(self, finish: Finish) -> None:
         """Bring the request to its end; only the first reason counts."""

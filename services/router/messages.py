@@ -12,7 +12,7 @@ from services.router.sampling import Wanted
 from tidemill.api.billing.v1 import receipt_pb2
 from tidemill.api.common.v1 import lifecycle_pb2, sampling_pb2, usage_pb2
 from tidemill.api.router.v1 import router_service_pb2 as router_pb2
-from tidemill.billing import Decides, Prices, Receipt, Usage
+from tidemill.billing import Decides, Prices, Receipt, Unbilled, Usage
 from tidemill.policy import Priority
 from tidemill.text import ChatMessage
 
@@ -103,14 +103,24 @@ def _input(request: router_pb2.GenerateRequest) -> Input:
 
 
 class EventWriter:
-    """Events of one generation as messages; numbers the chunks."""
+    """Events of one generation as messages; numbers the chunks.
+
+    All chunks are one message, changed and written again: making a new one costs more than the
+    rest of its way through the router. It is good until the next.
+    """
 
     def __init__(self, generation: Generation) -> None:
+        self._generation = generation
         self._admitted = generation.admitted
+        self._response = router_pb2.GenerateResponse()
+        self._logprobs = generation.admitted.sampling.logprobs is not None
+        self._others: tuple[object, ...] = ()
         self._sequence = 0
 
     def message(self, event: Event) -> router_pb2.GenerateResponse:
         """The event's message."""
+        if isinstance(event, Piece):
+            return self._chunk(event)
         match event:
             case Accepted():
                 accepted = router_pb2.Accepted(
@@ -127,16 +137,39 @@ class EventWriter:
                     expected_wait_ms=_milliseconds(event.expected_wait_s),
                 )
                 return router_pb2.GenerateResponse(queued=queued)
-            case Piece():
-                sequence = self._sequence
-                self._sequence += 1
-                return router_pb2.GenerateResponse(chunk=_chunk(event, sequence))
             case PromptScored():
                 return router_pb2.GenerateResponse(prompt_scored=_prompt_scored(event))
             case ChoiceEnd():
                 return router_pb2.GenerateResponse(choice_end=_choice_end(event))
             case Completed():
                 return completed_message(event)
+
+    def _chunk(self, piece: Piece) -> router_pb2.GenerateResponse:
+        chunk = self._response.chunk
+        usage, told = chunk.usage, piece.told
+        if not self._sequence:
+            so_far = self._generation.usage_so_far
+            usage.CopyFrom(usage_message(so_far, self._generation.prefill_site))
+        chunk.sequence = self._sequence
+        chunk.first_index = piece.first_index
+        chunk.ClearField("token_ids")
+        chunk.token_ids.extend(piece.token_ids)
+        chunk.text = piece.text
+        chunk.reasoning_text = piece.reasoning
+        chunk.choice = piece.choice
+        usage.completion_tokens = told.completion_tokens
+        usage.reasoning_tokens = told.reasoning_tokens
+        usage.generated_tokens = told.generated_tokens
+        if told[3:] != self._others:
+            self._others = told[3:]
+            usage.unbilled.CopyFrom(_unbilled_message(told.unbilled))
+            usage.drafted_tokens = told.drafted_tokens
+            usage.accepted_tokens = told.accepted_tokens
+        if self._logprobs:
+            chunk.ClearField("logprobs")
+            chunk.logprobs.extend(piece.logprobs)
+        self._sequence += 1
+        return self._response
 
 
 def _milliseconds(seconds: float | None) -> int | None:
@@ -165,12 +198,7 @@ def usage_message(usage: Usage, site: PrefillSite) -> usage_pb2.Usage:
         completion_tokens=usage.completion_tokens,
         reasoning_tokens=usage.reasoning_tokens,
         generated_tokens=usage.generated_tokens,
-        unbilled=usage_pb2.UnbilledUsage(
-            overrun_tokens=usage.unbilled.overrun,
-            failover_redo_tokens=usage.unbilled.failover_redo,
-            lost_tokens=usage.unbilled.lost,
-            server_fault_tokens=usage.unbilled.server_fault,
-        ),
+        unbilled=_unbilled_message(usage.unbilled),
         drafted_tokens=usage.drafted_tokens,
         accepted_tokens=usage.accepted_tokens,
     )
@@ -254,16 +282,12 @@ def unit_prices(prices: Prices) -> receipt_pb2.UnitPrices:
     )
 
 
-def _chunk(piece: Piece, sequence: int) -> router_pb2.TextChunk:
-    return router_pb2.TextChunk(
-        sequence=sequence,
-        first_index=piece.first_index,
-        token_ids=piece.token_ids,
-        text=piece.text,
-        reasoning_text=piece.reasoning,
-        usage=usage_message(piece.usage, piece.site),
-        choice=piece.choice,
-        logprobs=piece.logprobs,
+def _unbilled_message(unbilled: Unbilled) -> usage_pb2.UnbilledUsage:
+    return usage_pb2.UnbilledUsage(
+        overrun_tokens=unbilled.overrun,
+        failover_redo_tokens=unbilled.failover_redo,
+        lost_tokens=unbilled.lost,
+        server_fault_tokens=unbilled.server_fault,
     )
 
 

@@ -1,13 +1,14 @@
 """What a client still has to be told, merged where it reads slowly and never dropped."""
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from services.router.finish import Completed, Finish, PrefillSite
+from services.router.finish import Completed, Finish
+from services.router.tally import Told
 from tidemill.api.common.v1.logprobs_pb2 import TokenLogprobs
-from tidemill.billing import Usage
 from tidemill.errors import TidemillError
 
 
@@ -36,34 +37,32 @@ class PromptScored:
     logprobs: tuple[TokenLogprobs, ...]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(slots=True)
 class Piece:
     """Part of one choice: tokens from `first_index` on, text as far as it is certain.
 
-    `logprobs` are the tokens', or empty.
+    `told` are the counts up to the last of its tokens. `logprobs` are the tokens', or empty. In the
+    outbox: `since` when it has waited, and whether it is of several that were `merged`.
     """
 
+    choice: int
     first_index: int
-    token_ids: tuple[int, ...]
+    token_ids: list[int]
     text: str
     reasoning: str
-    usage: Usage
-    site: PrefillSite
-    choice: int = 0
-    logprobs: tuple[TokenLogprobs, ...] = ()
+    told: Told
+    logprobs: list[TokenLogprobs]
+    since: float = field(default=0.0, compare=False)
+    merged: bool = field(default=False, compare=False)
 
-    def followed_by(self, later: "Piece") -> "Piece":
-        """Both as one; they are of one choice."""
-        return Piece(
-            choice=self.choice,
-            first_index=self.first_index,
-            token_ids=self.token_ids + later.token_ids,
-            logprobs=self.logprobs + later.logprobs,
-            text=self.text + later.text,
-            reasoning=self.reasoning + later.reasoning,
-            usage=later.usage,
-            site=later.site,
-        )
+    def add(self, later: "Piece") -> None:
+        """Let it be both; they are of one choice."""
+        self.token_ids += later.token_ids
+        self.logprobs += later.logprobs
+        self.text += later.text
+        self.reasoning += later.reasoning
+        self.told = later.told
+        self.merged = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,40 +79,39 @@ Event = Accepted | Moved | PromptScored | Piece | ChoiceEnd | Completed
 
 @dataclass(slots=True)
 class _Lane:
-    """What waits of one choice, with the instants when it came."""
+    """What waits of one choice: its pieces, then its end."""
 
-    pieces: deque[tuple[float, Piece]] = field(default_factory=deque)
-    end: tuple[float, ChoiceEnd] | None = None
+    pieces: deque[Piece] = field(default_factory=deque)
+    end: ChoiceEnd | None = None
+    ended_at: float = 0.0
 
     @property
-    def since(self) -> float | None:
-        """Since when the oldest has waited; None if nothing waits."""
+    def since(self) -> float:
+        """Since when the oldest has waited; never, if nothing waits."""
         if self.pieces:
-            return self.pieces[0][0]
-        return self.end[0] if self.end else None
+            return self.pieces[0].since
+        return math.inf if self.end is None else self.ended_at
 
     @property
-    def num_tokens(self) -> int:
-        return sum(len(piece.token_ids) for _, piece in self.pieces)
+    def is_behind(self) -> bool:
+        """Whether more than one piece has come; a choice's first token never waits for others."""
+        return bool(self.pieces) and (
+            len(self.pieces) > 1 or (self.pieces[0].merged and self.pieces[0].first_index > 0)
+        )
 
-    def take(self, max_tokens: int) -> Piece | ChoiceEnd:
-        """The next event: pieces together up to `max_tokens`, then the end."""
-        if not self.pieces:
-            assert self.end is not None
-            (_, end), self.end = self.end, None
-            return end
-        piece = self.pieces.popleft()[1]
-        while self.pieces:
-            if len(piece.token_ids) + len(self.pieces[0][1].token_ids) > max_tokens:
-                break
-            piece = piece.followed_by(self.pieces.popleft()[1])
-        return piece
+    def take(self) -> Piece | ChoiceEnd:
+        """The next event."""
+        if self.pieces:
+            return self.pieces.popleft()
+        assert self.end is not None
+        end, self.end = self.end, None
+        return end
 
 
 class Outbox:
     """Filled by one generation, emptied by one reader.
 
-    A reader that finds more than one piece of a choice waiting is behind: it gets them merged, up
+    A reader that comes back to more than one piece of a choice is behind: it gets them merged, up
     to `max_tokens` a message, and waits at most `max_delay_s` for a message to fill. Choices are
     never merged; the one that has waited longest comes first.
     """
@@ -126,47 +124,57 @@ class Outbox:
         self._moved: Moved | None = None
         self._scored: deque[PromptScored] = deque()
         self._lanes: dict[int, _Lane] = {}
-        self._told = Usage()
+        self._told: Told | None = None
         self._end: Completed | TidemillError | None = None
-        self._filled = asyncio.Event()
+        self._reader: asyncio.Future[None] | None = None  # which waits
 
     def accept(self, position: int, expected_wait_s: float | None = None) -> None:
         """Say that the request has a place."""
         self._accepted = Accepted(position, expected_wait_s)
-        self._filled.set()
+        self._wake()
 
     def move(self, position: int, expected_wait_s: float | None = None) -> None:
         """Say that the place has changed; an older place not yet read is forgotten."""
         self._moved = Moved(position, expected_wait_s)
-        self._filled.set()
+        self._wake()
 
     def score(self, scored: PromptScored) -> None:
         """Tell of the prompt's tokens; before any piece."""
         self._moved = None
         self._scored.append(scored)
-        self._filled.set()
+        self._wake()
 
     def put(self, piece: Piece) -> None:
         """Add a piece of a choice."""
         self._moved = None
-        self._lane(piece.choice).pieces.append((self._clock(), piece))
-        self._filled.set()
+        pieces = self._lane(piece.choice).pieces
+        if pieces:
+            last = pieces[-1]
+            num_tokens = len(last.token_ids) + len(piece.token_ids)
+            if num_tokens <= self._max_tokens:
+                last.add(piece)
+                if num_tokens == self._max_tokens:
+                    self._wake()
+                return
+        piece.since = self._clock()
+        pieces.append(piece)
+        self._wake()
 
     def end_choice(self, end: ChoiceEnd) -> None:
         """Say that a choice has ended; no piece of it follows."""
-        self._lane(end.choice).end = self._clock(), end
-        self._filled.set()
+        lane = self._lane(end.choice)
+        lane.end, lane.ended_at = end, self._clock()
+        self._wake()
 
     def close(self, end: Completed | TidemillError) -> None:
         """Say how it ended; an error is raised to the reader."""
         self._end = end
-        self._filled.set()
+        self._wake()
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """Everything in order, then the end."""
+        idle = False
         while True:
-            await self._filled.wait()
-            self._filled.clear()
             if self._accepted is not None:
                 accepted, self._accepted = self._accepted, None
                 yield accepted
@@ -176,43 +184,68 @@ class Outbox:
             while self._scored:
                 yield self._scored.popleft()
             while (lane := self._longest_waiting()) is not None:
-                if len(lane.pieces) > 1:
+                if not idle and lane.is_behind:
                     await self._fill_message(lane)
-                yield self._up_to_date(lane.take(self._max_tokens))
-            if self._end is not None and self._longest_waiting() is None:
+                idle = False
+                yield self._up_to_date(lane.take())
+            if self._end is not None:
                 if isinstance(self._end, TidemillError):
                     raise self._end
                 yield self._end
                 return
+            if self._is_empty:
+                await self._wait()
+                idle = True
+
+    @property
+    def _is_empty(self) -> bool:
+        """Whether nothing came while the reader was away, but for pieces, which it looked for."""
+        return self._accepted is None and self._moved is None and not self._scored
 
     def _lane(self, choice: int) -> _Lane:
-        return self._lanes.setdefault(choice, _Lane())
+        lane = self._lanes.get(choice)
+        if lane is None:
+            lane = self._lanes[choice] = _Lane()
+        return lane
 
     def _longest_waiting(self) -> _Lane | None:
-        waiting = [
-            (since, lane) for lane in self._lanes.values() if (since := lane.since) is not None
-        ]
-        return min(waiting, key=lambda each: each[0])[1] if waiting else None
+        longest, since = None, math.inf
+        for lane in self._lanes.values():
+            if (waiting := lane.since) < since:
+                longest, since = lane, waiting
+        return longest
 
     def _up_to_date(self, event: Piece | ChoiceEnd) -> Event:
         """Merged pieces overtake those of other choices; the usage that is told never falls."""
-        if isinstance(event, ChoiceEnd):
-            return event
-        if event.usage.generated_tokens < self._told.generated_tokens:
-            return replace(event, usage=self._told)
-        self._told = event.usage
+        if isinstance(event, Piece):
+            told = self._told
+            if told is not None and event.told.generated_tokens < told.generated_tokens:
+                event.told = told
+            else:
+                self._told = event.told
         return event
 
     async def _fill_message(self, lane: _Lane) -> None:
-        until = lane.pieces[0][0] + self._max_delay_s
+        first = lane.pieces[0]
+        until = first.since + self._max_delay_s
         while self._end is None and (left := until - self._clock()) > 0:
-            if lane.end is not None or lane.num_tokens >= self._max_tokens:
+            full = len(first.token_ids) >= self._max_tokens or len(lane.pieces) > 1
+            if full or lane.end is not None:
                 return
-            self._filled.clear()
+            timer = asyncio.get_running_loop().call_later(left, self._wake)
             try:
-                async with asyncio.timeout(left):
-                    await self._filled.wait()
-            except TimeoutError:
-                return
+                await self._wait()
             finally:
-                self._filled.set()
+                timer.cancel()
+
+    async def _wait(self) -> None:
+        """Until something may have come."""
+        self._reader = asyncio.get_running_loop().create_future()
+        try:
+            await self._reader
+        finally:
+            self._reader = None
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)

@@ -68,18 +68,26 @@ class Relay:
         Tokens of a choice that has ended are counted and go no further.
         """
         choice.token_ids += token_ids
+        if len(token_ids) <= self._max_tokens:  # nearly always
+            self._push(choice, token_ids, logprobs)
+            return
         for start in range(0, len(token_ids), self._max_tokens):
-            some = token_ids[start : start + self._max_tokens]
-            choice.counts.received += len(some)
-            if choice.finish is not None:
-                continue
-            first_index = choice.text.num_tokens
-            delta = choice.text.push(some)
-            if choice.text.stopped:
-                choice.counts.kept = choice.text.num_tokens
-            self._put(choice, first_index, delta, logprobs[start : start + len(delta.token_ids)])
-            if choice.text.stopped:
-                self.end(choice, Finish.STOP)
+            some = slice(start, start + self._max_tokens)
+            self._push(choice, token_ids[some], logprobs[some])
+
+    def _push(
+        self, choice: Choice, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]
+    ) -> None:
+        choice.counts.received += len(token_ids)
+        if choice.finish is not None:
+            return
+        first_index = choice.text.num_tokens
+        delta = choice.text.push(token_ids)
+        if delta.stopped:
+            choice.counts.kept = choice.text.num_tokens
+        self._put(choice, first_index, delta, logprobs[: len(delta.token_ids)])
+        if delta.stopped:
+            self.end(choice, Finish.STOP)
 
     def end(self, choice: Choice, finish: Finish) -> None:
         """The choice goes no further; of several the client is told. Only the first end counts."""
@@ -95,17 +103,15 @@ class Relay:
         self, choice: Choice, index: int, delta: Delta, logprobs: Sequence[TokenLogprobs]
     ) -> None:
         choice.counts.reasoning = choice.text.num_reasoning_tokens
-        if not (delta.token_ids or delta.content or delta.reasoning):
-            return
-        self._outbox.put(
-            Piece(
-                choice=choice.index,
-                first_index=index,
-                token_ids=delta.token_ids,
-                logprobs=tuple(logprobs),
-                text=delta.content,
-                reasoning=delta.reasoning,
-                usage=self.tally.usage(),
-                site=self.tally.site,
+        if delta.token_ids or delta.content or delta.reasoning:
+            self._outbox.put(
+                Piece(
+                    choice.index,
+                    index,
+                    list(delta.token_ids),
+                    delta.content,
+                    delta.reasoning,
+                    self.tally.told(),
+                    list(logprobs),
+                )
             )
-        )

@@ -33,11 +33,11 @@ class ReportReader:
 
     def read(self, response: decode_pb2.DecodeResponse) -> Report:
         """The report that the response holds."""
+        if response.HasField("chunk"):  # nearly all of them
+            return self._generated(response.chunk)
         match response.WhichOneof("event"):
             case "prefill_done":
                 return self._prefilled(response.prefill_done)
-            case "chunk":
-                return self._generated(response.chunk)
             case "choice_ended":
                 return self._choice_ended(response.choice_ended)
             case "final":
@@ -71,15 +71,14 @@ class ReportReader:
         return prefilled
 
     def _generated(self, chunk: decode_pb2.Chunk) -> Generated:
-        self._require_choice(chunk.choice)
-        expected = self._expected[chunk.choice]
+        choice, token_ids, logprobs = chunk.choice, chunk.token_ids[:], chunk.logprobs
+        self._require_choice(choice)
+        expected = self._expected[choice]
         if chunk.first_index != expected:
             raise _broken(f"chunk {chunk.first_index} in place of {expected}")
-        self._expected[chunk.choice] += len(chunk.token_ids)
-        self._require_logprobs(chunk.token_ids, chunk.logprobs)
-        return Generated(
-            choice=chunk.choice, token_ids=tuple(chunk.token_ids), logprobs=tuple(chunk.logprobs)
-        )
+        self._expected[choice] = expected + len(token_ids)
+        self._require_logprobs(token_ids, logprobs)
+        return Generated(choice, token_ids, logprobs[:] if self._logprobs else ())
 
     def _choice_ended(self, ended: decode_pb2.ChoiceEnded) -> ChoiceEnded:
         self._require_choice(ended.choice)

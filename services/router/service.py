@@ -1,6 +1,5 @@
 """RouterService: translates between protos and `Router`."""
 
-import asyncio
 from collections.abc import Callable
 from contextlib import aclosing
 from typing import Any
@@ -14,6 +13,7 @@ from services.router.fleet import DECODE, PREFILL
 from services.router.messages import EventWriter, ask_of, completed_message, unit_prices
 from services.router.models import ServedModel
 from services.router.router import Router
+from services.router.slow_reader import StallGuard
 from tidemill.api.router.v1 import router_service_pb2 as router_pb2
 from tidemill.api.router.v1 import router_service_pb2_grpc
 from tidemill.errors import Aborted
@@ -58,10 +58,14 @@ class RouterService(router_service_pb2_grpc.RouterServiceServicer):
         writer = EventWriter(generation)
         why = Finish.CANCELLED
         try:
-            async with aclosing(generation.outbox.events()) as events:
+            async with (
+                StallGuard(self._slow_reader_s) as guard,
+                aclosing(generation.outbox.events()) as events,
+            ):
                 async for event in events:
-                    async with asyncio.timeout(self._slow_reader_s):
-                        await context.write(writer.message(event))
+                    guard.writes()
+                    await context.write(writer.message(event))
+                    guard.written()
         except TimeoutError:
             why = Finish.SLOW_READER
             raise Aborted(

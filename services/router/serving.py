@@ -238,6 +238,8 @@ class Serving:
     def _take(self, lane: Lane, attempt: Attempt, report: Report) -> None:
         assert lane.run is not None
         match report:
+            case Generated():
+                self._pass_on(lane, report.choice, report.token_ids, report.logprobs)
             case Prefilled():
                 if self.first_token_at is None:
                     self.first_token_at = self._clock()
@@ -249,8 +251,6 @@ class Serving:
                     self._pass_on(lane, position, (token_id,), logprobs)
                 self._hold.checkpoint(self.progress())
                 crash_point("prefill_done")
-            case Generated():
-                self._pass_on(lane, report.choice, report.token_ids, report.logprobs)
             case ChoiceEnded():
                 lane.run.report(report.choice, report.generated_tokens)
                 if report.finish is not Finish.SERVER_FAULT or self.ending is not None:

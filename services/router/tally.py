@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from services.router.finish import Finish, PrefillSite
 from tidemill.api.common.v1.logprobs_pb2 import TokenLogprobs
@@ -27,13 +28,12 @@ class Prefilled:
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Generated:
+class Generated(NamedTuple):
     """One choice's tokens after the first; `logprobs` is empty unless asked for."""
 
     choice: int
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs, ...] = ()
+    token_ids: Sequence[int]
+    logprobs: Sequence[TokenLogprobs]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +62,20 @@ class Ended:
     prefill_worker_id: str = ""
 
 
+class Told(NamedTuple):
+    """What has been generated so far: plain numbers, since every chunk carries its own."""
+
+    completion_tokens: int
+    reasoning_tokens: int
+    generated_tokens: int
+    unbilled: Unbilled
+    drafted_tokens: int
+    accepted_tokens: int
+
+
+_NOTHING_UNBILLED = Unbilled()
+
+
 @dataclass(slots=True)
 class Counts:
     """One choice's tokens over all its attempts.
@@ -80,7 +94,9 @@ class Counts:
     def billed(self) -> int:
         """Those that the client pays for, if the choice ended here."""
         generated = self.received + self.unseen
-        return min(generated if self.kept is None else self.kept, generated, self.max_tokens)
+        if self.kept is not None and self.kept < generated:
+            generated = self.kept
+        return generated if generated < self.max_tokens else self.max_tokens
 
 
 class Run:
@@ -90,6 +106,7 @@ class Run:
         self.choices = choices
         self.worker_id = worker_id
         self.relayed = [choice.received for choice in choices]
+        self._relayed = sum(self.relayed)
         self.ended: Ended | None = None
         self.prefill_worker_id = ""
         self.prefill_busy_seconds = 0.0
@@ -100,9 +117,12 @@ class Run:
         """Tokens that it is known to have generated."""
         if self._generated is not None:
             return self._generated
-        reported = self.ended.generated_tokens if self.ended else 0
-        unseen = sum(choice.unseen for choice in self.choices)
-        return max(self._received + unseen, reported)
+        counted = -self._relayed
+        for choice in self.choices:
+            counted += choice.received + choice.unseen
+        if self.ended is None:
+            return counted
+        return max(counted, self.ended.generated_tokens)
 
     def report(self, choice: int, generated: int) -> None:
         """By its own account it generated so many of one choice."""
@@ -136,7 +156,7 @@ class Run:
 
     @property
     def _received(self) -> int:
-        return sum(choice.received for choice in self.choices) - sum(self.relayed)
+        return sum(choice.received for choice in self.choices) - self._relayed
 
 
 @dataclass
@@ -162,7 +182,10 @@ class Tally:
     @property
     def received(self) -> int:
         """Tokens of all choices that the router has read."""
-        return sum(choice.received for choice in self.choices)
+        received = 0
+        for choice in self.choices:
+            received += choice.received
+        return received
 
     def busy(self, accelerators: Mapping[str, int]) -> list[BusyPart]:
         """Compute of every attempt, prompt and output apart; a worker not named has one."""
@@ -234,35 +257,36 @@ class Tally:
         Tokens that only the whole attempt's count knows belong to no choice and are overrun.
         """
         prompt = None if self._failed else self.prefilled
-        billed, reasoning = (0, 0) if prompt is None else self._billed()
-        unbilled = self._unbilled(billed)
-        finals = [run.ended for run in self._runs if run.ended]
+        told = self.told()
         return Usage(
             prompt_tokens=prompt.prompt_tokens if prompt else 0,
             computed_tokens=prompt.computed_tokens if prompt else 0,
             reused=prompt.reused if prompt else Reuse(),
-            completion_tokens=billed,
-            reasoning_tokens=reasoning,
-            generated_tokens=billed + unbilled.total,
-            unbilled=unbilled,
-            drafted_tokens=sum(final.drafted_tokens for final in finals),
-            accepted_tokens=sum(final.accepted_tokens for final in finals),
+            **told._asdict(),
         )
 
-    def _billed(self) -> tuple[int, int]:
-        """Billed completion tokens, and the reasoning among them."""
-        billed = sum(choice.billed for choice in self.choices)
-        reasoning = sum(min(choice.reasoning, choice.billed) for choice in self.choices)
-        return billed, reasoning
+    def told(self) -> Told:
+        """The part of `usage` that grows with every token."""
+        billed = reasoning = generated = drafted = accepted = 0
+        if self.prefilled is not None and not self._failed:
+            for choice in self.choices:
+                its = choice.billed
+                billed += its
+                reasoning += choice.reasoning if choice.reasoning < its else its
+        for run in self._runs:
+            generated += run.generated
+            if run.ended is not None:
+                drafted += run.ended.drafted_tokens
+                accepted += run.ended.accepted_tokens
+        unbilled = _NOTHING_UNBILLED
+        if generated != billed or self._redone or self._lost:
+            unbilled = self._unbilled(generated, billed)
+        return Told(billed, reasoning, generated, unbilled, drafted, accepted)
 
-    def _unbilled(self, billed: int) -> Unbilled:
+    def _unbilled(self, generated: int, billed: int) -> Unbilled:
         if self._failed:
             counted = sum(run.generated for run in self._runs if run.ended)
-            return Unbilled(
-                lost=sum(run.generated for run in self._runs) - counted,
-                server_fault=counted,
-            )
-        generated = sum(run.generated for run in self._runs)
+            return Unbilled(lost=generated - counted, server_fault=counted)
         return Unbilled(
             overrun=generated - billed - self._redone - self._lost,
             failover_redo=self._redone,

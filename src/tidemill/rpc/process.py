@@ -1,6 +1,7 @@
 """How a service process begins and ends."""
 
 import asyncio
+import gc
 import logging
 import signal
 import sys
@@ -30,6 +31,7 @@ def run(service: str, main: Main, *, log_level: str = "INFO") -> int:
     stderr and 2; anything else is 1, with its traceback in the log.
     """
     logs.configure(service, level=log_level)
+    gc.freeze()  # what is imported stays: no collection need look at it again
     try:
         with asyncio.Runner(loop_factory=_new_event_loop) as runner:
             runner.run(_supervise(main))

@@ -47,6 +47,11 @@ class ReasoningSplitter:
         """Whether reasoning has begun and not ended."""
         return self._side is _Side.REASONING
 
+    @property
+    def over(self) -> bool:
+        """Whether all that is still to come is content."""
+        return self._side is _Side.CONTENT
+
     def push(self, text: str) -> Split:
         """Split what is certain; a possible part of a tag is held back."""
         self._num_chars += len(text)

@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from tidemill.text.detokenizer import Detokenizer
 from tidemill.text.reasoning import ReasoningSplitter, Split
@@ -10,8 +10,7 @@ from tidemill.text.stop import StopMatcher
 from tidemill.text.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(NamedTuple):
     """What one push added.
 
     `token_ids` are those of the push that belong to the completion. Their text may follow in a
@@ -52,16 +51,18 @@ class TextStream:
         self._min_tokens = min_tokens
         self._detokenizer = Detokenizer(tokenizer.token_bytes)
         self._stops = StopMatcher(stop_strings)
+        self._has_stops = bool(stop_strings)
         self._splitter = ReasoningSplitter(inside=inside) if reasoning else None
-        self._token_starts: list[int] = []
+        self._token_starts: list[int] = []  # while it may matter which of them are reasoning
         self._num_chars = 0
+        self._num_tokens = 0
         self._finished = False
         self.num_overrun = 0
 
     @property
     def num_tokens(self) -> int:
         """Billed tokens so far."""
-        return len(self._token_starts)
+        return self._num_tokens
 
     @property
     def num_reasoning_tokens(self) -> int:
@@ -88,12 +89,16 @@ class TextStream:
     def push(self, token_ids: Sequence[int]) -> Delta:
         """Add generated tokens; those after the end count as `num_overrun` and no more."""
         assert not self._finished
+        if not self._has_stops and (self._splitter is None or self._splitter.over):
+            self._num_tokens += len(token_ids)
+            return Delta(self._detokenizer.push_all(token_ids), "", tuple(token_ids))
         parts: list[Split] = []
         num_before = self.num_tokens
         for token_id in token_ids:
             if self.stopped:
                 break
             self._token_starts.append(self._num_chars)
+            self._num_tokens += 1
             parts.append(self._emit(self._detokenizer.push(token_id)))
         num_billed = self.num_tokens - num_before
         self.num_overrun += len(token_ids) - num_billed

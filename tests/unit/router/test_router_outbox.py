@@ -2,7 +2,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from services.router.finish import Finish, PrefillSite
+from services.router.finish import Finish
 from services.router.outbox import (
     Accepted,
     ChoiceEnd,
@@ -12,8 +12,9 @@ from services.router.outbox import (
     Piece,
     PromptScored,
 )
+from services.router.tally import Told
 from tidemill.api.common.v1.logprobs_pb2 import TokenLogprobs
-from tidemill.billing import Usage
+from tidemill.billing import Unbilled
 from tidemill.errors import WorkerLost
 
 
@@ -22,17 +23,16 @@ def make(clock: Callable[[], float] = time.monotonic) -> Outbox:
 
 
 def piece(index: int, count: int = 1, *, choice: int = 0, generated: int = 0) -> Piece:
-    ids = tuple(range(index, index + count))
+    ids = list(range(index, index + count))
     told = generated or index + count
     return Piece(
         choice=choice,
-        logprobs=tuple(TokenLogprobs(logprob=-each) for each in ids),
+        logprobs=[TokenLogprobs(logprob=-each) for each in ids],
         first_index=index,
         token_ids=ids,
         text="".join(f"{each} " for each in ids),
         reasoning="",
-        usage=Usage(completion_tokens=told, generated_tokens=told),
-        site=PrefillSite(),
+        told=Told(told, 0, told, Unbilled(), 0, 0),
     )
 
 
@@ -56,7 +56,7 @@ async def test_a_reader_that_is_behind_loses_nothing_and_gets_full_messages() ->
     assert [token for each in pieces for token in each.token_ids] == list(range(20))
     assert "".join(each.text for each in pieces) == "".join(f"{each} " for each in range(20))
     assert [each.first_index for each in pieces] == [0, 8, 16]
-    assert [each.usage.completion_tokens for each in pieces] == [8, 16, 20]
+    assert [each.told.completion_tokens for each in pieces] == [8, 16, 20]
 
 
 async def test_a_piece_is_never_split() -> None:
@@ -85,14 +85,14 @@ async def test_a_reader_that_keeps_up_gets_each_piece_at_once() -> None:
 
 async def test_a_message_waits_at_most_its_delay_to_fill() -> None:
     outbox = make()
-    outbox.put(piece(0))
     outbox.put(piece(1))
+    outbox.put(piece(2))
     events = outbox.events()
     started = time.monotonic()
-    asyncio.get_running_loop().call_later(0.02, outbox.put, piece(2))
+    asyncio.get_running_loop().call_later(0.02, outbox.put, piece(3))
     event = await anext(events)
     assert isinstance(event, Piece)
-    assert event.token_ids == (0, 1, 2)
+    assert event.token_ids == [1, 2, 3]
     assert 0.04 < time.monotonic() - started < 0.5
     await events.aclose()
 
@@ -124,7 +124,7 @@ async def test_choices_are_never_merged_and_each_keeps_its_order() -> None:
         own = [each for each in pieces if each.choice == choice]
         assert [len(each.token_ids) for each in own] == [8, 4]
         assert [token for each in own for token in each.token_ids] == list(range(12))
-    counts = [each.usage.generated_tokens for each in pieces]
+    counts = [each.told.generated_tokens for each in pieces]
     assert counts == sorted(counts), "the usage told so far fell"
     assert counts[-1] == 36
     last_of_1 = max(i for i, each in enumerate(events) if getattr(each, "choice", None) == 1)
@@ -138,7 +138,7 @@ async def test_log_probabilities_stay_with_their_tokens() -> None:
     outbox.close(WorkerLost("end"))
     for each in await drain(outbox):
         assert isinstance(each, Piece)
-        assert [-one.logprob for one in each.logprobs] == list(each.token_ids)
+        assert [-one.logprob for one in each.logprobs] == each.token_ids
 
 
 async def test_the_prompt_is_scored_before_the_first_piece() -> None:
@@ -163,4 +163,36 @@ async def test_a_choice_that_keeps_up_does_not_wait_for_one_that_is_behind() -> 
         for _ in range(4):
             assert isinstance(await anext(events), Piece)
         assert time.monotonic() - started < 0.04
+    await events.aclose()
+
+
+async def test_a_first_token_never_waits_for_others_to_fill_its_message() -> None:
+    outbox = make()
+    outbox.accept(0)
+    outbox.put(piece(0))
+    outbox.put(piece(1))
+    events = outbox.events()
+    started = time.monotonic()
+    assert await anext(events) == Accepted(0)
+    event = await anext(events)
+    assert isinstance(event, Piece)
+    assert event.token_ids == [0, 1]
+    assert time.monotonic() - started < 0.04
+    await events.aclose()
+
+
+async def test_a_reader_that_waited_gets_at_once_what_came_together() -> None:
+    outbox = make()
+    events = outbox.events()
+
+    def together() -> None:
+        outbox.put(piece(5))
+        outbox.put(piece(6))
+
+    asyncio.get_running_loop().call_later(0.01, together)
+    started = time.monotonic()
+    event = await anext(events)
+    assert isinstance(event, Piece)
+    assert event.token_ids == [5, 6]
+    assert time.monotonic() - started < 0.045
     await events.aclose()

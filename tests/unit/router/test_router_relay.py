@@ -118,5 +118,5 @@ def check(relay: Relay, events: list[Any], sent: list[list[int]], generated: int
         assert events.index(billed[index]) > last
     for event in events:
         if isinstance(event, Piece):
-            assert event.usage.generated_tokens >= told
-            told = event.usage.generated_tokens
+            assert event.told.generated_tokens >= told
+            told = event.told.generated_tokens
