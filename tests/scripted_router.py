@@ -308,6 +308,33 @@ def answer(*words: str) -> Script:
     return script
 
 
+def after_waiting(*places: tuple[int, float | None]) -> Script:
+    """A place in the queue, the later ones told as it waits, each (position, seconds); "ok"."""
+
+    async def script(
+        router: ScriptedRouter, request: pb.GenerateRequest, context: Context
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        del context
+        first, *rest = [
+            pb.Queued(
+                position=position,
+                expected_wait_ms=None if wait_s is None else round(wait_s * 1000),
+            )
+            for position, wait_s in places
+        ]
+        message = accepted(request)
+        message.accepted.position = first.position
+        if first.HasField("expected_wait_ms"):
+            message.accepted.expected_wait_ms = first.expected_wait_ms
+        yield message
+        for place in rest:
+            yield pb.GenerateResponse(queued=place)
+        yield chunk(0, "ok")
+        yield router.completed(request, 1, lifecycle_pb2.FINISH_REASON_STOP)
+
+    return script
+
+
 def choices(*texts: str) -> Script:
     """One choice for each text, a letter a chunk in turns, all scored, and so is the prompt."""
 

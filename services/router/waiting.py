@@ -45,11 +45,10 @@ class WaitingLine:
         self._model.entered(ticket.flow)
         self._tickets[ticket.key] = ticket
         ticket.place = self._place(ticket, self._queue.ahead(ticket.key), others_first)
-        if ticket.place.wait_s:
-            first_token_s = ticket.place.wait_s + self._model.careful_lag_s
-            if self._clock() + first_token_s > ticket.deadline:
-                self.leave(ticket)
-                raise self._unreachable(ticket, first_token_s)
+        wait_s = ticket.place.wait_s
+        if wait_s and self._too_late(ticket, wait_s):
+            self.leave(ticket)
+            raise self._unreachable(ticket, wait_s)
 
     def leave(self, ticket: Ticket) -> None:
         """Give the place up; nothing happens to a ticket that has none."""
@@ -58,16 +57,19 @@ class WaitingLine:
             self._model.left(ticket.flow)
 
     def head(self) -> Ticket | None:
-        """The next ticket; one that would be too late even now is sent away if others wait."""
-        while (head := self._queue.peek()) is not None and len(self._queue) > 1:
-            first_token_s = self._model.usual_lag_s
-            if self._clock() + first_token_s <= head.deadline:
+        """The next ticket; one that would be too late even now is sent away if others wait.
+
+        Only where the head has been waiting for room: a burst that meets idle workers is tried.
+        """
+        while (head := self._queue.peek()) is not None:
+            others = self._model.stuck and len(self._queue) > 1
+            if not others or not self._too_late(head, 0.0):
                 return head
             self.leave(head)
-            head.refusal = self._unreachable(head, first_token_s)
+            head.refusal = self._unreachable(head, 0.0)
             if not head.placed.done():
                 head.placed.set_result(None)
-        return head
+        return None
 
     def give_out(self, ticket: Ticket) -> None:
         """The head was placed."""
@@ -117,14 +119,19 @@ class WaitingLine:
     def _place(self, ticket: Ticket, ahead: Ahead, others_first: int) -> Place:
         return Place(others_first + ahead.requests, self._model.wait_s(ticket.flow, ahead))
 
-    def _unreachable(self, ticket: Ticket, first_token_s: float) -> DeadlineUnreachable:
+    def _too_late(self, ticket: Ticket, wait_s: float) -> bool:
+        return self._clock() + self._model.latest_first_token_s(wait_s) > ticket.deadline
+
+    def _unreachable(self, ticket: Ticket, wait_s: float) -> DeadlineUnreachable:
         left_s = ticket.deadline - self._clock()
+        first_token_s = self._model.first_token_s(wait_s)
+        late_s = self._model.latest_first_token_s(wait_s) - left_s
         return DeadlineUnreachable(
-            f"the first token is expected in {first_token_s:.1f} s, {left_s:.1f} s are left",
+            f"{left_s:.1f} s are left, a first token is expected in {first_token_s:.1f} s or later",
             metadata={
                 "expected_first_token_ms": str(round(first_token_s * 1000)),
                 "left_ms": str(round(max(left_s, 0.0) * 1000)),
                 "position": str(ticket.place.position),
             },
-            retry_after_s=within_bounds(first_token_s - left_s),
+            retry_after_s=within_bounds(late_s),
         )

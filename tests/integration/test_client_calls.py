@@ -9,6 +9,7 @@ import pytest
 from tests.scripted_router import (
     REUSE,
     ScriptedRouter,
+    after_waiting,
     answer,
     break_after,
     choices,
@@ -100,6 +101,18 @@ def face_of(request: pytest.FixtureRequest) -> Callable[..., Face]:
 
 
 FaceOf = Callable[..., Face]
+
+
+async def test_the_expected_wait_is_told_where_the_router_knows_it(face_of: FaceOf) -> None:
+    async with serve(ScriptedRouter([after_waiting((3, None), (2, 1.25), (0, 0.0))])) as address:
+        events, _ = await face_of(address).stream()
+    accepted, *queued = events[:3]
+    assert isinstance(accepted, Accepted)
+    assert (accepted.position, accepted.expected_wait_s) == (3, None)
+    assert queued == [
+        Queued(position=2, expected_wait_s=1.25),
+        Queued(position=0, expected_wait_s=0),
+    ]
 
 
 async def test_a_completion_is_the_whole_answer_with_a_bill_that_verifies(face_of: FaceOf) -> None:

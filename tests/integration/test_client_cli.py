@@ -16,6 +16,7 @@ import pytest
 from tests.scripted_router import (
     NUM_PROMPT_TOKENS,
     ScriptedRouter,
+    after_waiting,
     answer,
     choices,
     refuse,
@@ -277,6 +278,24 @@ async def test_a_reader_that_leaves_ends_the_request() -> None:
         process._transport.get_pipe_transport(1).close()  # type: ignore[attr-defined]
         await asyncio.wait_for(router.gone.wait(), 10)
         assert await process.wait() == 1
+
+
+async def test_a_place_in_the_queue_is_told_with_the_expected_wait() -> None:
+    router = ScriptedRouter([after_waiting((12, 20.4), (5, None), (1, 0.2), (0, 3.0), (0, 0.1))])
+    async with serve(router) as address:
+        ended = await tidemill(
+            "generate", "p", "-m", "demo", "--priority", "batch", "--first-token-timeout", "30",
+            address=address,
+        )  # fmt: skip
+    assert (ended.status, ended.out) == (0, "ok\n")
+    assert ended.err.splitlines()[:4] == [
+        "queued, 12 ahead, about 20 s",
+        "queued, 5 ahead",
+        "queued, 1 ahead, about 1 s",
+        "queued, 0 ahead, about 3 s",
+    ]
+    assert router.requests[0].priority == pb.PRIORITY_BATCH
+    assert router.requests[0].first_token_timeout_ms == 30_000
 
 
 async def test_a_wait_before_another_attempt_is_told() -> None:

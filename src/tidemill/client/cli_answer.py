@@ -17,6 +17,7 @@ from tidemill.client.cli_options import options
 from tidemill.client.request import Options
 from tidemill.client.sync import Client, Stream
 from tidemill.client.types import (
+    Accepted,
     Choice,
     ChoiceEnd,
     Completion,
@@ -28,6 +29,7 @@ from tidemill.client.types import (
 from tidemill.errors import ConfigError, TidemillError
 
 MODEL = "TIDEMILL_MODEL"
+_SHORT_WAIT_S = 1.0
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 _EXIT_STATUS = {FinishReason.SERVER_FAULT: 1, FinishReason.CANCELLED: 130}
 
@@ -82,8 +84,8 @@ def _show(stream: Stream, *, as_json: bool = False) -> Completion:
     with stream, _cancelled_by_interrupt(stream):
         for event in stream:
             match event:
-                case Queued(position=position) if position and not as_json:
-                    print(f"queued, {position} ahead", file=sys.stderr)
+                case Accepted() | Queued() if _waits(event) and not as_json:
+                    print(_place(event), file=sys.stderr)
                 case ChoiceEnd() if not as_json:
                     _show_choice(stream.choices[event.choice])
                 case TextChunk() if not as_json and not several:
@@ -97,6 +99,17 @@ def _show(stream: Stream, *, as_json: bool = False) -> Completion:
             print()
         print(_summary(completion), file=sys.stderr)
     return completion
+
+
+def _waits(place: Accepted | Queued) -> bool:
+    ahead = isinstance(place, Queued) and place.position > 0
+    return ahead or (place.expected_wait_s or 0.0) >= _SHORT_WAIT_S
+
+
+def _place(place: Accepted | Queued) -> str:
+    wait_s = place.expected_wait_s
+    expected = "" if wait_s is None else f", about {max(round(wait_s), 1)} s"
+    return f"queued, {place.position} ahead{expected}"
 
 
 def _show_choice(choice: Choice) -> None:

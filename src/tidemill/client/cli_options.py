@@ -29,6 +29,17 @@ def parser() -> argparse.ArgumentParser:
     )
     parent.add_argument("--timeout", type=float, metavar="S", help="seconds for the whole answer")
     parent.add_argument(
+        "--first-token-timeout",
+        type=float,
+        metavar="S",
+        help="seconds to the first token; what is expected later is refused at once",
+    )
+    parent.add_argument(
+        "--priority",
+        choices=("standard", "batch"),
+        help="batch: what standard requests leave, and a small share (default: standard)",
+    )
+    parent.add_argument(
         "--request-id", type=identifier, metavar="ID", help="idempotency key (default: a UUID)"
     )
     _add_sampling(parent.add_argument_group("sampling"))
@@ -60,6 +71,8 @@ def options(args: argparse.Namespace) -> Options:
         "stop": args.stop or (),
         "max_cost": args.max_cost,
         "timeout": args.timeout,
+        "first_token_timeout": args.first_token_timeout,
+        "priority": args.priority,
         "request_id": args.request_id,
     }
 

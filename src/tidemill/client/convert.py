@@ -57,9 +57,13 @@ def event(message: router_service_pb2.GenerateResponse) -> Event | None:
                 position=message.accepted.position,
                 prompt_tokens=message.accepted.prompt_tokens,
                 admitted_at_ms=message.accepted.admitted_at_ms,
+                expected_wait_s=_expected_wait_s(message.accepted),
             )
         case "queued":
-            return Queued(position=message.queued.position)
+            return Queued(
+                position=message.queued.position,
+                expected_wait_s=_expected_wait_s(message.queued),
+            )
         case "prompt_scored":
             return PromptScored(
                 first_index=message.prompt_scored.first_index,
@@ -77,6 +81,12 @@ def event(message: router_service_pb2.GenerateResponse) -> Event | None:
             return _completed(message.completed)
         case _:
             return None
+
+
+def _expected_wait_s(
+    message: router_service_pb2.Accepted | router_service_pb2.Queued,
+) -> float | None:
+    return message.expected_wait_ms / 1000 if message.HasField("expected_wait_ms") else None
 
 
 def logprobs(

@@ -22,6 +22,12 @@ _ROLES: Final = {
     "assistant": pb.CHAT_ROLE_ASSISTANT,
 }
 
+_PRIORITIES: Final = {
+    None: pb.PRIORITY_UNSPECIFIED,
+    "standard": pb.PRIORITY_STANDARD,
+    "batch": pb.PRIORITY_BATCH,
+}
+
 _NUMBERS: Final = (
     "max_tokens",
     "min_tokens",
@@ -56,7 +62,9 @@ class Options(TypedDict, total=False):
 
     max_cost: refuse a request that could cost more. request_id: idempotency key, a UUID by
     default. timeout: seconds for the whole answer, 1800 by default; the router ends a late one
-    with its bill. first_token_timeout: seconds to the first token.
+    with its bill. first_token_timeout: seconds to the first token; the router refuses at once
+    what it expects to be later. priority: "batch" gets what standard requests leave, and a small
+    share beside them.
     """
 
     max_tokens: int | None
@@ -81,6 +89,7 @@ class Options(TypedDict, total=False):
     request_id: str | None
     timeout: float | None
     first_token_timeout: float | None
+    priority: Literal["standard", "batch"] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +184,7 @@ def _prepare(message: pb.GenerateRequest, **options: Unpack[Options]) -> Prepare
     with _Field("first_token_timeout_ms"):
         if first_token_s is not None:
             message.first_token_timeout_ms = round(first_token_s * 1000)
+    message.priority = _priority(options.get("priority"))
     _sampling(message.sampling, options)
     _response_format(message, options.get("response_format"))
     if message.ByteSize() > PUBLIC_MESSAGE_BYTES:
@@ -185,6 +195,13 @@ def _prepare(message: pb.GenerateRequest, **options: Unpack[Options]) -> Prepare
         )
     allowed_s = DEFAULT_TIMEOUT_S if timeout_s is None else timeout_s
     return Prepared(message, allowed_s + min(_MOST_GRACE_S, allowed_s))
+
+
+def _priority(name: str | None) -> "pb.Priority.ValueType":
+    if name not in _PRIORITIES:
+        description = f"{name!r} is neither 'standard' nor 'batch'"
+        raise InvalidRequest(f"priority: {description}", violations=[("priority", description)])
+    return _PRIORITIES[name]
 
 
 def _sampling(sampling: Sampling, options: Options) -> None:

@@ -212,19 +212,24 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Accepted:
-    """The request has a place in the queue, `position` others ahead of it. The first event."""
+    """The request has a place in the queue, `position` others ahead of it. The first event.
+
+    `expected_wait_s` is how long the router expects it to wait; None: it cannot tell yet.
+    """
 
     request_id: str
     position: int
     prompt_tokens: int
     admitted_at_ms: int
+    expected_wait_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Queued:
-    """The request still waits, now with `position` others ahead of it."""
+    """The request still waits, now with `position` others ahead of it and so long from now."""
 
     position: int
+    expected_wait_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

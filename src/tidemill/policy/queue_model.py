@@ -18,22 +18,38 @@ from tidemill.policy.fair_queue import Ahead
 _HALF_LIFE_S = 10.0
 _REPORTED_S = 1.0  # seconds of watching that the workers' own report is worth
 _MIN_WATCHED_S = 1.0
+_MIN_SERVED = 4
+_WAIT_SLACK = 1.25
 _MIN_RETRY_S = 1.0
 _MAX_RETRY_S = 60.0
 
 
 @dataclass(slots=True)
 class _Rate:
-    """Tokens and the seconds in which they went; half of either is of the last half-life."""
+    """Tokens that went and the seconds it took, half of either of the last half-life.
+
+    `served` is by how many requests, `since` how long ago the last went.
+    """
 
     tokens: float = 0.0
+    served: int = 0
     seconds: float = 0.0
+    since: float = 0.0
 
     def watch(self, seconds: float) -> None:
-        kept = self.fade(seconds)
-        self.seconds += (1 - kept) * _HALF_LIFE_S / math.log(2)
+        self.since += seconds
+
+    def count(self, tokens: int) -> None:
+        """A request has gone: its tokens took the whole time since the last."""
+        kept = self.fade(self.since)
+        weight = (1 - kept) * _HALF_LIFE_S / math.log(2)
+        self.seconds += weight
+        self.tokens += tokens * (weight / self.since if self.since else 1.0)
+        self.served += 1
+        self.since = 0.0
 
     def fade(self, seconds: float) -> float:
+        """Let time pass in which nobody waited."""
         kept: float = 0.5 ** (seconds / _HALF_LIFE_S)
         self.tokens *= kept
         self.seconds *= kept
@@ -41,11 +57,12 @@ class _Rate:
 
     def per_second(self, reported: float = 0.0) -> float | None:
         """Tokens a second; None where too little was seen."""
+        seconds = self.seconds + self.since
         if reported:
-            return (self.tokens + reported * _REPORTED_S) / (self.seconds + _REPORTED_S)
-        if self.seconds < _MIN_WATCHED_S or not self.tokens:
+            return (self.tokens + reported * _REPORTED_S) / (seconds + _REPORTED_S)
+        if seconds < _MIN_WATCHED_S or self.served < _MIN_SERVED:
             return None
-        return self.tokens / self.seconds
+        return self.tokens / seconds
 
 
 @dataclass(slots=True)
@@ -86,6 +103,11 @@ class QueueModel:
         self._lag = _Lag()
         self._reported = 0.0
 
+    @property
+    def stuck(self) -> bool:
+        """Whether the head waits for room."""
+        return self._stuck
+
     def entered(self, flow: Hashable) -> None:
         """A request of the flow begins to wait."""
         self._advance()
@@ -95,9 +117,9 @@ class QueueModel:
         """A request of the flow was given out, with so many tokens, or gave up, with none."""
         self._advance()
         its = self._of(flow)
-        if self._stuck:
-            self._rate.tokens += tokens
-            its.rate.tokens += tokens
+        if self._stuck and tokens:
+            self._rate.count(tokens)
+            its.rate.count(tokens)
         its.waiting -= 1
         if not its.waiting:
             del self._flows[flow]
@@ -132,15 +154,13 @@ class QueueModel:
         own = self._of(flow).rate.per_second()
         return max(ahead.tokens / rate, ahead.own_tokens / own if own else 0.0)
 
-    @property
-    def usual_lag_s(self) -> float:
-        """Seconds from being given out to the first token, of late; 0 while none was seen."""
-        return self._lag.mean
+    def first_token_s(self, wait_s: float) -> float:
+        """Seconds to the first token of a request that is given out in `wait_s`, as of late."""
+        return wait_s + self._lag.mean
 
-    @property
-    def careful_lag_s(self) -> float:
+    def latest_first_token_s(self, wait_s: float) -> float:
         """What that seldom exceeds."""
-        return self._lag.mean + 2 * self._lag.deviation
+        return _WAIT_SLACK * wait_s + self._lag.mean + 2 * self._lag.deviation
 
     def retry_after_s(self, tokens: int) -> float:
         """When somebody who finds so many tokens waiting should ask again, within bounds."""

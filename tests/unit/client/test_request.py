@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 
+from tidemill.api.router.v1 import router_service_pb2 as pb
 from tidemill.client import MaxCost, Message
 from tidemill.client.request import prepare_chat, prepare_prompt
 from tidemill.errors import InvalidRequest
@@ -90,6 +91,21 @@ def test_an_empty_prompt_and_empty_lists_are_left_to_the_router() -> None:
     assert prepare_prompt("demo", "", None, {}).message.WhichOneof("input") == "prompt"
     assert prepare_prompt("demo", None, [], {}).message.WhichOneof("input") == "tokens"
     assert prepare_chat("demo", [], {}).message.WhichOneof("input") == "chat"
+
+
+def test_priority_is_said_by_name() -> None:
+    priorities: list[Any] = [None, "standard", "batch"]
+    messages = [
+        prepare_prompt("demo", "p", None, {"priority": each}).message for each in priorities
+    ]
+    assert [each.priority for each in messages] == [
+        pb.PRIORITY_UNSPECIFIED,
+        pb.PRIORITY_STANDARD,
+        pb.PRIORITY_BATCH,
+    ]
+    wrong: Any = {"priority": "urgent"}
+    with pytest.raises(InvalidRequest, match="'urgent' is neither 'standard' nor 'batch'"):
+        prepare_prompt("demo", "p", None, wrong)
 
 
 def test_misuse_is_a_type_error() -> None:

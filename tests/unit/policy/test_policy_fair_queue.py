@@ -4,7 +4,7 @@ from collections import deque
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tidemill.errors import AlreadyExists, QueueFull
@@ -64,6 +64,7 @@ def by_the_book(pushed: list[tuple[str, int]]) -> list[str]:
     return order
 
 
+@settings(deadline=None)
 @given(pushed=requests, saved_turns=st.integers(0, 5))
 def test_service_order_is_deficit_round_robin(
     pushed: list[tuple[str, int]], saved_turns: int
@@ -74,6 +75,7 @@ def test_service_order_is_deficit_round_robin(
     assert drain(filled) == by_the_book(pushed)
 
 
+@settings(deadline=None)
 @given(
     costs=st.lists(st.lists(st.integers(1, 500), min_size=30, max_size=60), min_size=2, max_size=4)
 )
@@ -93,6 +95,7 @@ def test_waiting_tenants_get_equal_tokens_within_a_quantum_and_one_request(
         assert max(served) - min(served) <= QUANTUM + 500
 
 
+@settings(deadline=None)
 @given(
     steps=st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 500)), max_size=60),
     saved_turns=st.integers(0, 10),
@@ -125,6 +128,7 @@ def test_a_tenant_with_few_large_requests_gets_as_much_as_one_with_many_small() 
     assert abs(served["small"] - served["large"]) <= QUANTUM + 400
 
 
+@settings(deadline=None)
 @given(st.sampled_from(Priority), st.sampled_from(Priority), st.integers(1, 20_000))
 def test_nobody_starves_beside_a_tenant_that_never_stops(
     patient: Priority, busy: Priority, cost: int
@@ -182,6 +186,7 @@ def test_requests_of_one_tenant_keep_their_order() -> None:
     assert drain(fill([("a", cost) for cost in (900, 1, 50, 700)])) == ["0", "1", "2", "3"]
 
 
+@settings(deadline=None)
 @given(
     costs=st.lists(st.tuples(st.integers(1, 500), st.integers(1, 500)), min_size=50, max_size=99),
     share=st.floats(0.05, 0.95),
@@ -226,6 +231,7 @@ def test_an_order_inside_a_class_is_kept_when_classes_alternate() -> None:
         assert [each for each in order if each[0] == name] == [f"{name}{n}" for n in range(10)]
 
 
+@settings(deadline=None)
 @given(pushed=in_classes, data=st.data())
 def test_what_is_ahead_is_the_order_of_service(
     pushed: list[tuple[str, int, Priority]], data: st.DataObject
@@ -261,6 +267,7 @@ def test_what_is_ahead_of_one_request() -> None:
         full.ahead("9")
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(
@@ -323,6 +330,7 @@ def test_a_tenant_at_its_own_limit_does_not_shut_out_the_others() -> None:
     shared.push("3", "a", 10, "x")
 
 
+@settings(deadline=None)
 @given(crowd=st.integers(1, 9), cost=st.integers(1, 5000))
 def test_a_few_tenants_that_crowd_leave_room_for_the_next(crowd: int, cost: int) -> None:
     shared = queue(max_requests=100, max_tokens=100_000)
