@@ -31,7 +31,7 @@ from tidemill.api.decode.v1 import decode_service_pb2_grpc
 from tidemill.api.worker.v1 import worker_service_pb2 as worker_pb2
 from tidemill.api.worker.v1 import worker_service_pb2_grpc
 from tidemill.errors import ConfigError
-from tidemill.policy import WorkerLoad
+from tidemill.policy import ReportClock, WorkerLoad
 from tidemill.rpc import tasks
 from tidemill.rpc.channel import internal_channel
 from tidemill.rpc.options import INTERNAL_CLIENT
@@ -222,6 +222,7 @@ class Link:
         worker = Worker(description, self._decode, open_attempts=self._open_attempts)
         self._fleet.join(worker)
         self._worker = worker
+        reports = ReportClock()
         watching = self._watches.spawn(
             watch_kv(self._stub, worker.id, self._fleet.prefixes), name="watch KV"
         )
@@ -230,7 +231,8 @@ class Link:
             async for message in self._stub.WatchLoad(request):
                 if message.epoch != description.epoch:
                     return
-                self._fleet.report(worker, _load(message, worker.id, self._clock()))
+                made_at = reports.made_at(message.uptime_us / 1e6, now=self._clock())
+                self._fleet.report(worker, _load(message, worker.id, made_at))
                 self._asked = True
                 self._hours.saw(
                     description,
@@ -267,20 +269,20 @@ def _kv_format(layout: kv_pb2.KvLayout) -> str:
     return f"mla.{layout.dtype}.{shape}.mtp{layout.mtp:d}"
 
 
-def _load(message: worker_pb2.WatchLoadResponse, worker_id: str, now: float) -> WorkerLoad:
+def _load(message: worker_pb2.WatchLoadResponse, worker_id: str, made_at: float) -> WorkerLoad:
     device = [tier for tier in message.tiers if tier.tier == worker_pb2.KV_TIER_DEVICE]
     return WorkerLoad(
         worker_id=worker_id,
         epoch=message.epoch,
         sequence=message.sequence,
-        observed_at=now,
+        observed_at=made_at,
         queued_uncached_tokens=message.queued_uncached_tokens,
         queued_attention_pairs=message.queued_attention_pairs,
         prefill_tokens_per_s=message.prefill_tokens_per_s,
         decode_step_us=message.decode_step_us,
         running=message.running,
         prefilling=message.prefilling,
-        waiting=message.waiting,
+        waiting=message.waiting + message.swapped,
         free_blocks=sum(tier.free_blocks for tier in device),
         total_blocks=sum(tier.total_blocks for tier in device),
         draining=message.draining,

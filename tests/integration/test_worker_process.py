@@ -103,6 +103,12 @@ async def test_load_is_pushed_on_change_and_at_least_each_second(
         queued = [load.queued_uncached_tokens for load in loads]
         assert 0 < max(queued) <= 640
         assert sum(a != b for a, b in pairwise(queued)) >= 3
+        assert max(load.queued_attention_pairs for load in loads) == 640 * 641 // 2
+        assert loads[-1].queued_attention_pairs == 0
+        assert 0 < loads[-1].prefill_tokens_per_s < loads[0].prefill_tokens_per_s, (
+            "warm-up was quick"
+        )
+        assert decode.worker.thread.pace.decode_step_us > 0
         assert max(load.prefilling for load in loads) == 1
         tiers = [load.tiers[0] for load in loads]
         assert min(tier.free_blocks for tier in tiers) == 96 - 10

@@ -51,8 +51,9 @@ class Engine:
     `step`; the engine is then not to be used again.
 
     `starved` says that the last step found no block for anybody: what it waits for is held by
-    others, and not by sequences. `current_step` is what computes now, or did last. `busy` adds up
-    the steps' time, all of which the sequences share by `cost`: what each part of a step weighs.
+    others, and not by sequences. `current_step` is what computes now, or did last, and
+    `current_costs` what each part of it weighs by `cost`. `busy` adds up the steps' time, all of
+    which the sequences share by these.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Engine:
         self.pool = runner.pool
         self.max_context = _max_context(config, model_config)
         self.busy = BusyTime()
-        self._cost = cost
+        self.cost = cost
         self._runner = runner
         swap = SwapSpace(config.num_swap_blocks, self.pool.latents)
         self._tables = BlockTables(self.pool, swap)
@@ -89,6 +90,7 @@ class Engine:
         self._arrived: list[Sequence] = []  # prompt prefilled elsewhere, first token not looked at
         self.starved = False
         self.current_step = Step()
+        self.current_costs: list[int] = []
         self._stops: dict[str, tuple[str, int | None]] = {}
 
     @classmethod
@@ -248,7 +250,7 @@ class Engine:
             self.starved = not step and not outputs and self._scheduler.has_work
         if not step:
             return outputs
-        costs = self._cost(step)
+        costs = self.current_costs = self.cost(step)
         hidden = self._runner.forward(step)
         self._score_prompts(step, hidden)
         drawn = self._draw(step, hidden)

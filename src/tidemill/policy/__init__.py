@@ -18,7 +18,14 @@ from tidemill.policy.fetch_or_recompute import (
     Run,
     Source,
 )
-from tidemill.policy.load import InFlight, OutputLengths, TierOverlap, Work, WorkerLoad
+from tidemill.policy.load import (
+    InFlight,
+    OutputLengths,
+    ReportClock,
+    TierOverlap,
+    Work,
+    WorkerLoad,
+)
 from tidemill.policy.placement import (
     Topology,
     balancedness,
@@ -46,6 +53,7 @@ __all__ = [
     "Priority",
     "QueueLimits",
     "QueueModel",
+    "ReportClock",
     "Run",
     "Scored",
     "Source",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 _MOST_ROUTERS = 16.0
+_MOST_DRIFT = 1e-3  # between two machines' clocks
 _DOUBT = 2  # requests by which the estimate of the other routers' share leans to "there are none"
 
 
@@ -29,7 +30,8 @@ class WorkerLoad:
     can be told. `queued_uncached_tokens` are prompt tokens admitted and not yet computed, reused
     ones excluded; their attention work is `queued_attention_pairs`. Both paces are moving averages,
     0 where unknown: uncached prompt tokens computed in a second of prefilling, microseconds of a
-    step of the decode batch. Blocks are those of the device tier; evictable ones count as free.
+    step of the decode batch. `waiting` are requests that wait for their KV, from elsewhere or from
+    host memory. Blocks are those of the device tier; evictable ones count as free.
     """
 
     worker_id: str
@@ -200,3 +202,24 @@ class OutputLengths:
     def remaining(self) -> float:
         """Of an answer that is under way, met at any time: half the mean, weighted by length."""
         return self._squares / self._tokens / 2 if self._tokens else 0.0
+
+
+class ReportClock:
+    """When a worker's reports were made, on the router's clock, by the worker's own clock in them.
+
+    A report that is later than the quickest of late has waited somewhere; what all reports take
+    cannot be told. Of a worker without a clock, all are taken to come at once.
+    """
+
+    def __init__(self) -> None:
+        self._offset_s = math.inf
+        self._heard_at = 0.0
+
+    def made_at(self, uptime_s: float, *, now: float) -> float:
+        """Of a report that came `now`, made `uptime_s` into the worker's life (0: unknown)."""
+        if not uptime_s:
+            return now
+        drifted = self._offset_s + _MOST_DRIFT * (now - self._heard_at)
+        self._offset_s = min(drifted, now - uptime_s)
+        self._heard_at = now
+        return self._offset_s + uptime_s

@@ -21,6 +21,7 @@ from tidemill.engine import (
     Sequence,
 )
 from tidemill.errors import Internal
+from tidemill.worker.pace import Pace
 
 STARVED_S = 0.005
 
@@ -75,8 +76,15 @@ class EngineThread:
     replaced.
     """
 
-    def __init__(self, engine: Engine, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        pace: Pace | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.engine = engine
+        self.pace = pace or Pace(engine, on_decode_step=lambda _: None)
         self.failure: Internal | None = None
         self._clock = clock
         self._loop = asyncio.get_running_loop()
@@ -168,8 +176,13 @@ class EngineThread:
     def _step(self) -> None:
         self.num_steps += 1
         self._step_started = self._clock()
+        began = time.perf_counter()
         outputs = self.engine.step()
+        ended = time.perf_counter()
         self._step_started = None
+        step = self.engine.current_step
+        if step and self.num_steps > 1:  # the first pays for what no other does
+            self.pace.took(step, self.engine.current_costs, ended - began, now=ended)
         if outputs:
             self._post(self._deliver, outputs)
 

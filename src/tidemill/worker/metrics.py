@@ -8,6 +8,7 @@ from prometheus_client.registry import Collector
 
 from tidemill.worker.engine_thread import Hours
 
+_STEP_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1)
 _SECONDS = (0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 120)
 
 
@@ -64,6 +65,12 @@ class WorkerMetrics:
             "tidemill_worker_prefill_seconds",
             "Computing one prompt, cache fetches included.",
             buckets=_SECONDS,
+            registry=registry,
+        )
+        self.decode_step_seconds = Histogram(
+            "tidemill_worker_decode_step_seconds",
+            "Steps that generated, chunks of prompts in them included.",
+            buckets=_STEP_SECONDS,
             registry=registry,
         )
 

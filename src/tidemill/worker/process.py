@@ -39,6 +39,7 @@ from tidemill.worker.engine_thread import EngineThread
 from tidemill.worker.kv_peers import KvPeers
 from tidemill.worker.load_progress import LoadProgress
 from tidemill.worker.metrics import WorkerMetrics
+from tidemill.worker.pace import Pace
 from tidemill.worker.peer_service import PeerService
 from tidemill.worker.prefill_service import PrefillService
 from tidemill.worker.prompt import PromptReuse
@@ -148,7 +149,8 @@ async def running_worker(
                 engine.pool, cache, max_blocks=config.cache.store_queue_blocks, metrics=metrics
             )
             background.start("block storer", storer.run)
-        thread = stack.enter_context(EngineThread(engine))
+        pace = Pace(engine, on_decode_step=metrics.decode_step_seconds.observe)
+        thread = stack.enter_context(EngineThread(engine, pace=pace))
         reuse = PromptReuse(
             engine,
             model=config.model,

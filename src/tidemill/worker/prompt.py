@@ -302,6 +302,15 @@ class Backlog:
         # The copy lets the metrics thread read while the event loop adds and removes.
         return sum(blocks.num_uncomputed_tokens for blocks in tuple(self._prompts))
 
+    @property
+    def num_attention_pairs(self) -> int:
+        """(query, key) pairs of these: each token attends to itself and to all before it."""
+        lengths = [
+            (blocks.prompt.num_tokens, blocks.num_computed_tokens)
+            for blocks in tuple(self._prompts)
+        ]
+        return sum((end * (end + 1) - done * (done + 1)) // 2 for end, done in lengths)
+
     def has_room(self, num_tokens: int) -> bool:
         """Whether a prompt with so many uncached tokens is admitted; an idle worker takes any."""
         queued = self.num_tokens

@@ -184,7 +184,7 @@ class Worker:
         )
 
     def load(self) -> pb.WatchLoadResponse:
-        """The load right now, without epoch, sequence and what the time went into."""
+        """The load right now, without epoch, sequence, paces and what the time went into."""
         load, pool = self.engine.load_snapshot(), self.engine.pool
         tiers = [
             pb.KvTierLoad(
@@ -200,6 +200,7 @@ class Worker:
             tiers.append(host)
         return pb.WatchLoadResponse(
             queued_uncached_tokens=self.backlog.num_tokens,
+            queued_attention_pairs=self.backlog.num_attention_pairs,
             prefilling=len(self.backlog),
             running=load.running,
             swapped=load.swapped,

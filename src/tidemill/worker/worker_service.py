@@ -32,7 +32,7 @@ class WorkerService(WorkerServiceServicer):
     ) -> AsyncIterator[pb.WatchLoadResponse]:
         """The load now, then whenever it changed, and at least each second; ends when draining.
 
-        Passing time alone is no change.
+        Passing time alone is no change, nor is a new pace.
         """
         validate(request)
         interval_ms = request.min_interval_ms if request.HasField("min_interval_ms") else 0
@@ -45,13 +45,15 @@ class WorkerService(WorkerServiceServicer):
             if load != last or time.monotonic() - sent_at >= MAX_SILENCE_S:
                 sequence += 1
                 last, sent_at = load, time.monotonic()
-                hours = self._worker.thread.hours
+                hours, pace = self._worker.thread.hours, self._worker.thread.pace
                 message = pb.WatchLoadResponse(
                     epoch=self._worker.epoch,
                     sequence=sequence,
                     prefill_busy_us=hours.busy.prefill_ns // 1000,
                     decode_busy_us=hours.busy.decode_ns // 1000,
                     uptime_us=hours.uptime_ns // 1000,
+                    prefill_tokens_per_s=pace.prefill_tokens_per_s,
+                    decode_step_us=pace.decode_step_us,
                 )
                 message.MergeFrom(load)
                 yield message

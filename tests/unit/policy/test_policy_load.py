@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from tidemill.policy import InFlight, OutputLengths, Work, WorkerLoad
+from tidemill.policy import InFlight, OutputLengths, ReportClock, Work, WorkerLoad
 
 
 def report(worker_id: str, observed_at: float) -> WorkerLoad:
@@ -115,3 +115,23 @@ def test_an_answer_met_under_way_is_likely_a_long_one() -> None:
         lengths.add(400)
     assert lengths.expected(4096) == pytest.approx(200, rel=0.02)
     assert lengths.remaining == pytest.approx(200, rel=0.02)
+
+
+def test_a_report_that_waited_somewhere_is_as_old_as_it_is() -> None:
+    clock = ReportClock()
+    assert clock.made_at(5.0, now=105.002) == pytest.approx(105.002)
+    assert clock.made_at(6.0, now=106.001) == pytest.approx(106.001), "the quickest so far"
+    assert clock.made_at(7.0, now=107.5) == pytest.approx(107.001, abs=0.01)
+    assert clock.made_at(8.0, now=108.001) == pytest.approx(108.001, abs=0.01)
+
+
+def test_clocks_that_drift_apart_make_no_report_old() -> None:
+    clock = ReportClock()
+    for second in range(5000):
+        now = 1000 + second * 1.0005
+        assert clock.made_at(1.0 + second, now=now) == pytest.approx(now, abs=0.001)
+
+
+def test_a_report_without_a_clock_was_made_when_it_came() -> None:
+    clock = ReportClock()
+    assert [clock.made_at(0.0, now=now) for now in (7.0, 9.5)] == [7.0, 9.5]
