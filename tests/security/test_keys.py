@@ -12,10 +12,12 @@ from pathlib import Path
 
 import grpc
 import pytest
+import redis
 
 from tests.redis_process import RedisProcess
 from tests.router_harness import (
     ADMIN_KEY,
+    DURABLE,
     MODEL,
     Heard,
     RouterHarness,
@@ -182,6 +184,29 @@ async def test_the_fleets_authority_is_changed_in_three_steps_with_no_call_refus
             assert await greets(files(*serving, "decode"), files(*calling, "router")) == "SERVING"
     gone = files(old, both, "router")
     assert await greets(files(new, new / "ca.pem", "decode"), gone) == "UNAVAILABLE"
+
+
+def test_a_redis_password_is_changed_with_both_good_in_between(
+    redis_server: Callable[..., RedisProcess],
+) -> None:
+    server = redis_server(**DURABLE)
+    old, new = server.password, "n" * 32
+    config = server.directory / "redis.conf"
+    as_it_was = config.read_text()
+    for passwords, good in ((f">{old} >{new}", {old, new}), (f">{new}", {new})):
+        config.write_text(as_it_was.replace(f">{old}", passwords))
+        server.password = new
+        server.stop()
+        server.start()
+        assert {each for each in (old, new) if logs_in(server, each)} == good
+
+
+def logs_in(server: RedisProcess, password: str) -> bool:
+    with redis.Redis(port=server.port, username=server.user, password=password) as client:
+        try:
+            return bool(client.ping())
+        except redis.AuthenticationError:
+            return False
 
 
 def files(folder: Path, authority: Path, role: str) -> TlsFiles:
