@@ -21,11 +21,12 @@ async def up(plan: Plan, say: Callable[[str], None]) -> None:
         "TIDEMILL_ADDRESS": plan.address,
         "TIDEMILL_API_KEY": await _key(plan),
         "TIDEMILL_CA": str(plan.ca),
-        "TIDEMILL_LOAD_METRICS": " ".join(plan.worker_pages),
     }
     exports = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
     env_file = plan.state.path / "env"
-    write_private(env_file, "\n".join(exports) + "\n")
+    pages = shlex.quote(" ".join(plan.worker_pages))
+    load = f"export TIDEMILL_LOAD_METRICS={pages}"  # for `python -m loadtest`
+    write_private(env_file, "\n".join([*exports, load]) + "\n")
     command = Path(executable).with_name("tidemill")
     say("\nTidemill is up. In another shell:\n")
     for line in exports:

@@ -108,6 +108,8 @@ def test_up_says_how_to_call_it_and_stops_everything_at_ctrl_c(
         "TIDEMILL_API_KEY",
         "TIDEMILL_CA",
     }
+    env_file = (tmp_path / "up" / "env").read_text(encoding="utf-8")
+    assert re.findall(r"http://127\.0\.0\.1:\d+/metrics", env_file.partition("LOAD_METRICS")[2])
     (command,) = [line.strip() for line in lines if " generate " in line]
     call = subprocess.run(
         ["/bin/sh", "-c", f"{command} --max-tokens 4 --json"],
