@@ -72,7 +72,8 @@ PROMPT = [9] * 64
 CHUNK = 8
 GOAL_TOKENS_PER_S = 60_000
 STEP_S = 0.005  # of the stream alone
-WARM_UP_S = 1.5
+WARM_UP_S = 0.5
+STARTED = 3  # messages of a stream: a place, its first token, and more
 CHANNELS = 4  # a router takes 256 streams a connection
 
 Open = Callable[[str, int], Any]  # request id, most tokens -> an open call that reads bytes
@@ -300,6 +301,9 @@ class Bench:
         calls = {each: call(each, 100_000) for each in ids}
         heard = {each: Heard() for each in ids}
         listening = [asyncio.create_task(heard[each].listen(calls[each])) for each in ids]
+        async with asyncio.timeout(30):  # starting a stream costs more than a message
+            while not all(len(each.messages) >= STARTED for each in heard.values()):  # noqa: ASYNC110 - no event
+                await asyncio.sleep(0.05)
         await asyncio.sleep(WARM_UP_S)
         cpu, begun = cpu_s(self._pids[name]), time.monotonic()
         await asyncio.sleep(self._seconds)
