@@ -12,7 +12,7 @@ import secrets
 import time
 from array import array
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +61,7 @@ _ROLES = {
 _FUNDS_PATIENCE_S = 2.0
 _RETRY_S = 0.1
 _LEASE_MS = 30_000
+_LONG_S = 0.5  # a step that a Stop cuts short
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +257,12 @@ class MockWorker(DecodeServiceServicer, PrefillServiceServicer, WorkerServiceSer
             return 0
         beat = max(beat, math.floor(now / step_s)) + count
         self._note_due(attempt, (beat - count + 1) * step_s, step_s=step_s, count=count)
-        if (delay := beat * step_s - now) > 0:
+        if (delay := beat * step_s - now) > _LONG_S:
+            attempt.told.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(delay):
+                    await attempt.told.wait()
+        elif delay > 0:
             await asyncio.sleep(delay)
         return beat
 

@@ -27,6 +27,8 @@ from tidemill.billing import ledger as rules
 from tidemill.billing.hold_size import STEP_TOKENS, HoldSize
 from tidemill.errors import Aborted, Cancelled, Internal, LedgerUnavailable, TidemillError
 
+_NEVER = 1 << 62  # tokens
+
 logger = logging.getLogger(__name__)
 
 
@@ -81,8 +83,12 @@ class Hold:
 
     def fund_due(self, generated_tokens: int) -> bool:
         """Whether to call `fund`: half of what was funded last, or of what is left, is used."""
-        due = generated_tokens >= self._due_at and not self._turn.locked() and not self._ended
-        return due and self._size.step_nano(self._held_nano) > 0
+        if generated_tokens < self._due_at or self._turn.locked() or self._ended:
+            return False
+        if self._size.step_nano(self._held_nano) > 0:
+            return True
+        self._due_at = _NEVER  # all there may be is held: asked for every chunk, said once
+        return False
 
     async def fund(self, progress: Progress) -> int | None:
         """Hold 512 tokens more, or what can be had, and write down how far the request is.
