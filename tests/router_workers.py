@@ -42,11 +42,14 @@ async def router_over(
 
 
 @asynccontextmanager
-async def split_pair(tiny_dir: Path, ledger: RedisProcess, tls_files: TlsOf) -> AsyncIterator[Pair]:
+async def split_pair(
+    tiny_dir: Path, ledger: RedisProcess, tls_files: TlsOf, *, in_place_tokens: int = 0
+) -> AsyncIterator[Pair]:
     """A prefill worker, a decode worker, and a router over them; pools whole at the end."""
+    in_place = {"in_place_tokens": in_place_tokens}
     async with (
         worker_at(Role.PREFILL, tiny_dir, tls_files, worker_id="p") as prefill,
-        worker_at(Role.DECODE, tiny_dir, tls_files, worker_id="d") as decode,
+        worker_at(Role.DECODE, tiny_dir, tls_files, worker_id="d", **in_place) as decode,
         router_over(
             tiny_dir, ledger, tls_files, f"prefill@{prefill.address}", f"decode@{decode.address}"
         ) as router,

@@ -70,8 +70,10 @@ async def worker_at(
 ) -> AsyncIterator[RunningWorker]:
     """A worker of `role` over the tiny model, single-threaded.
 
-    It fetches whatever it can: computing this model is quicker, and so is a busy machine's whim.
+    It fetches whatever it can: computing this model is quicker, and so is a busy machine's whim. If
+    it only decodes it prefills nothing in place, unless told so.
     """
+    settings.setdefault("in_place_tokens", 0)
     settings.setdefault("fetch", ALWAYS_FETCH)
     settings.setdefault("peers", PATIENT)
     config = WorkerConfig(
@@ -302,7 +304,11 @@ async def both_roles(
 async def split_roles(
     model_dir: Path, tls: Tls, **settings: Any
 ) -> AsyncIterator[tuple[RunningWorker, RunningWorker, RouterSide]]:
-    """A prefill and a decode worker, and a router's side of the latter; whole again at the end."""
+    """A prefill and a decode worker, and a router's side of the latter; whole again at the end.
+
+    What Start says decides where a prompt is prefilled: in place goes, unless told otherwise.
+    """
+    settings.setdefault("in_place_tokens", 10_000)
     async with (
         worker_at(Role.PREFILL, model_dir, tls, **settings) as prefill,
         worker_at(Role.DECODE, model_dir, tls, **settings) as decode,

@@ -20,6 +20,7 @@ from tidemill.policy import (
     TierOverlap,
     WorkerLoad,
     pick_decode,
+    pick_in_place,
     pick_prefill,
 )
 
@@ -189,6 +190,8 @@ class Dispatcher:
             )
             return self._fleet.get(chosen.worker_id) if chosen else None
 
+        if ticket.in_place and (alone := self._pick_in_place(request, balancer)) is not None:
+            return Placed(alone, None)
         prefill = pick(PREFILL, self._fleet.usable(self._model, PREFILL))
         if prefill is None:
             return None
@@ -198,6 +201,19 @@ class Dispatcher:
         if decode is None:
             return None
         return Placed(decode, None if decode is prefill else prefill)
+
+    def _pick_in_place(self, request: Placement, balancer: BalancerConfig) -> Worker | None:
+        decoders = self._fleet.usable(self._model, DECODE)
+        chosen = pick_in_place(
+            [worker.load for worker in decoders if worker.load is not None],
+            request,
+            self._prefilling,
+            self._decoding,
+            {worker.id: worker.description.in_place_tokens for worker in decoders},
+            now=self._clock(),
+            config=balancer,
+        )
+        return self._fleet.get(chosen.worker_id) if chosen else None
 
     def _peers(self, held: Mapping[str, TierOverlap], chosen: Worker) -> list[Worker]:
         """Who seems to hold more of the chain than the chosen worker, most first."""

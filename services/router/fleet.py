@@ -20,7 +20,8 @@ logger = logging.getLogger(__name__)
 class Description:
     """What a worker says it is; `roles` is a subset of {prefill, decode}.
 
-    Its owner pays for `accelerators` of them by the hour.
+    Its owner pays for `accelerators` of them by the hour. If it only decodes, it still prefills
+    prompts of which at most `in_place_tokens` are to be computed.
     """
 
     worker_id: str
@@ -33,6 +34,7 @@ class Description:
     context_tokens: int
     vocab_size: int
     accelerators: int = 1
+    in_place_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,11 @@ class Worker:
     def id(self) -> str:
         """The worker's id."""
         return self.description.worker_id
+
+    @property
+    def prefills(self) -> bool:
+        """Whether it prefills prompts of any length."""
+        return PREFILL in self.description.roles
 
 
 @dataclass(frozen=True, slots=True)

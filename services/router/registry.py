@@ -260,6 +260,7 @@ def _description(answer: worker_pb2.DescribeWorkerResponse, address: str) -> Des
         context_tokens=answer.max_context_tokens,
         vocab_size=answer.vocab_size,
         accelerators=max(answer.accelerators, 1),
+        in_place_tokens=answer.in_place_tokens,
     )
 
 

@@ -156,8 +156,12 @@ class Serving:
             await self._serve(lane, placed)
         except Overloaded as refusal:
             refused_by = placed.decode
-            if isinstance(refusal, PrefillFull) and placed.prefill is not None:
-                refused_by = placed.prefill
+            if isinstance(refusal, PrefillFull):
+                if placed.prefill is None and not placed.decode.prefills:
+                    lane.ticket.in_place = False
+                    self._put_back(lane, without=placed.decode, for_s=0)
+                    return
+                refused_by = placed.prefill or placed.decode
             wait_s = max(refusal.retry_after_s or 0, _REFUSED_S[min(lane.num_refused, 5)])
             lane.num_refused += 1
             self._put_back(lane, without=refused_by, for_s=min(wait_s, _LOST_S))

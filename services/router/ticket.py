@@ -44,9 +44,10 @@ class Ticket:
 
     A request has one, and each choice that goes on alone. Instants are the dispatcher's clock's:
     `deadline` is when the first token must have come; `excluded` maps workers that refused it or
-    were lost to when they may be asked again. `moved` hears of a new place: position and seconds.
-    `placed` is None once the place was given up, or taken away: then `refusal` says why. `names`
-    are what the prefix index calls the prompt's blocks.
+    were lost to when they may be asked again. `in_place` says whether a decode worker may prefill
+    it: not after one refused, since it holds less than was believed. `moved` hears of a new place:
+    position and seconds. `placed` is None once the place was given up, or taken away: then
+    `refusal` says why. `names` are what the prefix index calls the prompt's blocks.
     """
 
     key: str
@@ -58,6 +59,7 @@ class Ticket:
     placed: asyncio.Future[Placed | None]
     priority: Priority = Priority.STANDARD
     deadline: float = float("inf")
+    in_place: bool = True
     excluded: dict[str, float] = field(default_factory=dict)
     place: Place = Place(0, None)
     cost_tokens: int = 0

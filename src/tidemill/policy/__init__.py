@@ -18,6 +18,7 @@ from tidemill.policy.fetch_or_recompute import (
     Run,
     Source,
 )
+from tidemill.policy.in_place import pick_in_place
 from tidemill.policy.load import (
     InFlight,
     OutputLengths,
@@ -66,6 +67,7 @@ __all__ = [
     "move_experts",
     "num_moves",
     "pick_decode",
+    "pick_in_place",
     "pick_prefill",
     "place_experts",
     "score_decode",

@@ -9,6 +9,8 @@ from tidemill.kv.cache_client import CacheClientConfig
 from tidemill.policy import FetchConfig
 from tidemill.rpc.server import ServerConfig
 
+MOST_IN_PLACE_TOKENS = 1 << 20
+
 
 class Role(Enum):
     """What a worker does; BOTH prefills in place as well as for others."""
@@ -83,6 +85,9 @@ class WorkerConfig:
     `fund_wait_s` at the end of its funds; a step older than `stall_s` fails readiness. `peers`
     bounds calls to other workers for their blocks, `fetch` what fetching from anywhere may cost.
     `accelerators` is how many of them this process occupies, for which its owner pays by the hour.
+    A worker that only decodes prefills prompts in place of which at most `in_place_tokens` are to
+    be computed, 0: none; unset: as many as it measures at its start to take `in_place_stall_s`, by
+    which they may delay the others' next tokens.
     """
 
     worker_id: str
@@ -101,10 +106,16 @@ class WorkerConfig:
     fund_wait_s: float = 2.0
     stall_s: float = 30.0
     accelerators: int = 1
+    in_place_tokens: int | None = None
+    in_place_stall_s: float = 0.02
 
     def __post_init__(self) -> None:
         if not 1 <= self.accelerators <= 65_536:
             raise ValueError("accelerators must be between 1 and 65536")
+        if not 0 <= (self.in_place_tokens or 0) <= MOST_IN_PLACE_TOKENS:
+            raise ValueError(f"in_place_tokens must be between 0 and {MOST_IN_PLACE_TOKENS}")
+        if not 0 <= self.in_place_stall_s <= 60:
+            raise ValueError("in_place_stall_s must be between 0 and 60")
 
     @property
     def final_retention_s(self) -> float:

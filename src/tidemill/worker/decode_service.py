@@ -1,7 +1,7 @@
 """DecodeService: proto in front of attempts, and the Finals they leave."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 
 from tidemill.api.common.v1.lifecycle_pb2 import FinishReason
@@ -118,13 +118,7 @@ class DecodeService(DecodeServiceServicer):
         hashes = prompt.hashes
         if self._in_place(start):
             hashes = worker.reuse.reusable(prompt)
-            num_held_tokens = worker.engine.pool.match(hashes) * BLOCK_TOKENS
-            if not worker.backlog.has_room(prompt.num_tokens - num_held_tokens):
-                worker.metrics.refusals.labels("PREFILL_FULL").inc()
-                raise PrefillFull(
-                    f"{worker.backlog.num_tokens} tokens are queued",
-                    retry_after_s=worker.backlog.retry_after_s(),
-                )
+            self._check_in_place(prompt, hashes)
         seq_id = sequence_id(start.task.id)
         if not worker.engine.admit(seq_id, prompt.num_tokens, new_tokens, choices=choices):
             raise self._full("the blocks are promised to others")
@@ -135,6 +129,24 @@ class DecodeService(DecodeServiceServicer):
         except PoolExhausted as error:
             worker.engine.dismiss(seq_id)
             raise self._full(str(error)) from error
+
+    def _check_in_place(self, prompt: Prompt, hashes: Sequence[bytes]) -> None:
+        """Refuse with PrefillFull what would keep the running sequences waiting for too long.
+
+        The router knows from reports what lies here, and may be late: only here it is certain.
+        """
+        worker = self._worker
+        num_held_tokens = worker.engine.pool.match(hashes) * BLOCK_TOKENS
+        num_tokens = max(prompt.num_tokens - num_held_tokens, 1)
+        queued = worker.backlog.num_tokens
+        if worker.role.prefills:
+            has_room, why = worker.backlog.has_room(num_tokens), f"{queued} tokens are queued"
+        else:
+            has_room = queued + num_tokens <= worker.in_place_tokens
+            why = f"{queued} + {num_tokens} tokens in place exceed {worker.in_place_tokens}"
+        if not has_room:
+            worker.metrics.refusals.labels("PREFILL_FULL").inc()
+            raise PrefillFull(why, retry_after_s=worker.backlog.retry_after_s())
 
     def _full(self, why: str) -> DecodeFull:
         self._worker.metrics.refusals.labels("DECODE_FULL").inc()

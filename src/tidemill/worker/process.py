@@ -33,7 +33,12 @@ from tidemill.worker.attempt_table import AttemptTable
 from tidemill.worker.background import Background
 from tidemill.worker.block_fetcher import BlockFetcher
 from tidemill.worker.block_storer import BlockStorer
-from tidemill.worker.config import RegistryConfig, Role, WorkerConfig
+from tidemill.worker.config import (
+    MOST_IN_PLACE_TOKENS,
+    RegistryConfig,
+    Role,
+    WorkerConfig,
+)
 from tidemill.worker.decode_service import DecodeService
 from tidemill.worker.engine_thread import EngineThread
 from tidemill.worker.kv_peers import KvPeers
@@ -45,7 +50,7 @@ from tidemill.worker.prefill_service import PrefillService
 from tidemill.worker.prompt import PromptReuse
 from tidemill.worker.registration import Registration
 from tidemill.worker.remote_prefill import MakeTransport, PrefillPeers
-from tidemill.worker.warm_up import warm_up
+from tidemill.worker.warm_up import tokens_within, warm_up
 from tidemill.worker.watchdog import Watchdog
 from tidemill.worker.worker import Worker
 from tidemill.worker.worker_service import WorkerService
@@ -184,6 +189,8 @@ async def running_worker(
         _watch(worker, attempts)
         server, decode = _serve(worker, attempts, peers, rpc_metrics)
         await warm_up(thread, reuse.policy)
+        if role is Role.DECODE:
+            worker.in_place_tokens = _in_place_tokens(config, reuse.policy)
         await server.start()
         running = RunningWorker(worker, server, decode, attempts)
         stack.push_async_callback(running.drain)
@@ -299,6 +306,12 @@ def _shared_memory(
 
     background.start("shared memory sweeper", sweep)
     return shared
+
+
+def _in_place_tokens(config: WorkerConfig, policy: FetchOrRecompute) -> int:
+    if config.in_place_tokens is not None:
+        return config.in_place_tokens
+    return min(tokens_within(policy, config.in_place_stall_s), MOST_IN_PLACE_TOKENS)
 
 
 def _watch(worker: Worker, attempts: AttemptTable) -> None:

@@ -1,6 +1,7 @@
 """Prompts of its own before a worker serves: its memory is warm, and it knows what computing costs.
 
-Without that a worker whose every prompt is held elsewhere would never learn when to compute.
+Without that a worker whose every prompt is held elsewhere would never learn when to compute, and
+one that decodes would not know how much of a prompt it can compute without holding others up.
 """
 
 import asyncio
@@ -23,6 +24,11 @@ async def warm_up(thread: EngineThread, policy: FetchOrRecompute) -> None:
         seconds = await _prefill(thread, num_tokens)
         if number:
             policy.computed(num_tokens / BLOCK_TOKENS, seconds)
+
+
+def tokens_within(policy: FetchOrRecompute, seconds: float) -> int:
+    """Prompt tokens that a step computes in that time more than it would without them."""
+    return int(seconds / policy.compute_s(1) * BLOCK_TOKENS)
 
 
 async def _prefill(thread: EngineThread, num_tokens: int) -> float:

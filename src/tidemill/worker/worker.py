@@ -74,6 +74,7 @@ class Worker:
         self.kv_events = KvEvents(self.engine.pool, epoch=self.epoch)
         self.grammars = Grammars(config.model_dir, self.engine.model_config.vocab_size)
         self.draining = False
+        self.in_place_tokens = 0  # what a worker that only decodes computes of a prompt at most
         self.registered: bool | None = None  # whether the registry took the last heartbeat
         self.num_waiting = 0  # attempts that wait for their KV
         self.num_serving = 0  # other workers' fetches
@@ -181,6 +182,7 @@ class Worker:
             version=version("tidemill"),
             vocab_size=self.engine.model_config.vocab_size,
             accelerators=self.config.accelerators,
+            in_place_tokens=self.in_place_tokens,
         )
 
     def load(self) -> pb.WatchLoadResponse:

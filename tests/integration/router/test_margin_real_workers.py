@@ -24,15 +24,22 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.mark.parametrize("in_place_tokens", [0, 100])
 async def test_journals_and_workers_agree_on_who_was_busy_for_how_long(
-    tiny_dir: Path, ledger: RedisProcess, tls_files: TlsOf
+    tiny_dir: Path, ledger: RedisProcess, tls_files: TlsOf, in_place_tokens: int
 ) -> None:
-    async with split_pair(tiny_dir, ledger, tls_files) as (prefill, decode, router):
+    """Wherever the last turn was prefilled: it is on the decode worker that all of it lies."""
+    pair = split_pair(tiny_dir, ledger, tls_files, in_place_tokens=in_place_tokens)
+    async with pair as (prefill, decode, router):
         workers = (prefill, decode)
         warm_up = sum(each.worker.thread.hours.busy.total_ns for each in workers) // 1000
         requests = [ask(f"r{n}", 64 + 80 * n, max_tokens=20) for n in range(4)]
         requests[3].sampling.n, requests[3].sampling.temperature = 3, 1.0
-        heard = await asyncio.gather(*(router.generate(request) for request in requests))
+        heard = list(await asyncio.gather(*(router.generate(each) for each in requests)))
+        turn = ask("turn", 64 + 80 * 3 + 30)
+        heard.append(await router.generate(turn))
+        in_place = heard[-1].completed.usage.prompt.prefill_worker_id == "d"
+        assert in_place == (in_place_tokens > 0)
         charged = sum(each.completed.receipt.amount_nano for each in heard)
         slow_down(prefill, 0.03)
         stopped = router.call(ask("stopped", 900))

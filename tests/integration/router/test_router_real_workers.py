@@ -160,6 +160,7 @@ worker_id = "{role}-0"
 model = "{MODEL}"
 model_dir = "{model_dir}"
 engine = {{ num_blocks = 96, num_threads = 1 }}
+in_place_tokens = 0
 [{role}.server]
 address = "127.0.0.1:{port}"
 tls = {{ cert = "{certs}/{role}.pem", key = "{certs}/{role}.key", ca = "{certs}/ca.pem" }}
