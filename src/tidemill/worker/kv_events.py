@@ -62,10 +62,9 @@ class KvEvents:
         with self._lock:
             events, self._events = self._events, []
             missed, self._missed = self._missed, False
-        if missed:
+        if missed:  # whoever has seen what came before is behind the log now
             self._log.clear()
             self._num_logged = 0
-            self._sequence += 1  # so that nobody seems to be up to date
         for start in range(0, len(events), self._part_blocks):
             part = events[start : start + self._part_blocks]
             self._append(self._message(self._sequence + 1, _changes(part)))

@@ -23,13 +23,14 @@ def told(sequence: int, *names: int, resets: bool = False, **change: Any) -> pb.
 
 
 class Teller:
-    """Answers each WatchKv with the next script, then hangs up; with the last it stays.
+    """Answers each WatchKv with the next script, then, unless it `stays`, hangs up but the last.
 
     A script that begins with None is refused.
     """
 
-    def __init__(self, *scripts: list[pb.WatchKvResponse | None]) -> None:
+    def __init__(self, *scripts: list[pb.WatchKvResponse | None], stays: bool = False) -> None:
         self.scripts = list(scripts)
+        self.stays = stays
         self.asked: list[tuple[int, int] | None] = []
 
     async def watch_kv(
@@ -42,7 +43,7 @@ class Teller:
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "not now")
             else:
                 yield message
-        if not self.scripts:
+        if self.stays or not self.scripts:
             await asyncio.Event().wait()
 
 
@@ -94,7 +95,9 @@ async def test_a_stream_that_ends_is_resumed_after_what_was_heard() -> None:
 
 async def test_after_a_gap_the_router_asks_for_what_it_missed() -> None:
     teller = Teller(
-        [told(1, 1, resets=True), told(3, 3), told(4, 4)], [told(2, 2), told(3, 3), told(4, 4)]
+        [told(1, 1, resets=True), told(3, 3), told(4, 4)],
+        [told(2, 2), told(3, 3), told(4, 4)],
+        stays=True,
     )
     async with watched(teller) as (index, _):
         await eventually(lambda: index.heard("w") == (EPOCH, 4))
