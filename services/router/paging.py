@@ -1,7 +1,8 @@
 """Page tokens: where an answer was broken off, bound to the question that it answers.
 
-A token is opaque to its holder and holds nothing that is not the holder's own; one that was made
-for another question, or by anybody else, is refused.
+A token is opaque to its holder and holds nothing that is not the holder's own: places in his own
+pages. One that was made for another question is refused; one that he makes up himself leads to no
+other pages than his.
 """
 
 import base64

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.redis
 
 Record = Callable[[str, object], None]
 BLOCK = 64
-PROBE_TOKENS = 3 * BLOCK + 1
+PROBE_TOKENS = BLOCK + 1  # one block to be found: the least that sharing could give away
 DETECTED = 1e-6  # chance below which a difference is one
 NOTHING = 1e-3  # chance above which there is none
 

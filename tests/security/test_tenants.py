@@ -6,6 +6,7 @@ from typing import Any
 import grpc
 import pytest
 
+from services.router.paging import page_token
 from tests.router_harness import ADMIN_KEY, bearer
 from tests.router_workers import ask
 from tests.security.deployment import Deployment
@@ -76,6 +77,23 @@ async def test_a_page_token_leads_nobody_into_anothers_pages(deployment: Deploym
     asked.page_token = first.next_page_token
     rest = await router.billing.ListReceipts(asked, metadata=bearer(eve))
     assert {each.request_id for each in rest.receipts} <= {"mine"}
+
+
+@pytest.mark.parametrize("number", [0, 1, 1 << 31, 1 << 53, (1 << 63) - 1])
+async def test_a_page_token_that_somebody_made_up_leads_into_his_own_pages(
+    deployment: Deployment, number: int
+) -> None:
+    router = deployment.router
+    assert (await router.generate(ask("r1", max_tokens=2))).error is None
+    receipts = billing_pb2.ListReceiptsRequest(**ALWAYS)
+    state: dict[str, int | str] = {"position": number, "after_ms": number, "after_id": "r0"}
+    receipts.page_token = page_token(receipts, state)
+    answer = await router.billing.ListReceipts(receipts, metadata=bearer(router.key))
+    assert {each.request_id for each in answer.receipts} <= {"r1"}
+    usage = billing_pb2.ListUsageRequest(**ALWAYS)
+    usage.page_token = page_token(usage, {"position": number, "at_ms": number, "row": number})
+    rows = (await router.billing.ListUsage(usage, metadata=bearer(router.key))).rows
+    assert len(rows) <= 1
 
 
 async def test_a_quote_tells_nothing_of_what_others_have_asked(deployment: Deployment) -> None:
