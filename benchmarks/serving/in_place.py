@@ -12,8 +12,8 @@ workers, the rest is new. Both ways take turns in one run, each time with a fres
 - `undisturbed_itl_ms`: the same over as long a time without a turn, the floor of ITL.
 - `floor_ms`: the TTFT in place of a rest of one token, one step of the engine: the floor of TTFT.
 
-`measured_tokens` is how many the worker, by its own warm-up, would prefill in place if 20 ms of
-delay are allowed (`in_place_stall_s`). In place pays in TTFT; what it costs is in ITL, and grows
+`measured_tokens` is how many the worker, by its own warm-up, would prefill in place with the
+default of `in_place_stall_s`. What in place gains is in TTFT; what it costs is in ITL, and grows
 with the rest: that is why it has a limit.
 """
 

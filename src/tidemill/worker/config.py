@@ -107,7 +107,7 @@ class WorkerConfig:
     stall_s: float = 30.0
     accelerators: int = 1
     in_place_tokens: int | None = None
-    in_place_stall_s: float = 0.02
+    in_place_stall_s: float = 0.01
 
     def __post_init__(self) -> None:
         if not 1 <= self.accelerators <= 65_536:
