@@ -11,6 +11,7 @@ from services.router.fleet import DECODE, PREFILL, Fleet, Worker
 from services.router.ticket import Place, Placed, Ticket
 from services.router.waiting import WaitingLine
 from tidemill.blocks import BLOCK_TOKENS, block_names, max_hit_tokens
+from tidemill.errors import InvalidRequest
 from tidemill.policy import (
     BalancerConfig,
     InFlight,
@@ -69,8 +70,21 @@ class Dispatcher:
         return all(self._fleet.usable(self._model, role) for role in (PREFILL, DECODE))
 
     def enqueue(self, ticket: Ticket) -> Place:
-        """Take a place; see WaitingLine.join for what is raised where there is none."""
+        """Take a place; see WaitingLine.join for what is raised where there is none.
+
+        InvalidRequest if no worker, even an idle one, has memory for the prompt: it would stand at
+        the head until its deadline, with everybody behind it.
+        """
         request = self._request(ticket)
+        for role in (PREFILL, DECODE):
+            workers = self._fleet.usable(self._model, role)
+            most = max((each.load.total_blocks for each in workers if each.load), default=None)
+            if most is not None and request.num_blocks > most:
+                raise InvalidRequest(
+                    f"no {role} worker can hold the prompt",
+                    reason="CONTEXT_EXCEEDED",
+                    violations=[("input", f"at most {most * BLOCK_TOKENS} tokens fit")],
+                )
         held = request.overlap
         cost = min([ticket.num_prompt_tokens, *(request.uncached_tokens(each) for each in held)])
         ticket.cost_tokens = cost

@@ -16,7 +16,7 @@ from tests.redis_process import RedisProcess
 from tests.router_harness import MODEL, RouterHarness, listen, router_config, running_router
 from tidemill.api.common.v1 import sampling_pb2
 from tidemill.api.router.v1 import router_service_pb2 as router_pb2
-from tidemill.errors import DeadlineUnreachable
+from tidemill.errors import DeadlineUnreachable, InvalidRequest
 from tidemill.rpc.tls import TlsFiles
 
 PROMPT_TOKENS = 200
@@ -93,6 +93,21 @@ async def test_batch_requests_wait_for_standard_ones(router: RouterHarness) -> N
     last_standard = max(ended.index(f"s{number}") for number in range(6))
     after = [name for name in ended[last_standard:] if name.startswith("b")]
     assert len(after) >= 3, ended
+
+
+async def test_a_prompt_that_no_worker_can_ever_hold_does_not_keep_others_waiting(
+    model_dir: Path, ledger: RedisProcess, tls_files: Callable[[str], TlsFiles]
+) -> None:
+    small = MockConfig(worker_id="s", role="both", prefill_tokens_per_s=2000, num_blocks=3)
+    async with mock_workers(tls_files, small) as (process,):
+        config = router_config(model_dir, ledger, process.endpoints, tls_files("router"))
+        async with running_router(config) as router:
+            large = await router.generate(ask("large"))  # 200 tokens lie in four blocks
+            assert isinstance(large.error, InvalidRequest)
+            assert large.error.reason == "CONTEXT_EXCEEDED"
+            request = ask("fits")
+            del request.tokens.token_ids[120:]
+            assert (await router.generate(request)).error is None
 
 
 def _is_queued(message: router_pb2.GenerateResponse) -> bool:
