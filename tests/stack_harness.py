@@ -215,6 +215,7 @@ class Stack:
             worker["cache"]["client"] = worker["peers"] = PATIENT_CACHE
             worker["fetch"] = {"margin": 1e6}  # computing the tiny model is quicker
             worker["registry"] |= {"heartbeat_s": 0.2}
+            worker["in_place_tokens"] = 0  # what it measured would depend on the machine
         document["router"]["fleet"]["discover_interval_s"] = 0.2
         if "both" in self._ports:
             document["both"] = self._one_worker_config(document["decode"])
