@@ -249,6 +249,7 @@ async def test_finals_are_kept_until_acknowledged(model_dir: Path, tls_files: Tl
         assert (await stub.GetFinal(pb.GetFinalRequest(id=ref))).final == answer.final
         listed = await stub.ListFinals(pb.ListFinalsRequest(request_id=ref.request_id))
         assert (list(listed.finals), listed.running) == ([answer.final], False)
+        assert metric(worker, "finals_kept") == 1
         assert (await stub.AckFinal(pb.AckFinalRequest(id=ref))).held
         assert not (await stub.AckFinal(pb.AckFinalRequest(id=ref))).held
         assert isinstance(await error_of(stub.GetFinal(pb.GetFinalRequest(id=ref))), NotFound)

@@ -87,7 +87,7 @@ async def pools(model_dir: Path, tls_files: Tls) -> AsyncIterator[Pools]:
     tls = tls_files
     async with (
         worker_at(Role.PREFILL, model_dir, tls) as prefill,
-        worker_at(Role.DECODE, model_dir, tls) as decode,
+        worker_at(Role.DECODE, model_dir, tls, in_place_tokens=10_000) as decode,
         router_of(decode, tls) as router,
     ):
         yield Pools(prefill, decode, router)
