@@ -69,11 +69,13 @@ async def _dies_without_ledger(scene: Scene) -> None:
 async def _dies_of_the_other_s_death(scene: Scene) -> None:
     """Die over what the other router left behind, which may take several of its deaths."""
     dying = asyncio.ensure_future(scene.fleet.dies(scene.victim))
+    await scene.pause(0.3, 0.8)
     while not dying.done():
-        await scene.pause(0.3, 0.8)
         scene.fleet[scene.other].kill()
         await asyncio.wait([dying], timeout=_WITHOUT_OTHER_S)
         await scene.fleet.restart(scene.other)
+        if not dying.done():
+            await scene.pause(2.0, 4.0)  # for customers to come back to it
     dying.result()
 
 
