@@ -42,51 +42,35 @@ def sent_and_done(in_flight: InFlight, name: str, tokens: int, *, at: float = NO
     in_flight.remove("done")
 
 
+A_PROMPT = Placement(num_prompt_tokens=1000)
+
+
 def pick_of(
-    pick: Pick, loads: list[WorkerLoad], in_flight: InFlight | None = None, seed: int = 0
+    pick: Pick,
+    loads: list[WorkerLoad],
+    in_flight: InFlight | None = None,
+    seed: int = 0,
+    request: Placement = A_PROMPT,
 ) -> str | None:
-    request = Placement(num_prompt_tokens=1000)
-    return name_of(
-        pick(
-            loads,
-            request,
-            in_flight if in_flight is not None else InFlight(),
-            Random(seed),
-            now=NOW,
-        )
-    )
-
-
-def name_of(load: WorkerLoad | None) -> str | None:
-    return None if load is None else load.worker_id
+    in_flight = in_flight if in_flight is not None else InFlight()
+    load = pick(loads, request, in_flight, Random(seed), now=NOW)
+    return name_of(load)
 
 
 def prefill(
     loads: list[WorkerLoad], request: Placement, in_flight: InFlight | None = None, seed: int = 0
 ) -> str | None:
-    return name_of(
-        pick_prefill(
-            loads,
-            request,
-            in_flight if in_flight is not None else InFlight(),
-            Random(seed),
-            now=NOW,
-        )
-    )
+    return pick_of(pick_prefill, loads, in_flight, seed, request)
 
 
 def decode(
     loads: list[WorkerLoad], request: Placement, in_flight: InFlight | None = None, seed: int = 0
 ) -> str | None:
-    return name_of(
-        pick_decode(
-            loads,
-            request,
-            in_flight if in_flight is not None else InFlight(),
-            Random(seed),
-            now=NOW,
-        )
-    )
+    return pick_of(pick_decode, loads, in_flight, seed, request)
+
+
+def name_of(load: WorkerLoad | None) -> str | None:
+    return None if load is None else load.worker_id
 
 
 def test_prefill_goes_where_fewer_uncached_tokens_are_queued() -> None:
