@@ -1,11 +1,11 @@
 import os
 import shutil
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from services.stack import ports
 from tests.redis_process import RedisProcess
 from tidemill.certs import make_dev_certs
 from tidemill.rpc.tls import TlsFiles
@@ -57,14 +57,7 @@ def tls_files(dev_certs: Path) -> Callable[[str], TlsFiles]:
 @pytest.fixture(scope="session")
 def free_port() -> Callable[[], int]:
     """() -> a loopback port that nothing listens on at the moment."""
-
-    def find() -> int:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port: int = probe.getsockname()[1]
-            return port
-
-    return find
+    return ports.free_port
 
 
 @pytest.fixture(scope="session")

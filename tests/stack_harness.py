@@ -8,9 +8,7 @@ metrics, and serves tiny models.
 import asyncio
 import json
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -27,6 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from services.stack import toml
 from services.stack.plan import ROOT, Plan
+from services.stack.ports import free_port
 from services.stack.processes import Child
 from services.stack.redis import cache_redis, ledger_redis
 from services.stack.state import StateDirectory
@@ -47,8 +46,6 @@ STOP_S = 30.0
 # Deadlines made for production would fail a test whenever the machine is busy.
 PATIENT_CACHE = {"lookup_s": 10.0, "stall_s": 10.0, "pause_s": 0.2, "most_pause_s": 0.5}
 TOLD_ONCE = RetryPolicy(max_retries=0)
-
-_random = random.SystemRandom()
 
 
 class Process:
@@ -157,12 +154,12 @@ class Stack:
         self.plan = Plan(
             state,
             model_dir,
-            router_port=lasting_port(),
-            cache_port=lasting_port(),
-            prefill_port=lasting_port(),
-            decode_port=lasting_port(),
-            cache_redis=cache_redis(lasting_port()),
-            ledger_redis=ledger_redis(lasting_port()),
+            router_port=free_port(),
+            cache_port=free_port(),
+            prefill_port=free_port(),
+            decode_port=free_port(),
+            cache_redis=cache_redis(free_port()),
+            ledger_redis=ledger_redis(free_port()),
         )
         self.model_dir = model_dir
         self.ca = self.plan.ca
@@ -175,13 +172,13 @@ class Stack:
             "router": self.plan.router_port,
         }
         if one_worker:
-            self._ports["both"] = lasting_port()
-        self._ports |= {f"{name}-1": lasting_port() for name in twins}
+            self._ports["both"] = free_port()
+        self._ports |= {f"{name}-1": free_port() for name in twins}
         self._hosts: dict[str, str] = {}
         if router_name is not None:
             self._hosts = dict(zip(("router", "router-1"), ROUTER_HOSTS, strict=True))
             self._ports["router-1"] = self.plan.router_port
-        self.metrics_ports = {name: lasting_port() for name in self._ports}
+        self.metrics_ports = {name: free_port() for name in self._ports}
         self.plan.write_config()
         self.config = self._configure(settings or {})
         children = [*self.plan.stores(), *self.plan.services()]
@@ -397,22 +394,6 @@ class Metrics:
             for sample in self._samples
             if sample.name == name and labels.items() <= sample.labels.items()
         )
-
-
-def lasting_port() -> int:
-    """A free port that stays ours while its process is dead.
-
-    It lies below those that the system gives to outgoing connections, of which there are many
-    while others look for the dead process.
-    """
-    while True:
-        port = _random.randrange(15_000, 30_000)
-        with socket.socket() as listener:
-            try:
-                listener.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        return port
 
 
 async def eventually(holds: Callable[[], Awaitable[bool]], within_s: float = 20.0) -> None:

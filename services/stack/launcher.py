@@ -6,7 +6,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from services.stack.plan import ROOT, Plan, free_port, new_metrics_ports
+from services.stack.plan import ROOT, Plan, new_metrics_ports
+from services.stack.ports import free_port
 from services.stack.processes import Supervisor
 from services.stack.state import StateDirectory
 from tidemill.errors import ConfigError

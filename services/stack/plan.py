@@ -1,10 +1,8 @@
 """What a local stack consists of: ports, the one configuration file, and the processes."""
 
 import os
-import socket
 import sys
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +10,7 @@ from typing import Any, TypeVar
 import grpc
 
 from services.stack import toml
+from services.stack.ports import free_port, free_ports
 from services.stack.processes import Child
 from services.stack.redis import (
     RedisInstance,
@@ -38,26 +37,6 @@ CACHE_DISK_BYTES = 2 << 30
 NUM_BLOCKS = 512  # of KV for each worker: 32,768 tokens
 MAX_BATCH = 16
 DEFAULT_MAX_TOKENS = 256
-
-
-def free_port() -> int:
-    """A loopback port that nothing listens on at the moment."""
-    return free_ports(1)
-
-
-def free_ports(count: int) -> int:
-    """The first of so many neighbouring loopback ports that nothing listens on at the moment."""
-    while True:
-        with ExitStack() as bound:
-            first = 0
-            try:
-                for offset in range(count):
-                    listener = bound.enter_context(socket.socket())
-                    listener.bind(("127.0.0.1", first and first + offset))
-                    first = first or listener.getsockname()[1]
-            except (OSError, OverflowError):
-                continue
-            return first
 
 
 def new_metrics_ports(routers: int = 1) -> dict[str, int]:

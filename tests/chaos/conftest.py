@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import pytest
 
+from services.stack.ports import free_port
 from tests.slow_link import SlowLink
-from tests.stack_harness import Stack, lasting_port
+from tests.stack_harness import Stack
 from tests.tiny_model import make_tiny_checkpoint
 from tidemill.client import AsyncClient
 
@@ -25,7 +26,7 @@ class Breakable:
 def shared_breakable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Breakable]:
     model = tmp_path_factory.mktemp("tiny")
     make_tiny_checkpoint(model, max_position_embeddings=CONTEXT_TOKENS)
-    wire_port = lasting_port()
+    wire_port = free_port()
     stack = Stack(
         tmp_path_factory.mktemp("stack") / "state",
         model,

@@ -74,7 +74,8 @@ def until_up(process: "subprocess.Popen[str]") -> list[str]:
         lines.append(line.rstrip())
         if "Ctrl-C" in line:
             return lines
-    raise AssertionError("the stack did not come up:\n" + "\n".join(lines))
+    _, errors = process.communicate(timeout=60)
+    raise AssertionError("\n".join(["the stack did not come up:", *lines, errors]))
 
 
 @pytest.mark.parametrize("role", ["split", "both"])

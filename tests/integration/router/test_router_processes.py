@@ -3,11 +3,9 @@
 import asyncio
 import os
 import signal
-import socket
 import sys
 import urllib.request
 from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from services.router.config import RouterConfig
 from services.router.processes import config_of
+from services.stack.ports import free_ports
 from tests.router_harness import MODEL, RouterCaller
 from tests.scripted_worker import ScriptedWorker, answer
 from tidemill.api.router.v1 import router_service_pb2 as router_pb2
@@ -98,7 +97,7 @@ async def group(
     free_port: Callable[[], int],
 ) -> AsyncIterator[Group]:
     """Two processes that serve; the parent must end well unless a test has ended it."""
-    own, metrics = _ports(free_port), _ports(free_port)
+    own, metrics = free_ports(COUNT), free_ports(COUNT)
     path = write(
         address=f"127.0.0.1:{free_port()}",
         workers=worker.endpoint,
@@ -123,19 +122,6 @@ async def _launch(path: Path) -> asyncio.subprocess.Process:
         cwd=REPOSITORY,
         stdout=asyncio.subprocess.PIPE,
     )
-
-
-def _ports(free_port: Callable[[], int]) -> int:
-    """The first of as many neighbouring free ports as there are processes."""
-    while True:
-        first = free_port()
-        with ExitStack() as bound:
-            try:
-                for port in range(first, first + COUNT):
-                    bound.enter_context(socket.socket()).bind(("127.0.0.1", port))
-            except (OSError, OverflowError):
-                continue
-            return first
 
 
 async def refusal(path: Path) -> str:

@@ -1,7 +1,6 @@
-import socket
 from pathlib import Path
 
-from services.stack.plan import Plan, free_ports, new_metrics_ports
+from services.stack.plan import Plan, new_metrics_ports
 from services.stack.state import StateDirectory
 
 
@@ -19,10 +18,3 @@ def test_several_routers_share_the_port_and_have_a_metrics_page_each(tmp_path: P
     }
     *_, alone = Plan(StateDirectory(tmp_path), tmp_path).services()
     assert "--processes" not in alone.command
-
-
-def test_neighbouring_ports_are_all_free() -> None:
-    first = free_ports(4)
-    for port in range(first, first + 4):
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", port))
