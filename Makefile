@@ -25,7 +25,7 @@ up: venv  ## start everything on this machine and keep it
 	$(BIN)/python -m services
 
 test: venv redis  ## all tests but those marked gpu (without a GPU) and slow
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --reruns 1 --max-suite-reruns 3 --rerun-show-tracebacks
 
 check: venv $(CODEGEN_STAMP) $(AUDIT_STAMP)  ## format, lint, types, import rules, protos, dependencies
 	$(BIN)/ruff format --check .
