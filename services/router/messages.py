@@ -6,6 +6,7 @@ from typing import Any
 from services.router.admission import Ask, Conversation, Input
 from services.router.finish import Completed, PrefillSite, Timing
 from services.router.generation import Generation
+from services.router.inter_token import StreamGaps
 from services.router.outbox import Accepted, ChoiceEnd, Event, Moved, Piece, PromptScored
 from services.router.response_format import ResponseFormat
 from services.router.sampling import Wanted
@@ -106,11 +107,13 @@ class EventWriter:
     """Events of one generation as messages; numbers the chunks.
 
     All chunks are one message, changed and written again: making a new one costs more than the
-    rest of its way through the router. It is good until the next.
+    rest of its way through the router. It is good until the next. `gaps` hears of each chunk that
+    has tokens.
     """
 
-    def __init__(self, generation: Generation) -> None:
+    def __init__(self, generation: Generation, gaps: StreamGaps) -> None:
         self._generation = generation
+        self._gaps = gaps
         self._admitted = generation.admitted
         self._response = router_pb2.GenerateResponse()
         self._logprobs = generation.admitted.sampling.logprobs is not None
@@ -145,6 +148,8 @@ class EventWriter:
                 return completed_message(event)
 
     def _chunk(self, piece: Piece) -> router_pb2.GenerateResponse:
+        if piece.token_ids:
+            self._gaps.told(piece.choice)
         chunk = self._response.chunk
         usage, told = chunk.usage, piece.told
         if not self._sequence:

@@ -10,6 +10,7 @@ from services.router.admission import Admission
 from services.router.authentication import current_caller, current_tenant
 from services.router.finish import Completed, Finish
 from services.router.fleet import DECODE, PREFILL
+from services.router.inter_token import InterTokenLatency
 from services.router.messages import EventWriter, ask_of, completed_message, unit_prices
 from services.router.models import ServedModel
 from services.router.router import Router
@@ -33,11 +34,13 @@ class RouterService(router_service_pb2_grpc.RouterServiceServicer):
         router: Router,
         admission: Admission,
         *,
+        inter_token: InterTokenLatency,
         slow_reader_s: float,
         now_ms: Callable[[], int],
     ) -> None:
         self._router = router
         self._admission = admission
+        self._inter_token = inter_token
         self._slow_reader_s = slow_reader_s
         self._now_ms = now_ms
 
@@ -55,7 +58,7 @@ class RouterService(router_service_pb2_grpc.RouterServiceServicer):
         if isinstance(generation, Completed):
             await context.write(completed_message(generation))
             return
-        writer = EventWriter(generation)
+        writer = EventWriter(generation, self._inter_token.stream(request.model))
         why = Finish.CANCELLED
         try:
             async with (

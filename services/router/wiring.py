@@ -22,6 +22,7 @@ from services.router.config import RouterConfig
 from services.router.dispatch import Dispatcher
 from services.router.fleet import Expected, Fleet
 from services.router.fleet_hours import FleetHours
+from services.router.inter_token import InterTokenLatency
 from services.router.keys import KeyStore
 from services.router.margin import MarginReports
 from services.router.metrics import RouterMetrics
@@ -133,7 +134,7 @@ class RouterProcess:
             self.ledger, self.money.accounts, router_id=self.money.router_id
         )
         self.router = self._router(admission, metrics)
-        self.server = self._server(admission, RpcMetrics(registry))
+        self.server = self._server(admission, RpcMetrics(registry), InterTokenLatency(registry))
 
     def _router(self, admission: Admission, metrics: RouterMetrics) -> Router:
         metrics.watch(
@@ -153,7 +154,9 @@ class RouterProcess:
             clock=time.monotonic,
         )
 
-    def _server(self, admission: Admission, metrics: RpcMetrics) -> RpcServer:
+    def _server(
+        self, admission: Admission, metrics: RpcMetrics, inter_token: InterTokenLatency
+    ) -> RpcServer:
         config = self._config.ledger
         pepper = _read_secret(config.pepper_file, "ledger.pepper_file")
         admin_key = _read_secret(config.admin_key_file, "ledger.admin_key_file")
@@ -171,6 +174,7 @@ class RouterProcess:
         service = RouterService(
             self.router,
             admission,
+            inter_token=inter_token,
             slow_reader_s=self._config.limits.slow_reader_s,
             now_ms=self._now_ms,
         )
