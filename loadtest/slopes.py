@@ -3,6 +3,10 @@
 Samples taken seconds apart resemble each other, which would make a line through all of them look
 surer than it is. So the line goes through the means of NUM_BATCHES stretches of equal length (the
 method of batch means), and its interval is Student's for that many points.
+
+Memory and threads come in steps, and a step that some late peak of load took for good is a rise of
+which a line is certain. So a series grows only if it also rose by more than two of its steps: a
+line through a single one rises by one and a half at most.
 """
 
 from collections.abc import Sequence
@@ -15,20 +19,27 @@ NUM_BATCHES = 24
 
 @dataclass(frozen=True, slots=True)
 class Slope:
-    """Units an hour, with a confidence interval around it; `mean` is the series' own."""
+    """Units an hour, with a confidence interval around it; `mean` is the series' own.
+
+    `rise` is the line's in all, `step` the least by which the series changes.
+    """
 
     mean: float
     per_hour: float
     low: float
     high: float
+    rise: float
+    step: float
 
     @property
     def grows(self) -> bool:
-        """Whether it is told from zero, upwards."""
-        return self.low > 0
+        """Whether it is told from zero, upwards, and from a single step."""
+        return self.low > 0 and self.rise > 2 * self.step
 
 
-def slope(times_s: Sequence[float], values: Sequence[float], *, confidence: float) -> Slope:
+def slope(
+    times_s: Sequence[float], values: Sequence[float], *, confidence: float, step: float
+) -> Slope:
     """Least squares over batch means. ValueError for fewer than NUM_BATCHES samples."""
     if len(times_s) < NUM_BATCHES:
         raise ValueError(f"{len(times_s)} samples are too few for {NUM_BATCHES} batches")
@@ -44,6 +55,8 @@ def slope(times_s: Sequence[float], values: Sequence[float], *, confidence: floa
         per_hour=tilt * 3600,
         low=(tilt - reach) * 3600,
         high=(tilt + reach) * 3600,
+        rise=tilt * (times_s[-1] - times_s[0]),
+        step=step,
     )
 
 

@@ -5,9 +5,10 @@ it bears (a run that always has --open requests waiting), and loads it at 70 % o
 customers who cancel, hang up, read slowly and ask again. Every few seconds it looks at each
 process: resident memory, descriptors, threads, KV blocks and other slots held. After the warm-up
 (the first fifth) none of these may grow: the run fails if a slope's confidence interval, 95 % for
-all series together, lies above zero (loadtest/slopes.py); if a slot is still held once all is
-idle; or if the books differ. One series grows by what it is for and is told, not judged: the
-memory of the ledger's Redis, which keeps every receipt.
+all series together, lies above zero and the series rose by more than two of its STEPS
+(loadtest/slopes.py); if a slot is still held once all is idle; or if the books differ. One series
+grows by what it is for and is told, not judged: the memory of the ledger's Redis, which keeps every
+receipt.
 """
 
 import argparse
@@ -15,7 +16,6 @@ import asyncio
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from tidemill.errors import ConfigError, TidemillError
 LOAD = 0.7
 WARM_UP = 0.2
 CONFIDENCE = 0.95
+STEPS = {"RSS": 256 << 10}  # bytes that an allocator takes at a time; anything else is counted
 KEEPS = ("redis-ledger", "RSS")  # grows by each receipt, which is its purpose
 SMALL = {
     "cache": {"capacity_bytes": 16 << 20, "disk_capacity_bytes": 32 << 20},
@@ -108,8 +109,13 @@ def judge(watch: Watch, *, run_s: float) -> Judged:
     times_s = [watch.times_s[index] for index in chosen]
     one = 1 - (1 - CONFIDENCE) / len(watch.series)  # Bonferroni: all intervals hold together
     return {
-        key: slope(times_s, [values[index] for index in chosen], confidence=one)
-        for key, values in watch.series.items()
+        (name, what): slope(
+            times_s,
+            [values[index] for index in chosen],
+            confidence=one,
+            step=STEPS.get(what, 1),
+        )
+        for (name, what), values in watch.series.items()
     }
 
 
@@ -141,7 +147,7 @@ async def soak(arguments: argparse.Namespace, directory: Path) -> int:
         run = await asyncio.to_thread(read_run, directory / "soak.json")
         source = provenance("loadtest.soak", arguments, sys.argv[1:])
         found = {"capacity": most, "rate": rate, "minutes": arguments.minutes, "problems": problems}
-        found["slopes"] = {key: asdict(each) for key, each in judged.items()}
+        found["slopes"] = judged
         page = await asyncio.to_thread(write_soak, found, watch, run, source, arguments.reports)
         say("\n".join(["", *problems, f"{len(problems)} problems; report: {page}"]))
         status = 1 if problems else 0

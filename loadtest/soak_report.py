@@ -63,10 +63,10 @@ def _page(found: Mapping[str, Any], run: Run | None, source: Mapping[str, Any]) 
         "![what is held](held.svg)",
         "",
         "Slopes after the warm-up, an hour, with intervals that hold together at 95 % "
-        "(RSS in KiB); a series grows if its interval lies above zero. The ledger's Redis keeps "
-        "every receipt and is not judged.",
+        "(RSS in KiB); a series grows if its interval lies above zero and it rose by more than two "
+        "steps: of 256 KiB, of one. The ledger's Redis keeps every receipt and is not judged.",
         "",
-        *columns(["process", "what", "mean", "slope", "from", "to", "grows"], _rows(found)),
+        *columns(["process", "what", "mean", "slope", "from", "to", "rose", "grows"], _rows(found)),
         "",
         *(_of_run(run) if run else []),
     ]
@@ -79,9 +79,9 @@ def _rows(found: Mapping[str, Any]) -> list[list[str]]:
         found["slopes"].items(), key=lambda item: (order.index(item[0][1]), item[0][0])
     ):
         unit = 1024 if what == "RSS" else 1
-        figures = [slope[key] / unit for key in ("mean", "per_hour", "low", "high")]
-        grows = "yes" if slope["low"] > 0 else "no"
-        rows.append([name, what, *(f"{figure:,.1f}" for figure in figures), grows])
+        figures = (slope.mean, slope.per_hour, slope.low, slope.high, slope.rise)
+        cells = [f"{figure / unit:,.1f}" for figure in figures]
+        rows.append([name, what, *cells, "yes" if slope.grows else "no"])
     return rows
 
 

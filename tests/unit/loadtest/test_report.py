@@ -1,4 +1,3 @@
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -117,17 +116,17 @@ def test_a_soak_s_page_names_what_grew(tmp_path: Path) -> None:
     watch.times_s = [0.0, 60.0]
     watch.series = {("router", "RSS"): [1e8, 1.1e8], ("router", "holds"): [1.0, 2.0]}
     slopes = {
-        ("router", "RSS"): Slope(mean=1e8, per_hour=10240, low=5120, high=15360),
-        ("router", "holds"): Slope(mean=1.5, per_hour=0.5, low=-1, high=2),
+        ("router", "RSS"): Slope(mean=1e8, per_hour=10240, low=5120, high=15360, rise=4096, step=0),
+        ("router", "holds"): Slope(mean=1.5, per_hour=0.5, low=-1, high=2, rise=1, step=1),
     }
     found = {
         "capacity": 3.0,
         "rate": 2.1,
         "minutes": 1,
         "problems": ["router RSS grows"],
-        "slopes": {key: asdict(each) for key, each in slopes.items()},
+        "slopes": slopes,
     }
     text = write_soak(found, watch, run_of(records()), SOURCE, tmp_path).read_text(encoding="utf-8")
     assert "- **router RSS grows**" in text
-    assert "| router | RSS | 97,656.2 | 10.0 | 5.0 | 15.0 | yes |" in text
-    assert "| router | holds | 1.5 | 0.5 | -1.0 | 2.0 | no |" in text
+    assert "| router | RSS | 97,656.2 | 10.0 | 5.0 | 15.0 | 4.0 | yes |" in text
+    assert "| router | holds | 1.5 | 0.5 | -1.0 | 2.0 | 1.0 | no |" in text

@@ -21,9 +21,9 @@ def watched(series: dict[tuple[str, str], list[float]]) -> Watch:
     return watch
 
 
-def climb(start: int) -> list[float]:
-    """Level until `start`, then a unit a second."""
-    return [max(float(index - start), 0.0) for index in range(int(RUN_S) + 10)]
+def climb(start: int, each: float = 1 << 20) -> list[float]:
+    """Level until `start`, then `each` a second."""
+    return [max(index - start, 0) * each for index in range(int(RUN_S) + 10)]
 
 
 def test_growth_is_a_problem_but_in_the_warm_up_and_of_what_is_kept() -> None:
@@ -35,12 +35,15 @@ def test_growth_is_a_problem_but_in_the_warm_up_and_of_what_is_kept() -> None:
                 ("router", "RSS"): climb(0),
                 ("router", "descriptors"): flat,
                 ("cache", "RSS"): warming,
+                ("cache", "threads"): [12.0 + (at > 60) for at in range(int(RUN_S) + 10)],
+                ("prefill", "RSS"): climb(0, each=4096),  # less than an allocator's two steps
+                ("prefill", "holds"): climb(0, each=0.1),
                 KEEPS: climb(0),
             }
         ),
         run_s=RUN_S,
     )
-    assert growing(judged) == ["router RSS grows"]
+    assert growing(judged) == ["router RSS grows", "prefill holds grows"]
     assert judged[KEEPS].grows
 
 
