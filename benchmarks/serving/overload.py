@@ -19,13 +19,12 @@ real| in seconds, p50 and p90. Floor: no goodput above the prefill workers' rate
 import argparse
 import asyncio
 import json
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any, cast
@@ -33,16 +32,14 @@ from typing import Any, cast
 import grpc
 import uvloop
 
-from benchmarks.provenance import ROOT, commit, device
+from benchmarks.provenance import commit, device
 from benchmarks.serving.cache_rpc import free_port
+from benchmarks.serving.router_process import python_process, tls_files, write_config
 from services.router.money.ledger import REQUIRED_SETTINGS
-from services.stack.state import SIGNING_KEY, new_signing_key
 from tests.mock_worker import MockConfig
 from tests.mock_workers import mock_workers
 from tests.redis_process import RedisProcess
 from tests.router_harness import (
-    ADMIN_KEY,
-    BOOK_PATH,
     MODEL,
     RouterCaller,
     bearer,
@@ -53,7 +50,6 @@ from tidemill.api.router.v1 import router_service_pb2 as router_pb2
 from tidemill.certs import make_dev_certs
 from tidemill.rpc.options import SDK_CLIENT
 from tidemill.rpc.status import from_rpc_error
-from tidemill.rpc.tls import TlsFiles
 
 RESULT = Path(__file__).with_name("results") / "overload.json"
 GOAL = 0.9
@@ -177,47 +173,6 @@ def row_of(name: str, load: float, outcomes: list[Outcome], client: Client) -> d
     }
 
 
-@contextmanager
-def router_process(folder: Path, ledger: str, workers: list[str]) -> Iterator[str]:
-    """A router's address; the process is killed in the end."""
-    for name, secret in {"pepper": "p" * 40, "admin": ADMIN_KEY}.items():
-        (folder / name).write_text(secret)
-    (folder / SIGNING_KEY).write_text(new_signing_key())
-    certs, port = folder / "certs", free_port()
-    config = folder / "router.toml"
-    config.write_text(
-        f"""
-[router]
-price_book = "{BOOK_PATH}"
-[router.server]
-address = "127.0.0.1:{port}"
-drain_s = 0.2
-[router.ledger]
-url = "{ledger}"
-pepper_file = "pepper"
-admin_key_file = "admin"
-timeout_s = 10.0
-[router.money]
-signing_key_file = "{SIGNING_KEY}"
-spool_dir = "spool"
-[router.fleet]
-workers = {json.dumps(workers)}
-tls = {{cert = "{certs / "router.pem"}", key = "{certs / "router.key"}", ca = "{certs / "ca.pem"}"}}
-[[router.models]]
-name = "{MODEL}"
-path = "{folder}"
-price_model = "deepseek-chat"
-""",
-        encoding="utf-8",
-    )
-    command = (sys.executable, "-m", "services.router", "--config", str(config))
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
-        try:
-            yield f"127.0.0.1:{port}"
-        finally:
-            process.kill()
-
-
 @asynccontextmanager
 async def client_of(address: str, deadline_s: float) -> AsyncIterator[Client]:
     """Once the router sees all its workers."""
@@ -242,19 +197,18 @@ async def measure(folder: Path, ledger: str, arguments: argparse.Namespace) -> l
     make_dev_certs(certs)
     write_byte_tokenizer(folder)
 
-    def tls(role: str) -> TlsFiles:
-        return TlsFiles(cert=certs / f"{role}.pem", key=certs / f"{role}.key", ca=certs / "ca.pem")
-
     configs = [
         MockConfig(worker_id=f"p{number}", role="prefill", prefill_tokens_per_s=TOKENS_PER_S)
         for number in range(PREFILL_WORKERS)
     ]
     configs.append(MockConfig(worker_id="d", role="decode", decode_step_s=0.01))
     rows = []
-    async with mock_workers(tls, *configs) as processes:
+    async with mock_workers(partial(tls_files, certs), *configs) as processes:
         workers = [endpoint for each in processes for endpoint in each.endpoints]
-        with router_process(folder, ledger, workers) as address:
-            async with client_of(address, arguments.deadline) as client:
+        port = free_port()
+        config = write_config(folder, "router", ledger=ledger, port=port, workers=workers)
+        with python_process("services.router", "--config", str(config)):
+            async with client_of(f"127.0.0.1:{port}", arguments.deadline) as client:
                 seconds = WARM_UP_S + arguments.seconds
                 for load in LOADS:
                     outcomes = await client.load(load * CAPACITY, seconds)

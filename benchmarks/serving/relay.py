@@ -25,13 +25,11 @@ import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from array import array
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,17 +38,15 @@ import grpc
 import uvloop
 from redis.asyncio import Redis
 
-from benchmarks.provenance import ROOT, commit, device
+from benchmarks.provenance import commit, device
 from benchmarks.serving.cache_rpc import free_port
+from benchmarks.serving.router_process import python_process, tls_files, write_config
 from services.router.money.ledger import REQUIRED_SETTINGS
 from services.router.worker_task import wire_id
-from services.stack.state import SIGNING_KEY, new_signing_key
 from tests.mock_worker import MockConfig
 from tests.mock_workers import MockProcess
 from tests.redis_process import RedisProcess
 from tests.router_harness import (
-    ADMIN_KEY,
-    BOOK_PATH,
     MODEL,
     RouterCaller,
     bearer,
@@ -62,7 +58,6 @@ from tidemill.api.router.v1 import router_service_pb2 as router_pb2
 from tidemill.certs import make_dev_certs
 from tidemill.rpc.channel import internal_channel
 from tidemill.rpc.options import PUBLIC_SERVER, SDK_CLIENT
-from tidemill.rpc.tls import TlsFiles
 
 RESULT = Path(__file__).with_name("results") / "relay.json"
 GENERATE = "/tidemill.api.router.v1.RouterService/Generate"
@@ -101,65 +96,6 @@ async def serve_bare(certs: Path, port: int, worker: str) -> None:
     server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()
     await server.wait_for_termination()
-
-
-def tls_files(certs: Path, role: str) -> TlsFiles:
-    return TlsFiles(cert=certs / f"{role}.pem", key=certs / f"{role}.key", ca=certs / "ca.pem")
-
-
-def write_config(
-    folder: Path, name: str, *, ledger: str, port: int, workers: list[str], coalesce: int
-) -> Path:
-    """A router's configuration file."""
-    for secret, value in (("pepper", "p" * 40), ("admin", ADMIN_KEY), (SIGNING_KEY, None)):
-        if not (folder / secret).exists():
-            (folder / secret).write_text(value or new_signing_key())
-    certs = folder / "certs"
-    identity = ", ".join(
-        f'{kind} = "{certs / file}"'
-        for kind, file in (("cert", "router.pem"), ("key", "router.key"), ("ca", "ca.pem"))
-    )
-    path = folder / f"{name}.toml"
-    path.write_text(
-        f"""
-[router]
-price_book = "{BOOK_PATH}"
-[router.server]
-address = "127.0.0.1:{port}"
-drain_s = 0.2
-[router.limits]
-coalesce_tokens = {coalesce}
-[router.ledger]
-url = "{ledger}"
-pepper_file = "pepper"
-admin_key_file = "admin"
-timeout_s = 10.0
-[router.money]
-signing_key_file = "{SIGNING_KEY}"
-spool_dir = "spool-{name}"
-[router.fleet]
-workers = {json.dumps(workers)}
-tls = {{{identity}}}
-[[router.models]]
-name = "{MODEL}"
-path = "{folder}"
-price_model = "deepseek-chat"
-max_output_tokens = 1000000
-""",
-        encoding="utf-8",
-    )
-    return path
-
-
-@contextmanager
-def on_core_0(*command: str) -> Iterator[int]:
-    """A process of ours, the only one on core 0; its id."""
-    with subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT) as process:
-        os.sched_setaffinity(process.pid, {0})
-        try:
-            yield process.pid
-        finally:
-            process.kill()
 
 
 def cpu_s(pid: int) -> float:
@@ -431,7 +367,7 @@ async def measure(
     with ExitStack() as processes:
         processes.callback(mock.kill)
         bare = ("benchmarks.serving.relay", "--bare", str(certs), str(ports["bare"]), worker)
-        pids = {"bare": processes.enter_context(on_core_0(*bare))}
+        pids = {"bare": processes.enter_context(python_process(*bare, core=0))}
         for name, coalesce in names.items():
             config = write_config(
                 folder,
@@ -439,10 +375,10 @@ async def measure(
                 ledger=ledger.url,
                 port=ports[name],
                 workers=mock.endpoints,
-                coalesce=coalesce,
+                coalesce_tokens=coalesce,
             )
             router = ("services.router", "--config", str(config))
-            pids[name] = processes.enter_context(on_core_0(*router))
+            pids[name] = processes.enter_context(python_process(*router, core=0))
         key = await first_key(ports["router"])
         await first_key(ports["single"])
         ends = Ends(certs, worker, ports, key)
