@@ -133,7 +133,7 @@ class Stack:
     `settings` are merged into the configuration file's sections; section [both] is the one-worker
     model's [decode]. Each of `twins` (prefill, decode, router) is there twice, the second one as
     "router-1" and so on. The routers' certificate is good for `router_name` too; where it is given
-    their port is the same one, at ROUTER_HOSTS.
+    their port is the same one, at ROUTER_HOSTS. `router_processes` share the first router's port.
     """
 
     def __init__(
@@ -144,6 +144,7 @@ class Stack:
         one_worker: bool = False,
         twins: Sequence[str] = (),
         router_name: str | None = None,
+        router_processes: int = 1,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         directory.mkdir(exist_ok=True)
@@ -160,6 +161,7 @@ class Stack:
             decode_port=free_port(),
             cache_redis=cache_redis(free_port()),
             ledger_redis=ledger_redis(free_port()),
+            routers=router_processes,
         )
         self.model_dir = model_dir
         self.ca = self.plan.ca

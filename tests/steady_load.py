@@ -5,6 +5,7 @@ routers. Some cancel, which must reach the router that serves them.
 """
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from services.stack.plan import MODEL
 from tests.chaos.audit import Books
 from tests.chaos.customers import QUESTIONS, Order, Outcome
 from tests.chaos.fleet import Fleet
-from tidemill.client import AsyncClient, FinishReason, RetryPolicy
+from tidemill.client import AsyncClient, RetryPolicy
 from tidemill.errors import TidemillError
 
 TIMEOUT_S = 120.0
@@ -25,8 +26,9 @@ TIMEOUT_S = 120.0
 class SteadyLoad:
     """`run` until `closing` is set. `outcomes` are all requests; `retries` why some were repeated.
 
-    `missed` are cancellations of running requests that no router knew of, `ttfts_s` are times to
-    first token.
+    Of cancellations `reached` are those that found the request, `missed` those of which the
+    customer was told that nothing runs before the router decided what the request came to.
+    `ttfts_s` are times to first token.
     """
 
     fleet: Fleet
@@ -36,6 +38,7 @@ class SteadyLoad:
     closing: asyncio.Event = field(default_factory=asyncio.Event)
     outcomes: list[Outcome] = field(default_factory=list)
     retries: Counter[str] = field(default_factory=Counter)
+    reached: list[str] = field(default_factory=list)
     missed: list[str] = field(default_factory=list)
     ttfts_s: list[float] = field(default_factory=list)
     books: Books = field(default_factory=lambda: Books(accounts=()))
@@ -93,20 +96,25 @@ class SteadyLoad:
             stream=True,
         )
         cancels = order.ending == "cancel"
-        found = True
+        unfound_at_ms: int | None = None
         async with stream:
             async for _ in stream:
                 if cancels and len(stream.token_ids) >= order.at:
                     cancels = False
-                    found = await stream.cancel()
-            completion = outcome.completion = await stream.completion()
+                    if await stream.cancel():
+                        self.reached.append(order.request_id)
+                    else:
+                        unfound_at_ms = time.time_ns() // 10**6
+            outcome.completion = await stream.completion()
             outcome.answers.append([choice.token_ids for choice in stream.choices])
-            left = order.max_tokens - order.at
-            if not found and completion.finish_reason is FinishReason.LENGTH:
-                # One that ended just then is no wonder.
-                self.missed += [order.request_id] if left > self.max_tokens // 2 else []
             assert stream.completed is not None
             check(stream, stream.completed)
+            # All clocks are this machine's. What is told later may have crossed the answer's end.
+            receipt = stream.completed.receipt
+            assert receipt is not None
+            decided_at_ms = receipt.to_billing().decided_at_ms
+            if unfound_at_ms is not None and unfound_at_ms < decided_at_ms:
+                self.missed.append(order.request_id)
         if stream.ttft_s is not None:
             self.ttfts_s.append(stream.ttft_s)
 

@@ -41,7 +41,7 @@ SETTINGS = {
 
 
 class Fleet:
-    """The stack, and who in it is to die. `router_name` is as for Stack."""
+    """The stack, and who in it is to die. `router_name`, `router_processes` are as for Stack."""
 
     def __init__(
         self,
@@ -49,6 +49,7 @@ class Fleet:
         model_dir: Path,
         *,
         router_name: str | None = None,
+        router_processes: int = 1,
         settings: Mapping[str, Any] = SETTINGS,
     ) -> None:
         self.stack = Stack(
@@ -56,6 +57,7 @@ class Fleet:
             model_dir,
             twins=("router", "prefill", "decode"),
             router_name=router_name,
+            router_processes=router_processes,
             settings=settings,
         )
         for name in ROUTERS:
