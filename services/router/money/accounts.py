@@ -241,10 +241,6 @@ class Accounts:
         found = await self._ledger.run(lambda redis: reads.requests(redis, tenant_id, [request_id]))
         return found[0] if found else None
 
-    async def open_requests(self, tenant_id: str) -> list[tuple[str, int]]:
-        """(request id, lease end) of OPEN and ORPHAN holds, soonest first."""
-        return await self._ledger.run(lambda redis: reads.open_requests(redis, tenant_id))
-
     async def late_requests(self, until_ms: int, *, limit: int) -> list[tuple[str, str]]:
         """(tenant id, request id) of holds whose lease ended by `until_ms`: `limit` a tenant."""
         return await self._ledger.run(lambda redis: reads.late_requests(redis, until_ms, limit))

@@ -49,12 +49,6 @@ async def requests(redis: Redis, tenant_id: str, request_ids: Sequence[str]) -> 
     ]
 
 
-async def open_requests(redis: Redis, tenant_id: str) -> list[tuple[str, int]]:
-    """(request id, lease end), soonest first."""
-    found: Any = await redis.zrange(key(tenant_id, "open"), 0, -1, withscores=True)
-    return [(request_id.decode(), int(until)) for request_id, until in found]
-
-
 async def late_requests(redis: Redis, until_ms: int, limit: int) -> list[tuple[str, str]]:
     """(tenant id, request id) of leases that ended by `until_ms`, at most `limit` a tenant.
 
