@@ -31,7 +31,8 @@ def hashes(blocks: list[tuple[bytes, bytes]]) -> list[bytes]:
 
 @asynccontextmanager
 async def cache_node(tls: Tls, **settings: Any) -> AsyncIterator[CacheNode]:
-    """A cache service on a free port."""
+    """A cache service on a free port, patient with its Redis and its disk unless told otherwise."""
+    settings = {"redis_timeout_s": 5.0, "disk_timeout_s": 10.0, **settings}
     server = ServerConfig(address="127.0.0.1:0", tls=tls("cache"), drain_s=0.2)
     registry = CollectorRegistry()
     node = CacheNode(CacheConfig(server=server, **settings), registry=registry)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from services.stack import ports
 from tests.redis_process import RedisProcess
@@ -13,6 +14,13 @@ from tidemill.rpc.tls import TlsFiles
 if shutil.which("nvidia-smi") is None:
     # Read by triton when it is first imported: kernels run in its interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+# On a machine that is busy elsewhere an example may take any time at all.
+settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("any machine")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -109,7 +109,7 @@ class Desk:
         request = await self.money.accounts.request(tenant_id, request_id)
         return rules.State.UNKNOWN if request is None else request.state
 
-    async def until(self, request_id: str, state: rules.State, within_s: float = 8.0) -> None:
+    async def until(self, request_id: str, state: rules.State, within_s: float = 30.0) -> None:
         """Wait for a request's state."""
         async with asyncio.timeout(within_s):
             while await self.state(request_id) is not state:  # noqa: ASYNC110 - it is in Redis
@@ -258,7 +258,7 @@ def kept_final(
     return final
 
 
-async def eventually(condition: Callable[[], bool], within_s: float = 5.0) -> None:
+async def eventually(condition: Callable[[], bool], within_s: float = 30.0) -> None:
     """Wait for what must come true."""
     async with asyncio.timeout(within_s):
         while not condition():  # noqa: ASYNC110 - the conditions are of many kinds

@@ -151,7 +151,7 @@ class RouterCaller:
         """CancelGeneration."""
         request = router_pb2.CancelGenerationRequest(request_id=request_id)
         metadata = bearer(self.key if key is None else key)
-        answer = await self.stub.CancelGeneration(request, metadata=metadata, timeout=5)
+        answer = await self.stub.CancelGeneration(request, metadata=metadata, timeout=30)
         return bool(answer.found)
 
 
@@ -165,11 +165,21 @@ class RouterHarness(RouterCaller):
         self.process = process
         self.registry = registry
 
-    async def until(self, condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    async def until(self, condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
         """Wait for what must come true."""
         async with asyncio.timeout(timeout_s):
             while not condition():  # noqa: ASYNC110 - the conditions are of many kinds
                 await asyncio.sleep(0.01)
+
+    async def until_seen(self, *workers: ScriptedWorker) -> None:
+        """Wait until the workers' free blocks are what the router believes them to be."""
+
+        def seen(worker: ScriptedWorker) -> bool:
+            known = self.process.fleet.get(worker.worker_id)
+            load = None if known is None else known.load
+            return load is not None and load.free_blocks == worker.free_blocks
+
+        await self.until(lambda: all(map(seen, workers)))
 
     async def check_idle(self) -> None:
         """R1: nothing of any request is left."""

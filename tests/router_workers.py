@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,18 @@ def ask(
 
 @asynccontextmanager
 async def router_over(
-    tiny_dir: Path, ledger: RedisProcess, tls_files: TlsOf, *endpoints: str
+    tiny_dir: Path,
+    ledger: RedisProcess,
+    tls_files: TlsOf,
+    *endpoints: str,
+    slow_ratio: float = 1e9,
 ) -> AsyncIterator[RouterHarness]:
-    """A router that knows the workers at `endpoints`."""
+    """A router that knows the workers at `endpoints`.
+
+    It avoids none for being slow unless told so: on a busy machine anyone may look it.
+    """
     config = router_config(tiny_dir, ledger, endpoints, tls_files("router"))
+    config = replace(config, balancer=replace(config.balancer, slow_ratio=slow_ratio))
     async with running_router(config) as router:
         yield router
 

@@ -428,5 +428,5 @@ def _kind(name: str) -> str:
 
 
 def _read(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=10) as answer:  # noqa: S310 - our own loopback port
+    with urllib.request.urlopen(url, timeout=60) as answer:  # noqa: S310 - our own loopback port
         return str(answer.read().decode())

@@ -335,7 +335,7 @@ def split_of(usage: PromptUsage) -> dict[str, int]:
     return {name: count for name, count in parts.items() if count}
 
 
-async def settled(*workers: RunningWorker, within_s: float = 10.0) -> None:
+async def settled(*workers: RunningWorker, within_s: float = 30.0) -> None:
     """Wait until nobody should hold a block, then check that nobody does (R1)."""
     for running in workers:
         await _idle(running.worker, within_s)
@@ -346,7 +346,7 @@ async def _idle(worker: Worker, within_s: float) -> None:
     await eventually(lambda: worker.idle, within_s)
 
 
-async def eventually(holds: Callable[[], bool], within_s: float = 10.0) -> None:
+async def eventually(holds: Callable[[], bool], within_s: float = 30.0) -> None:
     """Wait until `holds()`; TimeoutError if it never does."""
     async with asyncio.timeout(within_s):
         while not holds():  # noqa: ASYNC110 - what tests wait for has no event

@@ -24,7 +24,7 @@ BLOCKS = chain(*(bytes([n]) * 1000 for n in range(8)))
 StartRedis = Callable[..., RedisProcess]
 
 
-async def eventually(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+async def eventually(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "did not come true in time"
@@ -36,7 +36,7 @@ async def keys_of(server: RedisProcess, pattern: str = "tm:b:*") -> set[bytes]:
         return {key async for key in client.scan_iter(pattern, count=1000)}
 
 
-async def indexed(server: RedisProcess, number: int, timeout_s: float = 20.0) -> set[bytes]:
+async def indexed(server: RedisProcess, number: int, timeout_s: float = 30.0) -> set[bytes]:
     """The index's keys once there are `number`."""
     deadline = time.monotonic() + timeout_s
     while len(keys := await keys_of(server)) != number:
@@ -208,8 +208,9 @@ async def test_a_frozen_redis_costs_little_and_only_once(
     tls_files: Tls, redis_server: StartRedis
 ) -> None:
     server = redis_server()
+    wait_s = 1.0
     async with (
-        cache_node(tls_files, redis_url=server.url) as near,
+        cache_node(tls_files, redis_url=server.url, redis_timeout_s=wait_s) as near,
         cache_node(tls_files, redis_url=server.url) as far,
         cache_client(tls_files, near.address) as client,
     ):
@@ -222,7 +223,7 @@ async def test_a_frozen_redis_costs_little_and_only_once(
             begun = time.monotonic()
             for _ in range(20):
                 assert len(await client.lookup(ALICE, [*hashes(BLOCKS), b"h" * 32])) == 8
-            assert time.monotonic() - begun < 1.0
+            assert time.monotonic() - begun < 10 * wait_s
 
 
 async def test_statistics_are_summed_over_nodes(tls_files: Tls, redis_server: StartRedis) -> None:

@@ -13,7 +13,7 @@ from tidemill.rpc.channel import internal_channel, sdk_aio_channel
 from tidemill.rpc.tls import TlsFiles
 
 
-async def probe(channel: grpc.aio.Channel, *, service: str = "", timeout_s: float = 2.0) -> str:
+async def probe(channel: grpc.aio.Channel, *, service: str = "", timeout_s: float = 10.0) -> str:
     """The status name that `service` reports (SERVING, ...), else the code of the failure."""
     stub = health_pb2_grpc.HealthStub(channel)
     request = health_pb2.HealthCheckRequest(service=service)

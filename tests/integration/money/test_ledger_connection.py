@@ -3,7 +3,6 @@
 import asyncio
 import gc
 import random
-import time
 import warnings
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
@@ -98,13 +97,14 @@ async def test_a_silent_ledger_fails_those_on_the_way_and_those_that_wait(
     ledger = Ledger(config_of(ledger_redis, timeout_s=0.3), LedgerMetrics(registry))
     script = ledger.script(GET)
     await ledger.run_script(script, ["own:0"], [])
-    begun = time.monotonic()
     with ledger_redis.frozen():
         asked = [asyncio.create_task(by_script(ledger, f"own:{i}")) for i in range(500)]
         ends = await asyncio.gather(*asked, return_exceptions=True)
     assert {type(end) for end in ends} == {LedgerUnavailable}
-    assert time.monotonic() - begun < 2.0
-    assert (registry.get_sample_value("tidemill_router_ledger_failures_total") or 0) >= 1
+    # The two batches on their way; else each of the 32 would wait for as long.
+    failures = registry.get_sample_value("tidemill_router_ledger_failures_total")
+    assert failures is not None
+    assert 1 <= failures <= 2
     assert await by_script(ledger, "nothing") is None
     await ledger.close()
 
@@ -174,10 +174,9 @@ async def test_a_hold_whose_caller_was_cancelled_is_taken_all_the_same(
     asked.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asked
-    for _ in range(100):
-        if await accounts.request("gone", "r1"):
-            break
-        await asyncio.sleep(0.01)
+    async with asyncio.timeout(30):
+        while not await accounts.request("gone", "r1"):  # noqa: ASYNC110 - it is in Redis
+            await asyncio.sleep(0.01)
     assert (await accounts.balance("gone")).held_nano == 100
 
 
@@ -258,7 +257,7 @@ async def test_calls_that_wait_when_a_stopping_router_cancels_the_senders_are_an
             calls.append(asyncio.create_task(accounts.reserve("stopping", reserve(request_id))))
             await asyncio.sleep(0.05)  # the first two are on their way, each alone
         await ledger.close(wait_s=0)
-    async with asyncio.timeout(3.0):
+    async with asyncio.timeout(30):
         replies = await asyncio.gather(*calls, return_exceptions=True)
     assert [type(each) for each in replies] == [
         LedgerUnavailable,

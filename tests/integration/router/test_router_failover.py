@@ -383,11 +383,11 @@ async def test_the_deadline_goes_on_counting(
 ) -> None:
     ids = spell(model_dir, "z" * 300)
     script(decodes, goes_on(ids, until=5, pause_s=0.05), goes_on(ids, pause_s=0.05))
-    heard = await router.generate(ask(ids, total_timeout_ms=700))
+    heard = await router.generate(ask(ids, total_timeout_ms=1500))
     completed = heard.completed
     assert completed.finish_reason == lifecycle_pb2.FINISH_REASON_DEADLINE
-    assert 5 < completed.usage.completion_tokens < 20
-    assert completed.receipt.decided_at_ms <= completed.receipt.admitted_at_ms + 700
+    assert 5 < completed.usage.completion_tokens < 40
+    assert completed.receipt.decided_at_ms <= completed.receipt.admitted_at_ms + 1500
 
 
 async def test_what_cannot_be_placed_any_more_fails_and_costs_nothing(

@@ -57,7 +57,7 @@ def costs(num_tokens: int) -> int:
 
 
 def paid(
-    ids: Sequence[int] = IDS, *, until: int | None = None, wait_s: float = 0.5, pause_s: float = 0.0
+    ids: Sequence[int] = IDS, *, until: int | None = None, wait_s: float = 2.0, pause_s: float = 0.0
 ) -> Script:
     """Generates as far as it is paid for, as a worker does; dies after `until` tokens."""
 

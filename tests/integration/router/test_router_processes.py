@@ -51,12 +51,12 @@ class Group:
         address = self.address if number is None else f"127.0.0.1:{self.own + number}"
         return sdk_aio_channel(address, ca=self.ca, options=OWN_CONNECTION)
 
-    async def health(self, number: int) -> str:
+    async def health(self, number: int, timeout_s: float = 30.0) -> str:
         """What one process says."""
         async with self.channel(number) as channel:
-            return await probe(channel)
+            return await probe(channel, timeout_s=timeout_s)
 
-    async def until_health(self, number: int, status: str, within_s: float = 20.0) -> None:
+    async def until_health(self, number: int, status: str, within_s: float = 60.0) -> None:
         """Wait for a process to say so."""
         async with asyncio.timeout(within_s):
             while await self.health(number) != status:  # noqa: ASYNC110 - another process
@@ -65,7 +65,7 @@ class Group:
     def probes(self, number: int) -> int:
         """Health checks that a process has answered so far."""
         url = f"http://127.0.0.1:{self.metrics + number}/metrics"
-        page = urllib.request.urlopen(url, timeout=5).read().decode()
+        page = urllib.request.urlopen(url, timeout=60).read().decode()
         samples = (
             each for family in text_string_to_metric_families(page) for each in family.samples
         )
@@ -134,7 +134,7 @@ async def refusal(path: Path) -> str:
     return stderr.decode()
 
 
-async def gone(pid: int, within_s: float = 10.0) -> None:
+async def gone(pid: int, within_s: float = 60.0) -> None:
     """Wait until there is no such process."""
     async with asyncio.timeout(within_s):
         while Path(f"/proc/{pid}").exists():  # noqa: ASYNC110 - another process
@@ -164,10 +164,8 @@ async def test_each_process_has_a_name_a_spool_and_a_health_of_its_own(group: Gr
     younger = group.pids()[1]
     os.kill(younger, signal.SIGSTOP)
     try:
-        assert [await group.health(number) for number in range(COUNT)] == [
-            "SERVING",
-            "DEADLINE_EXCEEDED",
-        ]
+        assert await group.health(0) == "SERVING"
+        assert await group.health(1, timeout_s=1.0) == "DEADLINE_EXCEEDED"
     finally:
         os.kill(younger, signal.SIGCONT)
     assert [await group.health(number) for number in range(COUNT)] == ["SERVING"] * COUNT
@@ -195,9 +193,10 @@ async def test_a_process_that_dies_is_started_again_while_the_other_serves(group
 async def test_sighup_replaces_all_processes_and_they_end_with_their_parent(group: Group) -> None:
     before = group.pids()
     group.parent.send_signal(signal.SIGHUP)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while set(before) & set(group.pids()) or len(group.pids()) < COUNT:
-            assert "SERVING" in [await group.health(number) for number in range(COUNT)]
+            # 0 is replaced first, and 1 goes only when the new 0 listens, which then stays.
+            assert "SERVING" in [await group.health(number) for number in (0, 1, 0)]
             await asyncio.sleep(0.05)
     await group.until_health(1, "SERVING")
 

@@ -1,7 +1,6 @@
 """A router whose workers are busy: what those who wait are told, and who is sent away at once."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -52,16 +51,14 @@ async def test_waits_are_told_and_what_cannot_make_its_deadline_is_refused_at_on
     calls = [router.call(ask(f"r{number}")) for number in range(24)]
     reading = [asyncio.create_task(listen(call)) for call in calls]
     await router.until(lambda: router.metric("tidemill_router_queued_requests") >= 12)
-    begun = time.monotonic()
     hasty = await router.generate(ask("hasty", first_token_timeout_ms=300))
-    refused_s = time.monotonic() - begun
+    assert router.metric("tidemill_router_queued_requests") > 0, "it waited for the others"
     patient = asyncio.create_task(router.generate(ask("patient", first_token_timeout_ms=20_000)))
     heard = [*await asyncio.gather(*reading), await patient]
     assert isinstance(hasty.error, DeadlineUnreachable), hasty
     assert hasty.messages == []
     assert hasty.error.retry_after_s is not None
     assert int(hasty.error.metadata["expected_first_token_ms"]) > 300
-    assert refused_s < 0.3
     assert router.metric("tidemill_router_refusals_total", reason="DEADLINE_UNREACHABLE") == 1
     assert all(each.completed.usage.completion_tokens == 1 for each in heard)
     told = [message.queued for each in heard for message in each.messages if _is_queued(message)]

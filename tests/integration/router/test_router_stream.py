@@ -299,7 +299,7 @@ async def test_position_is_told_while_a_request_waits(
     router: RouterHarness, decode: ScriptedWorker, prefill: ScriptedWorker
 ) -> None:
     decode.free_blocks = 0
-    await asyncio.sleep(0.2)
+    await router.until_seen(decode)
     calls = [router.call(ask(f"r{number}")) for number in range(3)]
     positions = [(await call.read()).accepted.position for call in calls]
     assert sorted(positions) == [0, 1, 2]

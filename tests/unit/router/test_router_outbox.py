@@ -17,9 +17,11 @@ from tidemill.api.common.v1.logprobs_pb2 import TokenLogprobs
 from tidemill.billing import Unbilled
 from tidemill.errors import WorkerLost
 
+LONG_S = 60.0  # a delay that no test outlives: what comes all the same came at once
 
-def make(clock: Callable[[], float] = time.monotonic) -> Outbox:
-    return Outbox(max_tokens=8, max_delay_s=0.05, clock=clock)
+
+def make(clock: Callable[[], float] = time.monotonic, *, max_delay_s: float = 0.05) -> Outbox:
+    return Outbox(max_tokens=8, max_delay_s=max_delay_s, clock=clock)
 
 
 def piece(index: int, count: int = 1, *, choice: int = 0, generated: int = 0) -> Piece:
@@ -71,15 +73,14 @@ async def test_a_piece_is_never_split() -> None:
 
 
 async def test_a_reader_that_keeps_up_gets_each_piece_at_once() -> None:
-    outbox = make()
+    outbox = make(max_delay_s=LONG_S)
     events = outbox.events()
     for index in range(5):
         outbox.put(piece(index))
-        started = time.monotonic()
-        event = await anext(events)
+        async with asyncio.timeout(LONG_S / 2):
+            event = await anext(events)
         assert isinstance(event, Piece)
         assert len(event.token_ids) == 1
-        assert time.monotonic() - started < 0.04
     await events.aclose()
 
 
@@ -93,7 +94,7 @@ async def test_a_message_waits_at_most_its_delay_to_fill() -> None:
     event = await anext(events)
     assert isinstance(event, Piece)
     assert event.token_ids == [1, 2, 3]
-    assert 0.04 < time.monotonic() - started < 0.5
+    assert time.monotonic() - started > 0.04
     await events.aclose()
 
 
@@ -154,35 +155,33 @@ async def test_the_prompt_is_scored_before_the_first_piece() -> None:
 
 
 async def test_a_choice_that_keeps_up_does_not_wait_for_one_that_is_behind() -> None:
-    outbox = make()
+    outbox = make(max_delay_s=LONG_S)
     events = outbox.events()
     for index in range(3):
         for choice in range(4):
             outbox.put(piece(index, choice=choice))
-        started = time.monotonic()
-        for _ in range(4):
-            assert isinstance(await anext(events), Piece)
-        assert time.monotonic() - started < 0.04
+        async with asyncio.timeout(LONG_S / 2):
+            for _ in range(4):
+                assert isinstance(await anext(events), Piece)
     await events.aclose()
 
 
 async def test_a_first_token_never_waits_for_others_to_fill_its_message() -> None:
-    outbox = make()
+    outbox = make(max_delay_s=LONG_S)
     outbox.accept(0)
     outbox.put(piece(0))
     outbox.put(piece(1))
     events = outbox.events()
-    started = time.monotonic()
-    assert await anext(events) == Accepted(0)
-    event = await anext(events)
+    async with asyncio.timeout(LONG_S / 2):
+        assert await anext(events) == Accepted(0)
+        event = await anext(events)
     assert isinstance(event, Piece)
     assert event.token_ids == [0, 1]
-    assert time.monotonic() - started < 0.04
     await events.aclose()
 
 
 async def test_a_reader_that_waited_gets_at_once_what_came_together() -> None:
-    outbox = make()
+    outbox = make(max_delay_s=LONG_S)
     events = outbox.events()
 
     def together() -> None:
@@ -190,9 +189,8 @@ async def test_a_reader_that_waited_gets_at_once_what_came_together() -> None:
         outbox.put(piece(6))
 
     asyncio.get_running_loop().call_later(0.01, together)
-    started = time.monotonic()
-    event = await anext(events)
+    async with asyncio.timeout(LONG_S / 2):
+        event = await anext(events)
     assert isinstance(event, Piece)
     assert event.token_ids == [5, 6]
-    assert time.monotonic() - started < 0.045
     await events.aclose()

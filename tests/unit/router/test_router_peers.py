@@ -111,7 +111,7 @@ class Yard:
             placed=asyncio.get_running_loop().create_future(),
         )
         self.dispatcher.enqueue(ticket)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             placed = await ticket.placed
         assert placed is not None
         self.dispatcher.release(ticket.key)

@@ -88,7 +88,7 @@ async def test_of_a_call_that_is_refused_not_one_byte_is_read() -> None:
         yield
 
     async with _served(refuse) as channel:
-        silent: Any = channel.stream_unary("/test.v1.TestService/Unary")(timeout=5)
+        silent: Any = channel.stream_unary("/test.v1.TestService/Unary")(timeout=30)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await silent
         assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
@@ -99,11 +99,11 @@ async def test_a_caller_who_sends_nothing_is_not_waited_for(
 ) -> None:
     monkeypatch.setattr(malformed, "REQUEST_S", 0.1)
     async with _served() as channel:
-        silent: Any = channel.stream_unary("/test.v1.TestService/Unary")(timeout=5)
+        silent: Any = channel.stream_unary("/test.v1.TestService/Unary")(timeout=30)
         assert isinstance(await _error(silent), DeadlineExceeded)
 
 
 async def test_a_call_without_a_request_is_malformed() -> None:
     async with _served() as channel:
         empty: Any = channel.stream_unary("/test.v1.TestService/Unary")
-        assert (await _error(empty(iter([]), timeout=5))).reason == "MALFORMED_REQUEST"
+        assert (await _error(empty(iter([]), timeout=30))).reason == "MALFORMED_REQUEST"

@@ -19,7 +19,7 @@ def registry() -> CollectorRegistry:
 
 
 def get(url: str, context: ssl.SSLContext | None = None) -> str:
-    with urllib.request.urlopen(url, timeout=5, context=context) as response:  # noqa: S310
+    with urllib.request.urlopen(url, timeout=30, context=context) as response:  # noqa: S310
         text: str = response.read().decode()
         return text
 

@@ -47,7 +47,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 def test_a_signal_lets_the_service_drain(start: Start, number: signal.Signals) -> None:
     process = start("await stop.wait(); print('drained')")
     process.send_signal(number)
-    out, err = process.communicate(timeout=10)
+    out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (0, "drained\n")
     assert json.loads(err.splitlines()[0])["signal"] == number.name
 
@@ -58,7 +58,7 @@ def test_a_second_signal_ends_at_once(start: Start) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "draining\n"
     process.terminate()
-    process.communicate(timeout=10)
+    process.communicate(timeout=30)
     assert process.returncode == 130
 
 
@@ -75,13 +75,13 @@ IN_A_TASK_GROUP = """
 )
 def test_a_bad_configuration_is_one_line_and_status_2(start: Start, body: str) -> None:
     process = start(body)
-    _, err = process.communicate(timeout=10)
+    _, err = process.communicate(timeout=30)
     assert process.returncode == 2
     assert err == "tidemill test: x.toml: router.port: unknown key\n"
 
 
 def test_a_crash_is_in_the_log_with_status_1(start: Start) -> None:
     process = start("1 / 0")
-    _, err = process.communicate(timeout=10)
+    _, err = process.communicate(timeout=30)
     assert process.returncode == 1
     assert "ZeroDivisionError" in json.loads(err)["traceback"]

@@ -82,14 +82,14 @@ async def failing_call(address: str, stack: str) -> grpc.RpcError:
     if stack == "aio":
         async with sdk_aio_channel(address, insecure=True) as channel:
             with pytest.raises(grpc.RpcError) as caught:
-                await method(channel, "Unary")(b"", timeout=5)
+                await method(channel, "Unary")(b"", timeout=30)
             return caught.value
     return await asyncio.to_thread(failing_sync_call, address)
 
 
 def failing_sync_call(address: str) -> grpc.RpcError:
     with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError) as caught:
-        method(channel, "Unary")(b"", timeout=5)
+        method(channel, "Unary")(b"", timeout=30)
     return caught.value
 
 
