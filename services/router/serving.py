@@ -141,7 +141,7 @@ class Serving:
         """
         placed = lane.ticket.placed
         patience_s = None if lane.lost is None else self._limits.lost_patience_s
-        while not (await asyncio.wait([placed], timeout=patience_s))[0]:
+        while not placed.done() and not (await asyncio.wait([placed], timeout=patience_s))[0]:
             if lane.lost is not None and not self._dispatcher.staffed:
                 self._dispatcher.withdraw(lane.ticket)
                 raise lane.lost
@@ -253,7 +253,7 @@ class Serving:
                 for position, token_id in enumerate(report.token_ids):
                     logprobs = report.logprobs[position : position + 1]
                     self._pass_on(lane, position, (token_id,), logprobs)
-                self._hold.checkpoint(self.progress())
+                self._hold.checkpoint(self.progress)  # once the first tokens are out
                 crash_point("prefill_done")
             case ChoiceEnded():
                 lane.run.report(report.choice, report.generated_tokens)

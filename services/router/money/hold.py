@@ -68,7 +68,7 @@ class Hold:
         self._bank = bank
         self._held_nano = held.held_nano
         self._due_at = self._half_of_the_rest(0)
-        self._progress: Progress | None = None
+        self._progress: Callable[[], Progress] | None = None
         # One command at a time: a checkpoint never overtakes a later one, nor a charge its hold.
         self._turn = asyncio.Lock()
         self._lost = self._ended = False
@@ -106,8 +106,8 @@ class Hold:
             crash_point("fund.after")
             return self._extended(answer, progress.usage.completion_tokens)
 
-    def checkpoint(self, progress: Progress) -> None:
-        """Write down how far the request is, in a task of its own."""
+    def checkpoint(self, progress: Callable[[], Progress]) -> None:
+        """Write down how far the request is then, in a task of its own."""
         self._progress = progress
         self._bank.tasks.spawn(self._write_checkpoint(), name="checkpoint")
 
@@ -224,12 +224,13 @@ class Hold:
             progress, self._progress = self._progress, None
             if progress is None or self._ended or self._lost:
                 return
+            how_far = progress()
             command = rules.Checkpoint(
                 request_id=self.request_id,
                 fence=self.fence,
                 now_ms=self._bank.now_ms(),
-                attempts=progress.attempts,
-                checkpoint=self._written(progress),
+                attempts=how_far.attempts,
+                checkpoint=self._written(how_far),
             )
             try:
                 answer = await self._bank.accounts.checkpoint(self.tenant_id, command)

@@ -7,7 +7,7 @@ reply, so every command runs in a task of its own and callers only wait for it.
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from prometheus_client import CollectorRegistry
 from redis.asyncio import BlockingConnectionPool, Connection, Redis
@@ -38,15 +38,19 @@ _UP_SINCE_S = 7 * 86_400  # when forgotten, the wait after a restart is only rep
 class _Connection(Connection):
     """redis-py's, made quicker and safe under uvloop.
 
-    It packs commands with hiredis, as redis-py does everywhere but here: ours have many parts. And
-    a server that hangs up before a command is written is a lost connection: uvloop raises
+    It packs commands with hiredis, as redis-py does everywhere but here: ours have many parts. What
+    the socket takes at once is written at once; redis-py makes a task and a timer for every write.
+    And a server that hangs up before a command is written is a lost connection: uvloop raises
     RuntimeError for that, which redis-py does not know.
     """
 
     async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
         writer = self._writer
         try:
-            await super().send_packed_command(command, check_health)
+            if _takes_at_once(writer):
+                writer.writelines(command)
+            else:
+                await super().send_packed_command(command, check_health)
         except RuntimeError as error:
             if writer is None or not writer.transport.is_closing():
                 raise
@@ -56,6 +60,13 @@ class _Connection(Connection):
     def pack_command(self, *args: Any) -> list[bytes]:
         packed: list[bytes] = _SERIALIZER.pack(*args)
         return packed
+
+
+def _takes_at_once(writer: asyncio.StreamWriter | None) -> TypeGuard[asyncio.StreamWriter]:
+    """Whether nothing waits to be written, so that a write cannot block."""
+    if writer is None or writer.transport.is_closing():
+        return False
+    return not writer.transport.get_write_buffer_size()
 
 
 class Ledger:

@@ -91,7 +91,16 @@ class Treasury:
         crash_point("hold.after")
         match answer:
             case rules.Held():
-                return await self._hold(admitted, answer)
+                if answer.fence == answer.first_fence:
+                    return Hold(
+                        admitted,
+                        terms,
+                        held=answer,
+                        size=size,
+                        book=self._books.own,
+                        bank=self._bank,
+                    )
+                return await self._taken_over(admitted, answer)
             case rules.Settled():
                 completed = record.settled(answer.posted).completed
                 return self._bank.signed(replace(completed, again=True))
@@ -106,12 +115,11 @@ class Treasury:
                 self._bank.metrics.refused(answer.reason.value)
                 raise refusal(answer, admitted.tenant, now_ms)
 
-    async def _hold(self, admitted: Admitted, held: rules.Held) -> Hold:
-        """The hold, on the terms of its first owner where that is another."""
+    async def _taken_over(self, admitted: Admitted, held: rules.Held) -> Hold:
+        """The hold, on the terms of its first owner."""
         terms = Terms.decode(held.terms)
         book = await self._books.get(terms.book_digest)
-        if held.checkpoint or terms != terms_of(admitted, self._books.own):
-            crash_point("takeover.after")
+        crash_point("takeover.after")
         sampling = replace(admitted.sampling, seed=terms.seed, max_tokens=terms.max_tokens)
         return Hold(
             replace(admitted, admitted_at_ms=held.admitted_at_ms, sampling=sampling),

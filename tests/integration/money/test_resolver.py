@@ -44,7 +44,7 @@ async def vanished(
         await gone.top_up(10**9)
         hold = await gone.hold("r1")
         if tokens is not None:
-            hold.checkpoint(progress(tokens))
+            hold.checkpoint(lambda: progress(tokens))
             await gone.tasks.join(1.0)
     return hold
 
@@ -253,7 +253,7 @@ async def test_a_final_of_an_earlier_life_of_the_id_counts_for_nothing(
         first = await gone.hold("r1")
         await first.release(usage(50), Cancelled("its worker was lost"))
         second = await gone.hold("r1")
-        second.checkpoint(progress(5))
+        second.checkpoint(lambda: progress(5))
         await gone.tasks.join(1.0)
     worker = KeptFinals(kept_final(first, 50))
     async with desk(server, tmp_path, workers=[worker]) as own:

@@ -169,7 +169,7 @@ async def test_a_hold_grows_by_what_is_left_where_that_is_no_whole_step(own: Des
 async def test_every_step_writes_how_far_the_request_is(own: Desk) -> None:
     await own.top_up(await full_nano(own, max_tokens=STEP_TOKENS))
     hold = await own.hold("r1", max_tokens=2000)
-    hold.checkpoint(progress(1))
+    hold.checkpoint(lambda: progress(1))
     await own.tasks.join(1.0)
     first = (await own.account()).requests["r1"].checkpoint
     assert '"completion_tokens":1,' in first

@@ -194,7 +194,7 @@ async def test_a_slow_ledger_does_not_move_the_instant_that_decides(
         await own.top_up(10**9)
         hold = await own.hold("r1")
         with ledger_server.frozen():
-            hold.checkpoint(progress(1))
+            hold.checkpoint(lambda: progress(1))
             await asyncio.sleep(0.05)
             ended_ms = system_ms()
             settling = asyncio.create_task(settle(hold, 10))

@@ -58,7 +58,7 @@ async def test_a_living_owner_keeps_its_request(pair: Pair) -> None:
 async def test_a_retry_takes_a_vanished_routers_request_over(pair: Pair) -> None:
     one, two = pair
     first = await one.hold("r1", seed=7)
-    first.checkpoint(progress(20))
+    first.checkpoint(lambda: progress(20))
     await one.tasks.join(1.0)
     held = (await one.account()).balance.held_nano
     await vanish(one, first)
@@ -86,7 +86,7 @@ async def test_what_an_older_fence_generated_after_its_checkpoint_is_counted_and
     ):
         await one.top_up(10**9)
         first = await one.hold("r1")
-        first.checkpoint(progress(20))
+        first.checkpoint(lambda: progress(20))
         await one.tasks.join(1.0)
         await vanish(one, first)
         worker.finals.append(kept_final(first, 52))
@@ -121,11 +121,11 @@ async def test_an_id_that_lives_anew_does_not_count_what_its_former_life_generat
 async def test_the_prompts_split_is_the_first_one_whoever_settles(pair: Pair) -> None:
     one, two = pair
     first = await one.hold("r1")
-    first.checkpoint(progress(20))
+    first.checkpoint(lambda: progress(20))
     await one.tasks.join(1.0)
     await vanish(one, first)
     second = await two.hold("r1")
-    second.checkpoint(progress(1))
+    second.checkpoint(lambda: progress(1))
     await two.tasks.join(1.0)
     await vanish(two, second)
     third = await one.hold("r1")
@@ -165,11 +165,11 @@ async def test_a_checkpoint_of_an_older_fence_is_not_written(pair: Pair) -> None
     first = await one.hold("r1")
     await vanish(one, first)
     second = await two.hold("r1")
-    second.checkpoint(progress(2))
+    second.checkpoint(lambda: progress(2))
     await two.tasks.join(1.0)
     lost: list[bool] = []
     first.on_lost = lambda: lost.append(True)
-    first.checkpoint(progress(50))
+    first.checkpoint(lambda: progress(50))
     await one.tasks.join(1.0)
     assert lost, "that is how it hears of it"
     assert '"completion_tokens":2,' in (await one.account()).requests["r1"].checkpoint
