@@ -67,7 +67,7 @@ async def all_tiers(
     block_bytes = 3 * BLOCK * 48 * 4
     async with (
         cache_node(
-            tls, capacity_bytes=4 * block_bytes, disk_path=folder, disk_capacity_bytes=1 << 30
+            tls, capacity_bytes=32 * block_bytes, disk_path=folder, disk_capacity_bytes=1 << 30
         ) as cache,
         worker_at(
             Role.BOTH,
