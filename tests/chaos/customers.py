@@ -16,7 +16,7 @@ from loadtest.checks import check
 from services.stack.plan import MODEL
 from tests.chaos.fleet import ROUTERS, Fleet
 from tests.stack_harness import OPENING_NANO, words
-from tidemill.client import AsyncClient, AsyncStream, Completion
+from tidemill.client import AsyncClient, AsyncStream, Completion, RetryPolicy
 from tidemill.errors import (
     Aborted,
     DeadlineExceeded,
@@ -34,6 +34,7 @@ TIMEOUT_S = 20.0  # one call
 PATIENCE_S = 30.0  # one request, over all its calls
 _SLACK_S = 2.0
 _AWAY_S = 0.1
+_PATIENT = RetryPolicy(max_retries=10)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +145,21 @@ class Customers:
             if (model.prefill_workers, model.decode_workers) != (2, 2):
                 return False
         return True
+
+    async def ask_all_once(self, router: str) -> None:
+        """Leave every prompt of the rich ones with some decode worker."""
+        for tenant in self.rich:
+            key = self._keys[tenant]
+            async with self._fleet.stack.client(key, retry=_PATIENT, router=router) as client:
+                await asyncio.gather(*(_ask(client, question) for question in QUESTIONS))
+
+    async def prefills_in_place(self, router: str) -> bool:
+        """Whether a decode worker computed the rest of a prompt that was asked before."""
+        try:
+            completion = await _ask(self._clients[self.rich[0], router], QUESTIONS[0])
+        except Unavailable:
+            return False
+        return completion.usage.prefill_site == "decode_worker"
 
     async def undisturbed(self, question: Question) -> Sequence[tuple[int, ...]]:
         """The answer's tokens by choice, as long as anybody reads."""
@@ -259,6 +275,11 @@ class Customers:
                 return
             given_up = True
             await stream.cancel()
+
+
+async def _ask(client: AsyncClient, question: Question) -> Completion:
+    """For one token."""
+    return await client.generate(question.prompt, model=MODEL, max_tokens=1)
 
 
 def _wait_s(outcome: Outcome) -> float | None:

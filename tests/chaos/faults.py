@@ -11,6 +11,7 @@ from tests.chaos.fleet import LEDGER, WORKERS, Fleet
 
 _WITHOUT_LEDGER_S = 3.0
 _WITHOUT_OTHER_S = 8.0  # leases
+_IN_PLACE_EVERY = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,26 +134,33 @@ FAULTS = (
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One fault; all that is random about it follows from `tag`."""
+    """One fault; all that is random about it follows from `tag`.
+
+    `in_place`: decode workers prefill the short rests of prompts themselves.
+    """
 
     tag: str
     fault: Fault
+    in_place: bool
 
     @property
     def name(self) -> str:
         """For people."""
-        return f"{self.tag}-{self.fault.name}"
+        return f"{self.tag}-{self.fault.name}{'-in-place' if self.in_place else ''}"
 
 
 def rounds(count: int, *, seed: int) -> Sequence[Round]:
-    """`count` rounds in random order; every fault is among each len(FAULTS) of them."""
+    """`count` rounds in random order; every fault is among each len(FAULTS) of them.
+
+    Each fourth is one with prefill in place.
+    """
     rng = Random(seed)
     made: list[Round] = []
     while len(made) < count:
         cycle = list(FAULTS)
         rng.shuffle(cycle)
         made += [
-            Round(f"{seed}-{number:03d}", fault)
+            Round(f"{seed}-{number:03d}", fault, in_place=number % _IN_PLACE_EVERY == 0)
             for number, fault in enumerate(cycle, start=len(made))
         ]
     return made[:count]

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from services.router.crash_points import VARIABLE
+from services.stack import toml
 from services.stack.redis import answers
 from tests.stack_harness import Process, Stack, eventually
+from tidemill.blocks import BLOCK_TOKENS
 
 ROUTERS = ("router", "router-1")
 WORKERS = ("prefill", "prefill-1", "decode", "decode-1")
@@ -38,6 +40,9 @@ SETTINGS = {
         for worker in ("prefill", "decode")
     },
 }
+
+# A prompt asked before is held up to its last block: nearly all of those are prefilled in place.
+IN_PLACE_SETTINGS = toml.merged(SETTINGS, {"decode": {"in_place_tokens": BLOCK_TOKENS}})
 
 
 class Fleet:

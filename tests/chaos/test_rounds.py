@@ -9,6 +9,7 @@ that the dead one may have worked for.
 
 import asyncio
 from collections.abc import Iterator
+from functools import partial
 from random import Random
 
 import pytest
@@ -29,7 +30,14 @@ from tests.chaos.customers import (
     check_unnoticed,
 )
 from tests.chaos.faults import Round, Scene, rounds
-from tests.chaos.fleet import CONTEXT_TOKENS, ROUTERS, WORKERS, Fleet
+from tests.chaos.fleet import (
+    CONTEXT_TOKENS,
+    IN_PLACE_SETTINGS,
+    ROUTERS,
+    SETTINGS,
+    WORKERS,
+    Fleet,
+)
 from tests.stack_harness import eventually
 from tests.tiny_model import make_tiny_checkpoint
 
@@ -40,11 +48,23 @@ SEED = 20250322
 LONG_SEED = 20250323
 
 
+def played(count: int, *, seed: int) -> pytest.MarkDecorator:
+    """So many rounds, those with prefill in place last: that is another fleet."""
+    ordered = sorted(rounds(count, seed=seed), key=lambda each: each.in_place)
+    cases = [pytest.param(each.in_place, each, id=each.name) for each in ordered]
+    names = ("shared_fleet", "round_")
+    return pytest.mark.parametrize(names, cases, indirect=["shared_fleet"], scope="module")
+
+
 @pytest.fixture(scope="module")
-def shared_fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+def shared_fleet(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Fleet]:
+    """Decode workers prefill in place if the parameter says so."""
     model = tmp_path_factory.mktemp("tiny")
     make_tiny_checkpoint(model, max_position_embeddings=CONTEXT_TOKENS)
-    fleet = Fleet(tmp_path_factory.mktemp("fleet") / "state", model)
+    settings = IN_PLACE_SETTINGS if request.param else SETTINGS
+    fleet = Fleet(tmp_path_factory.mktemp("fleet") / "state", model, settings=settings)
     yield fleet
     asyncio.run(fleet.ready())  # what was just started would be ended by a signal
     statuses = fleet.stack.stop()
@@ -85,6 +105,9 @@ async def play(fleet: Fleet, answers: Answers, round_: Round) -> None:
         auditing(fleet, customers.tenants) as auditor,
     ):
         await eventually(customers.see_all_workers)
+        if round_.in_place:
+            await customers.ask_all_once(other)
+            await eventually(partial(customers.prefills_in_place, other))
         closing = asyncio.Event()
         async with asyncio.TaskGroup() as group:
             for name in (f"customer-{index}" for index in range(NUM_CUSTOMERS)):
@@ -110,7 +133,7 @@ async def play(fleet: Fleet, answers: Answers, round_: Round) -> None:
         assert unheard == 0
 
 
-@pytest.mark.parametrize("round_", rounds(25, seed=SEED), ids=lambda each: each.name)
+@played(25, seed=SEED)
 async def test_nothing_is_lost_or_charged_twice(
     fleet: Fleet, answers: Answers, round_: Round
 ) -> None:
@@ -118,7 +141,7 @@ async def test_nothing_is_lost_or_charged_twice(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("round_", rounds(200, seed=LONG_SEED), ids=lambda each: each.name)
+@played(200, seed=LONG_SEED)
 async def test_nothing_is_lost_or_charged_twice_in_200_rounds(
     fleet: Fleet, answers: Answers, round_: Round
 ) -> None:
