@@ -83,6 +83,12 @@ def current_tenant() -> Tenant:
     return _caller.get().tenant
 
 
+def current_tenant_id() -> str | None:
+    """As current_tenant, its id; None where no tenant's key opened the call."""
+    caller = _caller.get(None)
+    return None if caller is None else caller.tenant.id
+
+
 class KeyGuard:
     """Guard: each method in `access` opens to its kind of key, all others to nobody.
 

@@ -70,6 +70,10 @@ class Dispatcher:
         """Whether there are workers of both roles, with or without room."""
         return all(self._fleet.usable(self._model, role) for role in (PREFILL, DECODE))
 
+    def require_room(self, tenant_id: str) -> None:
+        """QueueFull if not even the smallest request of the tenant would find a place."""
+        self._line.require_room(tenant_id)
+
     def enqueue(self, ticket: Ticket) -> Place:
         """Take a place; see WaitingLine.join for what is raised where there is none.
 

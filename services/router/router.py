@@ -89,12 +89,14 @@ class Router:
     ) -> Generation | Completed:
         self._admission.catalogue.get(ask.model)
         key = request_key(caller.tenant.id, ask.request_id)
+        dispatcher = self._dispatchers[ask.model]
         self._book.begin(key, ask.body_sha256)
         try:
+            dispatcher.require_room(caller.tenant.id)  # before any work is put into it
             admitted = await self._admission.admit(ask, caller, call_timeout_s=call_timeout_s)
             generation = Generation(
                 admitted,
-                dispatcher=self._dispatchers[ask.model],
+                dispatcher=dispatcher,
                 treasury=self._treasury,
                 book=self._book,
                 tasks=self._tasks,

@@ -29,19 +29,22 @@ class WaitingLine:
         """Uncached prompt tokens of those that wait."""
         return self._queue.queued_tokens
 
+    def require_room(self, tenant_id: str, cost_tokens: int = 1) -> None:
+        """QueueFull, and when to ask again, if a request of that cost would find no place."""
+        try:
+            self._queue.require_room(tenant_id, cost_tokens)
+        except QueueFull as full:
+            full.retry_after_s = self._model.retry_after_s(self.queued_tokens)
+            raise
+
     def join(self, ticket: Ticket, *, others_first: int) -> None:
         """Give the ticket a place behind `others_first` that are not in this line.
 
         QueueFull if there is none, DeadlineUnreachable if its first token would come too late;
         both say when to ask again.
         """
-        try:
-            self._queue.push(
-                ticket.key, ticket.tenant_id, ticket.cost_tokens, ticket, ticket.priority
-            )
-        except QueueFull as full:
-            full.retry_after_s = self._model.retry_after_s(self.queued_tokens)
-            raise
+        self.require_room(ticket.tenant_id, ticket.cost_tokens)
+        self._queue.push(ticket.key, ticket.tenant_id, ticket.cost_tokens, ticket, ticket.priority)
         self._model.entered(ticket.flow)
         self._tickets[ticket.key] = ticket
         ticket.place = self._place(ticket, self._queue.ahead(ticket.key), others_first)

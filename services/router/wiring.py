@@ -15,7 +15,12 @@ from redis.backoff import NoBackoff
 
 from services.router.admin_service import AdminService
 from services.router.admission import Admission
-from services.router.authentication import Access, Authenticator, KeyGuard
+from services.router.authentication import (
+    Access,
+    Authenticator,
+    KeyGuard,
+    current_tenant_id,
+)
 from services.router.billing_service import BillingService
 from services.router.cancellations import Cancellations
 from services.router.config import RouterConfig
@@ -50,6 +55,7 @@ from tidemill.errors import ConfigError
 from tidemill.rpc import tasks
 from tidemill.rpc.metrics import RpcMetrics
 from tidemill.rpc.options import SHARED_PUBLIC_SERVER
+from tidemill.rpc.places import Shares
 from tidemill.rpc.server import RpcServer
 
 _BILLING = billing_service_pb2.DESCRIPTOR.services_by_name["BillingService"]
@@ -166,7 +172,10 @@ class RouterProcess:
             self._config.server,
             public=True,
             readiness=self._readiness,
-            guards=(KeyGuard(_access(), authenticator, admin_key),),
+            guards=(
+                KeyGuard(_access(), authenticator, admin_key),
+                Shares(self._config.server.max_concurrent_rpcs, lambda _: current_tenant_id()),
+            ),
             metrics=metrics,
             options=SHARED_PUBLIC_SERVER if self._shared_port else None,
             service="tidemill-router",

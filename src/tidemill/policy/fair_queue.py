@@ -224,6 +224,23 @@ class FairQueue(Generic[Item]):
         """Cost of all waiting requests."""
         return self._queued_tokens
 
+    def require_room(self, tenant: str, cost_tokens: int = 1) -> None:
+        """Raise QueueFull if a request of the tenant with that cost would find no place now."""
+        limits, own = self._limits, self._held.get(tenant, _Held())
+        places = limits.max_requests - len(self)
+        tokens = limits.max_tokens - self._queued_tokens
+        if places < 1:
+            problem = f"{len(self)} requests are waiting"
+        elif self._entries and cost_tokens > tokens:
+            problem = f"{self._queued_tokens} prompt tokens are waiting"
+        elif own.requests >= min(limits.max_requests_per_tenant, places):
+            problem = f"tenant {tenant} has {own.requests} requests waiting"
+        elif own.tokens and own.tokens + cost_tokens > tokens:
+            problem = f"tenant {tenant} has {own.tokens} prompt tokens waiting"
+        else:
+            return
+        raise QueueFull(f"the queue is full: {problem}")
+
     def push(
         self,
         request_id: str,
@@ -241,7 +258,7 @@ class FairQueue(Generic[Item]):
             raise ValueError(f"cost_tokens must be at least 1, got {cost_tokens}")
         if request_id in self._entries:
             raise AlreadyExists(f"request {request_id} is queued already")
-        self._require_room(tenant, cost_tokens)
+        self.require_room(tenant, cost_tokens)
         entry = _Entry(request_id, tenant, priority, cost_tokens, item)
         its = self._classes[priority]
         if not its:  # what a class did not use while nobody waited in it is not made up for
@@ -310,19 +327,3 @@ class FairQueue(Generic[Item]):
         held.tokens -= entry.cost
         if not held.requests:
             del self._held[entry.tenant]
-
-    def _require_room(self, tenant: str, cost_tokens: int) -> None:
-        limits, own = self._limits, self._held.get(tenant, _Held())
-        places = limits.max_requests - len(self)
-        tokens = limits.max_tokens - self._queued_tokens
-        if places < 1:
-            problem = f"{len(self)} requests are waiting"
-        elif self._entries and cost_tokens > tokens:
-            problem = f"{self._queued_tokens} prompt tokens are waiting"
-        elif own.requests >= min(limits.max_requests_per_tenant, places):
-            problem = f"tenant {tenant} has {own.requests} requests waiting"
-        elif own.tokens and own.tokens + cost_tokens > tokens:
-            problem = f"tenant {tenant} has {own.tokens} prompt tokens waiting"
-        else:
-            return
-        raise QueueFull(f"the queue is full: {problem}")

@@ -16,7 +16,6 @@ from contextlib import (
     AbstractAsyncContextManager,
     AsyncExitStack,
     aclosing,
-    asynccontextmanager,
 )
 from dataclasses import dataclass
 from types import TracebackType
@@ -24,7 +23,7 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from tidemill.errors import Internal, LocalError, Overloaded, PermissionDenied, TidemillError
+from tidemill.errors import Internal, LocalError, PermissionDenied, TidemillError
 from tidemill.rpc.malformed import each, only
 from tidemill.rpc.metrics import RpcMetrics
 from tidemill.rpc.status import abort
@@ -66,6 +65,10 @@ class Call:
     def peer_roles(self) -> frozenset[str]:
         """Roles that the caller's certificate stands for; empty without one."""
         return roles_of_peer(self.context.auth_context())
+
+    def when_over(self, then: Callable[[], None]) -> None:
+        """Have `then` called once gRPC is done with the call, its status sent."""
+        self.context.add_done_callback(lambda _: then())  # type: ignore[arg-type]  # wrong stub
 
 
 Guard = Callable[[Call], AbstractAsyncContextManager[None]]
@@ -234,32 +237,6 @@ class _RoleCheck(_Around):
         raise PermissionDenied(
             f"{self.call.method} is not open to {roles}", reason="ROLE_NOT_ALLOWED"
         )
-
-
-class HealthPlaces:
-    """Guard: of those who ask for health, and need no credentials, `most` at a time.
-
-    A server handles a bounded number of calls at once; whoever may come in without credentials
-    must not be able to take the places of all others. Raises Overloaded.
-    """
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._taken = 0
-
-    @asynccontextmanager
-    async def __call__(self, call: Call) -> AsyncIterator[None]:
-        """Hold a place while the call is handled, if it asks for health."""
-        if not call.is_health:
-            yield
-            return
-        if self._taken >= self._most:
-            raise Overloaded("too many ask for health", retry_after_s=1.0)
-        self._taken += 1
-        try:
-            yield
-        finally:
-            self._taken -= 1
 
 
 class AccessLog:

@@ -17,6 +17,14 @@ METADATA_BYTES: Final = 16 << 10
 # process listen where the first one does, instead of failing.
 _EXCLUSIVE_PORT: Final = ("grpc.so_reuseport", 0)
 
+# Calls that nobody has taken up yet. By its own defaults gRPC cancels some at random above 1000 of
+# them, and all after 30 s; their callers learn nothing. Taken up, they are told when to come again.
+_WAITING_CALLS: Final[Options] = (
+    ("grpc.server.max_pending_requests", 16_384),
+    ("grpc.server.max_pending_requests_hard_limit", 32_768),
+    ("grpc.server_max_unrequested_time_in_server", 600),  # seconds
+)
+
 
 def _message_limit(limit: int) -> Options:
     return (
@@ -61,6 +69,7 @@ def _retries(methods: list[dict[str, str]], attempts: int, backoff_s: float) -> 
 PUBLIC_SERVER: Final[Options] = (
     *_message_limit(PUBLIC_MESSAGE_BYTES),
     *_keepalive(60_000, 20_000),
+    *_WAITING_CALLS,
     _EXCLUSIVE_PORT,
     ("grpc.max_concurrent_streams", 256),
     ("grpc.http2.min_ping_interval_without_data_ms", 15_000),
@@ -78,6 +87,7 @@ SHARED_PUBLIC_SERVER: Final[Options] = (
 INTERNAL_SERVER: Final[Options] = (
     *_message_limit(INTERNAL_MESSAGE_BYTES),
     *_keepalive(20_000, 5_000),
+    *_WAITING_CALLS,
     _EXCLUSIVE_PORT,
     ("grpc.max_concurrent_streams", 1024),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),

@@ -17,11 +17,11 @@ from tidemill.rpc.interceptors import (
     AccessLog,
     CallInterceptor,
     Guard,
-    HealthPlaces,
     map_errors,
 )
 from tidemill.rpc.metrics import RpcMetrics
 from tidemill.rpc.options import INTERNAL_SERVER, PUBLIC_SERVER, Options
+from tidemill.rpc.places import Places
 from tidemill.rpc.tls import TlsFiles, check_bind, server_credentials
 from tidemill.rpc.tracing import Tracing
 
@@ -37,6 +37,8 @@ class ServerConfig:
 
     `address` is host:port, port 0 takes a free one. `own_address` is another one at which the
     same is served: where several processes share `address`, each can be asked for its health there.
+    `max_concurrent_rpcs` calls are handled at once, further ones told to come again; at the
+    router's public port one tenant can have half of them.
     `drain_s` is how long calls may go on once the process has been told to stop. `metrics_address`
     unset: no metrics port. `reflection` tells any caller that the port admits what its methods are.
     `otlp_endpoint`, host:port of an OpenTelemetry collector (OTLP over gRPC), unset: no spans.
@@ -45,7 +47,7 @@ class ServerConfig:
     address: str = "127.0.0.1:0"
     own_address: str | None = None
     tls: TlsFiles | None = None
-    max_concurrent_rpcs: int = 1024
+    max_concurrent_rpcs: int = 2048
     drain_s: float = 10.0
     metrics_address: str | None = None
     reflection: bool = False
@@ -92,13 +94,13 @@ class RpcServer:
         defaults = PUBLIC_SERVER if public else INTERNAL_SERVER
         endpoint = config.otlp_endpoint
         self._tracing = None if endpoint is None else Tracing(service, endpoint, config.tls)
-        around: tuple[Guard, ...] = (AccessLog(metrics), map_errors, HealthPlaces(_HEALTH_CALLS))
+        places = Places(config.max_concurrent_rpcs, most_health=_HEALTH_CALLS)
+        around: tuple[Guard, ...] = (AccessLog(metrics), map_errors, places)
         if self._tracing is not None:
             around = (self._tracing, *around)
         self.server = grpc.aio.server(
             interceptors=(CallInterceptor(*around, *guards),),
             options=defaults if options is None else options,
-            maximum_concurrent_rpcs=config.max_concurrent_rpcs,
         )
         self._health = Health(readiness)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)

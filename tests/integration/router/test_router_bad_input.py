@@ -235,6 +235,8 @@ class TestFullQueue:
         assert isinstance(heard.error, QueueFull)
         assert heard.error.retry_after_s is not None
         assert heard.messages == []
+        unread = ask("r3", tokens=router_pb2.TokenInput(token_ids=[10**6]))  # no such token
+        assert isinstance((await router.generate(unread)).error, QueueFull)
         for number in range(2):
             assert await router.cancel(f"r{number}")
         for call in calls:

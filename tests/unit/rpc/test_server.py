@@ -105,28 +105,6 @@ async def test_a_plaintext_client_gets_nothing_from_a_tls_port(
         assert await method(secure, "Unary")(b"hello", timeout=30) == b"hello"
 
 
-async def test_calls_beyond_the_cap_are_refused() -> None:
-    begun, release = asyncio.Event(), asyncio.Event()
-
-    async def hold(request: bytes, context: Context) -> bytes:
-        begun.set()
-        await release.wait()
-        return request
-
-    config = ServerConfig(max_concurrent_rpcs=1, drain_s=0)
-    async with (
-        serving(config, unary=hold) as running,
-        sdk_aio_channel(running.address, insecure=True) as channel,
-    ):
-        first = asyncio.ensure_future(method(channel, "Unary")(b"", timeout=30))
-        await begun.wait()
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await method(channel, "Unary")(b"", timeout=30)
-        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        release.set()
-        await first
-
-
 async def test_watchers_of_health_leave_places_for_those_with_credentials() -> None:
     config = ServerConfig(max_concurrent_rpcs=80, drain_s=0)
     async with (
