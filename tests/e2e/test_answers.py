@@ -10,7 +10,7 @@ from services.stack.plan import MODEL
 from tests.stack_harness import BOOK_PATH, ONE_WORKER_MODEL, Stack, eventually, words
 from tests.x1 import reference_gaps
 from tidemill.billing import load_price_book
-from tidemill.blocks import max_hit_tokens
+from tidemill.blocks import BLOCK_TOKENS, max_hit_tokens
 from tidemill.client import (
     Accepted,
     AsyncClient,
@@ -96,18 +96,28 @@ async def test_another_tenant_asking_the_same_reuses_nothing(
     check_bill(theirs)
 
 
+async def stored_blocks(stack: Stack) -> int:
+    return int((await stack.metrics("prefill")).total("tidemill_worker_cache_stored_blocks_total"))
+
+
+async def answered_and_stored(stack: Stack, client: AsyncClient, prompt: str) -> Completion:
+    """The answer, once the context cache has all whole blocks of the prompt."""
+    before = await stored_blocks(stack)
+    answer = await client.generate(prompt, model=MODEL, max_tokens=8, temperature=0.0)
+    num_blocks = answer.usage.prompt_tokens // BLOCK_TOKENS
+
+    async def all_stored() -> bool:
+        return await stored_blocks(stack) - before >= num_blocks
+
+    await eventually(all_stored)
+    return answer
+
+
 async def test_after_a_restart_of_prefill_hits_come_from_the_context_cache(
     stack: Stack, client: AsyncClient
 ) -> None:
     prompt = "computed before a restart: " + words(100)
-    stored_before = await stored_blocks(stack)
-    first = await client.generate(prompt, model=MODEL, max_tokens=8, temperature=0.0)
-    num_blocks = first.usage.prompt_tokens // 64
-
-    async def all_stored() -> bool:
-        return await stored_blocks(stack) - stored_before >= num_blocks
-
-    await eventually(all_stored)
+    first = await answered_and_stored(stack, client, prompt)
     epoch = (await stack.load("prefill")).epoch
     stack["prefill"].send(signal.SIGTERM)
     assert await stack["prefill"].ended() == 0
@@ -130,14 +140,7 @@ async def test_after_a_restart_of_cache_and_prefill_hits_come_from_disk_and_are_
     stack: Stack, client: AsyncClient
 ) -> None:
     prompt = "written down before a restart: " + words(100)
-    stored_before = await stored_blocks(stack)
-    first = await client.generate(prompt, model=MODEL, max_tokens=8, temperature=0.0)
-    num_blocks = first.usage.prompt_tokens // 64
-
-    async def all_stored() -> bool:
-        return await stored_blocks(stack) - stored_before >= num_blocks
-
-    await eventually(all_stored)
+    first = await answered_and_stored(stack, client, prompt)
     for name in ("prefill", "cache"):
         stack[name].send(signal.SIGTERM)
         assert await stack[name].ended() == 0
@@ -148,10 +151,6 @@ async def test_after_a_restart_of_cache_and_prefill_hits_come_from_disk_and_are_
     assert again.usage.cache_hit_tokens == again.usage.reuse.cache_disk == hits
     assert again.token_ids == first.token_ids
     check_bill(again)
-
-
-async def stored_blocks(stack: Stack) -> int:
-    return int((await stack.metrics("prefill")).total("tidemill_worker_cache_stored_blocks_total"))
 
 
 async def test_one_worker_and_two_draw_the_same_tokens(

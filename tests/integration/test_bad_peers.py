@@ -10,7 +10,6 @@ import grpc
 import pytest
 from typing_extensions import override
 
-from tests.tiny_model import make_tiny_checkpoint
 from tests.worker_harness import (
     Tls,
     make_start,
@@ -37,11 +36,6 @@ BLOCK_BYTES = 3 * 64 * 48 * 4  # of the tiny model, in float32
 SOUND = bytes(BLOCK_BYTES)
 
 Say = Callable[[bytes], BlockPiece]
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
 def piece(block_hash: bytes, data: bytes = SOUND, **lies: Any) -> BlockPiece:

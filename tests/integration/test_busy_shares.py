@@ -4,9 +4,6 @@ import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-import pytest
-
-from tests.tiny_model import make_tiny_checkpoint
 from tests.worker_harness import (
     Answer,
     RouterSide,
@@ -26,11 +23,6 @@ from tidemill.worker.process import RunningWorker
 
 if TYPE_CHECKING:  # a name that only the stubs have
     from tidemill.api.worker.v1.worker_service_pb2_grpc import WorkerServiceAsyncStub
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
 def nanoseconds(seconds: float) -> int:

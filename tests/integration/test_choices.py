@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from tests.tiny_model import make_tiny_checkpoint
 from tests.worker_harness import (
     Answer,
     Attempted,
@@ -35,11 +34,6 @@ from tidemill.worker.config import Role
 
 SEED = 20_260_101
 NUM_PROMPT_TOKENS = 150  # two whole blocks and a part of a third
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
 def ask(n: int, request_id: str = "n", **fields: Any) -> Any:

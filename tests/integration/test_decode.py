@@ -8,7 +8,6 @@ from typing import Any
 import grpc
 import pytest
 
-from tests.tiny_model import make_tiny_checkpoint
 from tests.worker_harness import (
     Answer,
     RouterSide,
@@ -41,11 +40,6 @@ from tidemill.errors import (
 from tidemill.rpc.status import from_rpc_error
 from tidemill.worker.config import HandoverConfig, Role
 from tidemill.worker.process import RunningWorker
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
 async def error_of(call: Any) -> TidemillError:

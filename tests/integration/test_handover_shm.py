@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from tests.integration.test_handover import chain_of, prefill_request, stub_of, touched
-from tests.tiny_model import make_tiny_checkpoint
 from tests.worker_harness import (
     Tls,
     eventually,
@@ -34,11 +33,6 @@ from tidemill.rpc.status import from_rpc_error
 from tidemill.worker import process
 from tidemill.worker.config import HandoverConfig, Role
 from tidemill.worker.process import RunningWorker
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
 @asynccontextmanager

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_model import make_tiny_checkpoint
 from tests.worker_harness import (
     Tls,
     eventually,
@@ -22,11 +21,6 @@ from tidemill.errors import PrefillFull
 from tidemill.policy import FetchConfig, FetchOrRecompute
 from tidemill.worker.config import Role
 from tidemill.worker.warm_up import tokens_within
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
 def nanoseconds(seconds: float) -> int:

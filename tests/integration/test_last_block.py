@@ -8,7 +8,6 @@ import pytest
 
 from tests.cache_node import cache_node
 from tests.integration.test_tiers import evict_device, latents_of, peer_of, start_with
-from tests.tiny_model import make_tiny_checkpoint
 from tests.worker_harness import (
     PATIENT,
     Tls,
@@ -28,11 +27,6 @@ from tidemill.worker.config import CacheConfig, Role
 from tidemill.worker.process import RunningWorker
 
 NUM_TOKENS = 128
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
 def ask(request_id: str, **options: Any) -> Any:

@@ -11,7 +11,6 @@ import pytest
 
 from services.cache.node import CacheNode
 from tests.cache_node import cache_node
-from tests.tiny_model import make_tiny_checkpoint
 from tests.worker_harness import (
     Answer,
     RouterSide,
@@ -46,11 +45,6 @@ from tidemill.worker.process import RunningWorker
 
 PATIENT = CacheClientConfig(lookup_s=10, stall_s=10, pause_s=0.2, most_pause_s=1)
 OTHER_SCOPE = b"o" * 32
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
 class Split:

@@ -10,11 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.cache_node import cache_node
 from tests.slow_link import SlowLink
-from tests.tiny_model import make_tiny_checkpoint
 from tests.worker_harness import (
     ALWAYS_FETCH,
     PATIENT,
@@ -39,11 +36,6 @@ NUM_BLOCKS = 15
 STEP_S = 0.03  # computes one block; it dwarfs everything else here, and any machine's noise
 BLOCK_BYTES = 3 * 64 * 48 * 4  # of the tiny model, in float32
 TOO_SLOW = BLOCK_BYTES / (10 * STEP_S)  # bytes a second: fetching takes ten times as long
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
 def compute_slowly(running: RunningWorker) -> None:

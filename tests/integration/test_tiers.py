@@ -11,12 +11,11 @@ import pytest
 import torch
 
 from tests.cache_node import cache_node
-from tests.tiny_model import make_tiny_checkpoint
 from tests.worker_harness import (
     PATIENT,
     SCOPE,
-    RouterSide,
     Tls,
+    both_roles,
     eventually,
     make_start,
     metric,
@@ -38,11 +37,6 @@ from tidemill.worker.config import CacheConfig, Role
 from tidemill.worker.process import RunningWorker
 
 OTHER_SCOPE = b"o" * 32
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
 def evict_device(running: RunningWorker) -> None:
@@ -67,23 +61,10 @@ def latents_of(running: RunningWorker, hashes: list[bytes]) -> list[torch.Tensor
     return cast(list[torch.Tensor], found)
 
 
-@asynccontextmanager
-async def one_worker(
-    model_dir: Path, tls: Tls, **settings: Any
-) -> AsyncIterator[tuple[RunningWorker, RouterSide]]:
-    """A worker that prefills in place, and its router."""
-    async with (
-        worker_at(Role.BOTH, model_dir, tls, **settings) as both,
-        router_of(both, tls) as router,
-    ):
-        yield both, router
-        await settled(both)
-
-
 async def test_what_the_device_evicted_is_reused_from_host_memory(
     model_dir: Path, tls_files: Tls
 ) -> None:
-    async with one_worker(model_dir, tls_files, host_cache_blocks=64) as (worker, router):
+    async with both_roles(model_dir, tls_files, host_cache_blocks=64) as (worker, router):
         first = await router.ask(make_start(prompt_of(300), "a"))
         assert split_of(first.usage) == {"computed": 300}
         prompt = await worker.worker.reuse.identify(make_start(prompt_of(300)).task)
@@ -102,7 +83,7 @@ async def test_what_the_device_evicted_is_reused_from_host_memory(
 
 
 async def test_load_shows_the_host_tier(model_dir: Path, tls_files: Tls) -> None:
-    async with one_worker(model_dir, tls_files, host_cache_blocks=64) as (worker, router):
+    async with both_roles(model_dir, tls_files, host_cache_blocks=64) as (worker, router):
         await router.ask(make_start(prompt_of(300), "a"))
         evict_device(worker)
         device, host = worker.worker.load().tiers
@@ -113,7 +94,7 @@ async def test_load_shows_the_host_tier(model_dir: Path, tls_files: Tls) -> None
             64,
         )
         assert metric(worker, "host_blocks_held") >= 4
-    async with one_worker(model_dir, tls_files) as (worker, _):
+    async with both_roles(model_dir, tls_files) as (worker, _):
         assert [tier.tier for tier in worker.worker.load().tiers] == [worker_pb.KV_TIER_DEVICE]
 
 
@@ -138,7 +119,7 @@ async def test_a_chain_goes_on_from_host_to_cache_to_host(model_dir: Path, tls_f
     async with cache_node(tls_files) as cache, AsyncExitStack() as stack:
         shared = CacheConfig(cache.address, client=PATIENT)
         worker, router = await stack.enter_async_context(
-            one_worker(model_dir, tls_files, host_cache_blocks=64, cache=shared)
+            both_roles(model_dir, tls_files, host_cache_blocks=64, cache=shared)
         )
         first = await router.ask(make_start(prompt_of(400), "a", max_tokens=1))
         await eventually(lambda: len(cache.store) == 6)
@@ -163,7 +144,7 @@ async def test_what_is_computed_as_the_quicker_way_is_counted(
     async with cache_node(tls_files) as cache, AsyncExitStack() as stack:
         shared = CacheConfig(cache.address, client=PATIENT)
         worker, router = await stack.enter_async_context(
-            one_worker(model_dir, tls_files, cache=shared)
+            both_roles(model_dir, tls_files, cache=shared)
         )
         await router.ask(make_start(prompt_of(400), "a", max_tokens=1))
         await eventually(lambda: len(cache.store) == 6)
@@ -189,7 +170,7 @@ async def test_a_peer_is_asked_for_what_nobody_nearer_holds(
     async with (
         worker_at(Role.PREFILL, model_dir, tls_files, host_cache_blocks=64) as holder,
         worker_at(Role.DECODE, model_dir, tls_files) as decode,
-        one_worker(model_dir, tls_files, worker_id="asker") as (asker, router),
+        both_roles(model_dir, tls_files, worker_id="asker") as (asker, router),
         router_of(decode, tls_files) as elsewhere,
     ):
         first = await elsewhere.ask(make_start(prompt_of(300), "a", prefill=holder))
@@ -229,8 +210,8 @@ async def test_what_a_decode_worker_generated_is_found_there(
 
 async def test_another_scope_finds_nothing_at_a_peer(model_dir: Path, tls_files: Tls) -> None:
     async with (
-        one_worker(model_dir, tls_files, worker_id="holder") as (holder, first),
-        one_worker(model_dir, tls_files, worker_id="asker") as (_, router),
+        both_roles(model_dir, tls_files, worker_id="holder") as (holder, first),
+        both_roles(model_dir, tls_files, worker_id="asker") as (_, router),
     ):
         await first.ask(make_start(prompt_of(200), "a"))
         peer = peer_of(holder, "decode")
@@ -268,7 +249,7 @@ async def peer_client(
 async def test_only_workers_are_served_and_nothing_is_stored(
     model_dir: Path, tls_files: Tls
 ) -> None:
-    async with one_worker(model_dir, tls_files) as (worker, _):
+    async with both_roles(model_dir, tls_files) as (worker, _):
         namespace = cache_pb.BlockNamespace(
             tenant_id="alice", cache_scope=SCOPE, layout_fingerprint=b"L" * 32, model="tiny"
         )
@@ -297,7 +278,7 @@ async def error_of(call: Any) -> TidemillError:
 async def test_a_prompt_whose_own_tokens_are_scored_reuses_nothing(
     model_dir: Path, tls_files: Tls
 ) -> None:
-    async with one_worker(model_dir, tls_files) as (worker, _):
+    async with both_roles(model_dir, tls_files) as (worker, _):
         task = make_start(prompt_of(200)).task
         assert len(worker.worker.reuse.reusable(await worker.worker.reuse.identify(task))) == 3
         task.sampling.prompt_logprobs = 0
@@ -308,6 +289,6 @@ async def test_a_prompt_whose_own_tokens_are_scored_reuses_nothing(
 async def test_a_worker_knows_what_computing_costs_before_its_first_prompt(
     model_dir: Path, tls_files: Tls, num_blocks: int
 ) -> None:
-    async with one_worker(model_dir, tls_files, num_blocks=num_blocks) as (worker, _):
+    async with both_roles(model_dir, tls_files, num_blocks=num_blocks) as (worker, _):
         assert 0 < worker.worker.reuse.policy.compute_s(1) < 60
         worker.worker.engine.pool.check_idle()

@@ -20,7 +20,6 @@ from redis.asyncio import Redis
 from torch import Tensor
 
 from tests.redis_process import RedisProcess
-from tests.tiny_model import make_tiny_checkpoint
 from tests.worker_harness import (
     SCOPE,
     RouterSide,
@@ -45,11 +44,6 @@ from tidemill.worker.process import RunningWorker
 
 START_S = 60.0
 REPOSITORY = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
 @asynccontextmanager

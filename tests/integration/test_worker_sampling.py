@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from tests.tiny_model import make_tiny_checkpoint
 from tests.worker_harness import (
     Answer,
     RouterSide,
@@ -54,11 +53,6 @@ SCHEMA = {
     "required": ["sure", "count", "mood"],
     "additionalProperties": False,
 }
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("sampling"))
 
 
 @dataclass

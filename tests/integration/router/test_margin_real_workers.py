@@ -9,7 +9,6 @@ import pytest
 from tests.redis_process import RedisProcess
 from tests.router_harness import ADMIN_KEY, bearer, listen
 from tests.router_workers import TlsOf, ask, split_pair
-from tests.tiny_model import make_tiny_checkpoint
 from tests.worker_harness import slow_down
 from tidemill.api.router.v1 import admin_service_pb2 as admin_pb2
 from tidemill.billing.margin import HOUR_MS
@@ -17,11 +16,6 @@ from tidemill.billing.margin import HOUR_MS
 pytestmark = pytest.mark.redis
 PRICE = 2_000_000_000
 HOUR_US = 3_600_000_000
-
-
-@pytest.fixture(scope="module")
-def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.mark.parametrize("in_place_tokens", [0, 100])

@@ -18,7 +18,6 @@ from tests.redis_process import RedisProcess
 from tests.router_harness import Heard, RouterHarness
 from tests.router_workers import TlsOf, ask, check_usage, router_over
 from tests.slow_link import SlowLink
-from tests.tiny_model import make_tiny_checkpoint
 from tidemill.api.common.v1 import lifecycle_pb2
 from tidemill.api.decode.v1 import decode_service_pb2 as decode_pb2
 from tidemill.api.router.v1 import router_service_pb2 as router_pb2
@@ -29,11 +28,6 @@ pytestmark = pytest.mark.redis
 NUM_PROMPT = 150
 MAX_TOKENS = 40
 STEP_S = 0.004
-
-
-@pytest.fixture(scope="module")
-def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
 class Executioner:

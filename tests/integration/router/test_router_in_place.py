@@ -7,7 +7,6 @@ import pytest
 
 from tests.redis_process import RedisProcess
 from tests.router_workers import Pair, TlsOf, ask, check_usage, split_pair
-from tests.tiny_model import make_tiny_checkpoint
 from tests.worker_harness import metric, prompt_of
 from tidemill.api.common.v1 import usage_pb2
 from tidemill.api.router.v1 import router_service_pb2 as router_pb2
@@ -15,11 +14,6 @@ from tidemill.api.router.v1 import router_service_pb2 as router_pb2
 pytestmark = pytest.mark.redis
 
 IN_PLACE_TOKENS = 100
-
-
-@pytest.fixture(scope="module")
-def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

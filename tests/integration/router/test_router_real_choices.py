@@ -9,7 +9,6 @@ import pytest
 from tests.redis_process import RedisProcess
 from tests.router_harness import Heard, RouterHarness, listen
 from tests.router_workers import Pair, TlsOf, ask, check_usage, router_over, split_pair
-from tests.tiny_model import make_tiny_checkpoint
 from tests.worker_harness import metric, settled, slow_down, worker_at
 from tidemill.api.common.v1 import lifecycle_pb2
 from tidemill.api.router.v1 import router_service_pb2 as router_pb2
@@ -20,11 +19,6 @@ from tidemill.worker.config import Role
 pytestmark = pytest.mark.redis
 
 SEED = 99
-
-
-@pytest.fixture(scope="module")
-def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

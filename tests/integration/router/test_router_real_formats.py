@@ -10,7 +10,6 @@ import pytest
 from tests.redis_process import RedisProcess
 from tests.router_harness import MODEL, Heard
 from tests.router_workers import TlsOf, ask, check_usage, router_over, split_pair
-from tests.tiny_model import make_tiny_checkpoint
 from tests.worker_harness import settled, worker_at
 from tidemill.api.common.v1 import lifecycle_pb2
 from tidemill.api.router.v1 import router_service_pb2 as router_pb2
@@ -31,11 +30,6 @@ SCHEMA = {
     "required": ["mill", "wheels", "grinds"],
     "additionalProperties": False,
 }
-
-
-@pytest.fixture(scope="module")
-def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
 def formatted(request_id: str, schema: Any, **sampling: Any) -> router_pb2.GenerateRequest:

@@ -13,7 +13,6 @@ import pytest
 from tests.redis_process import RedisProcess
 from tests.router_harness import MODEL, Heard, listen
 from tests.router_workers import Pair, TlsOf, ask, check_usage, router_over, split_pair
-from tests.tiny_model import make_tiny_checkpoint
 from tests.worker_harness import metric, prompt_of, settled, slow_down, worker_at
 from tidemill.api.common.v1 import lifecycle_pb2, usage_pb2
 from tidemill.blocks import block_names
@@ -23,11 +22,6 @@ from tidemill.worker.config import Role
 pytestmark = pytest.mark.redis
 
 REPOSITORY = Path(__file__).parents[3]
-
-
-@pytest.fixture(scope="module")
-def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import pytest
 from tests.redis_process import RedisProcess
 from tests.router_harness import RouterHarness
 from tests.router_workers import TlsOf, ask, router_over
-from tests.tiny_model import make_tiny_checkpoint
 from tests.worker_harness import metric, prompt_of, settled, slow_down, worker_at
 from tidemill.policy import BalancerConfig
 from tidemill.worker.config import Role
@@ -23,11 +22,6 @@ BALANCER = BalancerConfig()
 STEP_S = 0.1
 ROLES = {"p1": Role.PREFILL, "p2": Role.PREFILL, "d1": Role.DECODE, "d2": Role.DECODE}
 WORK = {Role.PREFILL: "computed_tokens_total", Role.DECODE: "generated_tokens_total"}
-
-
-@pytest.fixture(scope="module")
-def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
 async def answer(router: RouterHarness, *request_ids: str) -> None:
