@@ -91,7 +91,11 @@ async def others_wait(victim: Victim) -> float:
 
 @pytest.mark.parametrize("answered", [1, 1000])
 @pytest.mark.parametrize(
-    ("number", "places"), [(500, 256), pytest.param(10_000, 2048, marks=pytest.mark.slow)]
+    ("number", "places"),
+    [
+        (500, 256),
+        pytest.param(10_000, 2048, marks=[pytest.mark.slow, pytest.mark.timeout(300)]),
+    ],
 )
 async def test_idle_streams_take_the_places_there_are_and_leave_some_to_others(  # noqa: PLR0917 - fixtures
     number: int,
