@@ -1,7 +1,6 @@
 """Protos to domain and back, for the public services."""
 
 import hashlib
-from typing import Any
 
 from services.router.admission import Ask, Conversation, Input
 from services.router.finish import Completed, PrefillSite, Timing
@@ -33,10 +32,6 @@ _PRIORITIES = {
 }
 
 _MOST_MS = 2**32 - 1
-
-_OPTIONAL_SAMPLING = [
-    field.name for field in sampling_pb2.Sampling.DESCRIPTOR.fields if field.has_presence
-]
 
 
 def ask_of(request: router_pb2.GenerateRequest) -> Ask:
@@ -71,11 +66,7 @@ def ask_of(request: router_pb2.GenerateRequest) -> Ask:
 
 
 def _wanted(sampling: sampling_pb2.Sampling) -> Wanted:
-    asked: dict[str, Any] = {
-        name: getattr(sampling, name)
-        for name in _OPTIONAL_SAMPLING
-        if sampling.HasField(name)  # type: ignore[arg-type]  # one of the names
-    }
+    asked = {field.name: value for field, value in sampling.ListFields() if field.has_presence}
     return Wanted(
         logit_bias=dict(sampling.logit_bias),
         stop_token_ids=tuple(sampling.stop_token_ids),

@@ -6,7 +6,7 @@ granted; the progress is the checkpoint.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Self
 
 from services.router.finish import PrefillSite
@@ -36,7 +36,7 @@ class Terms:
 
     def encode(self) -> str:
         """As the ledger keeps them."""
-        return _json(asdict(self))
+        return _json({each.name: getattr(self, each.name) for each in fields(self)})
 
     @classmethod
     def decode(cls, text: str) -> Self:

@@ -79,6 +79,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def __init__(self, *guards: Guard) -> None:
         self._guards = guards
+        self._guarded: dict[str, Handler] = {}  # by method, made at its first call
 
     async def intercept_service(
         self,
@@ -86,12 +87,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> "Handler | None":
         """The method's handler inside the guards; None stays None (UNIMPLEMENTED)."""
-        handler = await continuation(handler_call_details)
-        if handler is None:
-            return None
-        return self._guarded(handler, handler_call_details.method)
+        method = handler_call_details.method
+        guarded = self._guarded.get(method)
+        if guarded is None and (handler := await continuation(handler_call_details)) is not None:
+            guarded = self._guarded[method] = self._guard(handler, method)
+        return guarded
 
-    def _guarded(self, handler: Handler, method: str) -> Handler:
+    def _guard(self, handler: Handler, method: str) -> Handler:
         behaviour = getattr(handler, _KINDS[handler.request_streaming, handler.response_streaming])
         parse = handler.request_deserializer
 
