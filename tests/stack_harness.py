@@ -122,8 +122,8 @@ class Process:
         return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-num_lines:])
 
     def log_records(self) -> list[dict[str, Any]]:
-        """Its JSON log lines so far."""
-        lines = self.log_path.read_text(errors="replace").splitlines()
+        """Its JSON log lines so far, but for one that is being written."""
+        lines = self.log_path.read_text(errors="replace").rpartition("\n")[0].splitlines()
         return [json.loads(line) for line in lines if line.startswith("{")]
 
 
@@ -349,7 +349,7 @@ class Stack:
         url = f"http://127.0.0.1:{self.metrics_ports[name]}/metrics"
         return Metrics(await asyncio.to_thread(_read, url))
 
-    async def until_idle(self, *, within_s: float = 20.0) -> None:
+    async def until_idle(self, *, within_s: float = 60.0) -> None:
         """R1: wait until no worker holds a block and the router nothing, as they tell it."""
         for name in self.workers:
             if self[name].running:
@@ -398,7 +398,7 @@ class Metrics:
         )
 
 
-async def eventually(holds: Callable[[], Awaitable[bool]], within_s: float = 20.0) -> None:
+async def eventually(holds: Callable[[], Awaitable[bool]], within_s: float = 60.0) -> None:
     """Wait until `holds()`; TimeoutError if it never does."""
     async with asyncio.timeout(within_s):
         while not await holds():  # noqa: ASYNC110 - another process has no event to wait for

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from services.stack.plan import MODEL
-from tests.stack_harness import BOOK_PATH, ONE_WORKER_MODEL, Stack, words
+from tests.stack_harness import BOOK_PATH, ONE_WORKER_MODEL, Stack, eventually, words
 from tidemill.billing import load_price_book
 from tidemill.client import AsyncClient, AsyncStream, FinishReason
 from tidemill.errors import Unavailable
@@ -43,7 +43,11 @@ async def test_a_router_told_to_stop_finishes_its_streams_and_refuses_new_ones(
 ) -> None:
     stream = await decoding(client, MODEL)
     told_at = stack["router"].send(signal.SIGTERM)
-    await asyncio.sleep(0.3)
+
+    async def has_closed_its_port() -> bool:
+        return await stack.health("router") == "UNAVAILABLE"
+
+    await eventually(has_closed_its_port)
     with pytest.raises(Unavailable) as raised:
         await client.generate("too late?", model=MODEL, max_tokens=1)
     assert raised.value.reason in ("ROUTER_STOPPING", "UNAVAILABLE")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.cache_node import ALICE, Tls, cache_client, chain, hashes
+from tests.stopwatch import stopwatch
 from tidemill.errors import CacheUnavailable
 from tidemill.kv.cache_client import CacheClientConfig
 
@@ -49,7 +50,7 @@ def start_cache(tls_files: Tls, tmp_path: Path) -> Iterator[StartCache]:
 
 
 async def until_ready(tls: Tls, address: str) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         async with cache_client(tls, address) as client:
             try:
@@ -73,24 +74,27 @@ async def test_a_cache_killed_in_the_middle_of_a_fetch_is_an_error_within_two_se
     async with cache_client(tls_files, address, config=config) as client:
         assert (await client.store(ALICE, blocks)).stored == 16
         num_blocks = 0
-        killed_at = 0.0
+        seconds_at_kill = 0.0
         with pytest.raises(CacheUnavailable):  # noqa: PT012 - it happens between two blocks
-            async with aclosing(client.fetch(ALICE, hashes(blocks))) as found:
+            async with (
+                stopwatch() as watch,
+                aclosing(client.fetch(ALICE, hashes(blocks))) as found,
+            ):
                 async for block in found:
                     assert block.payload == blocks[block.index][1]
                     num_blocks += 1
                     if num_blocks == 2:
                         process.kill()
                         process.wait()
-                        killed_at = time.monotonic()
-        assert time.monotonic() - killed_at < 2
+                        seconds_at_kill = watch.seconds
+        assert watch.seconds - seconds_at_kill < 2
         assert 2 <= num_blocks < 16
         with pytest.raises(CacheUnavailable, match="skipped"):
             await client.lookup(ALICE, hashes(blocks))
 
         start_cache(port)
         await until_ready(tls_files, address)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline and not client.available:
             try:
                 assert len(await client.lookup(ALICE, hashes(blocks))) == 0
@@ -112,7 +116,7 @@ async def test_blocks_on_disk_outlive_kill_9_and_nothing_half_written_is_deliver
     blocks = chain(*(os.urandom(500_000) for _ in range(40)))
     async with cache_client(tls_files, address) as client:
         storing = asyncio.create_task(client.store(ALICE, blocks))
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while len(list(disk.glob("v1/*/*"))) < 10:
             assert time.monotonic() < deadline
             await asyncio.sleep(0.001)
@@ -127,7 +131,7 @@ async def test_blocks_on_disk_outlive_kill_9_and_nothing_half_written_is_deliver
     assert len(kept) >= 10
     assert list((disk / "partial").iterdir()) == []
     async with cache_client(tls_files, address) as client:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while len(held := await client.lookup(ALICE, hashes(kept))) < len(kept):
             assert time.monotonic() < deadline
             await asyncio.sleep(0.05)

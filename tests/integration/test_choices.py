@@ -27,6 +27,7 @@ from tests.worker_harness import (
 from tidemill.api.common.v1.kv_pb2 import KvSegment
 from tidemill.api.decode.v1.decode_service_pb2 import DecodeResponse as Response
 from tidemill.api.prefill.v1.prefill_service_pb2 import HandoverRef, ShmTarget
+from tidemill.engine import Output
 from tidemill.errors import FailedPrecondition, InvalidRequest
 from tidemill.kv.transport import GrpcKvTransport
 from tidemill.policy.seeds import choice_seed
@@ -248,12 +249,17 @@ async def test_choices_that_outgrow_the_pool_are_swapped_and_answer_the_same(
         wanted = (await router.ask(ask(3, max_tokens=90))).choices
     # Two shared blocks and twice two of each choice's own would be needed at once.
     async with both_roles(model_dir, tls_files, num_blocks=6) as (worker, router):
-        attempted = await router.begin(ask(3, max_tokens=90))
-        swapped = 0
-        while await attempted.next() is not None:
-            swapped = max(swapped, worker.worker.engine.num_swapped)
-        assert swapped > 0
-        assert attempted.answer.choices == wanted
+        engine = worker.worker.engine
+        step, swapped = engine.step, set[int]()
+
+        def watched() -> list[Output]:
+            outputs = step()
+            swapped.add(engine.num_swapped)
+            return outputs
+
+        engine.step = watched  # type: ignore[method-assign]
+        assert (await router.ask(ask(3, max_tokens=90))).choices == wanted
+        assert max(swapped) > 0
 
 
 async def test_more_than_the_memory_can_hold_is_refused_by_name(

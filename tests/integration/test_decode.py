@@ -87,7 +87,7 @@ async def test_a_stop_token_ends_the_attempt(model_dir: Path, tls_files: Tls) ->
 async def test_generation_pauses_at_its_funds_and_goes_on_when_funded(
     model_dir: Path, tls_files: Tls
 ) -> None:
-    async with both_roles(model_dir, tls_files) as (worker, router):
+    async with both_roles(model_dir, tls_files, fund_wait_s=20.0) as (worker, router):
         whole = await router.ask(make_start(prompt_of(50), "a", max_tokens=12))
         attempt = await router.begin(make_start(prompt_of(50), "b", max_tokens=12, funded_tokens=5))
         while len(attempt.answer.tokens) < 5:
@@ -104,7 +104,7 @@ async def test_generation_pauses_at_its_funds_and_goes_on_when_funded(
 
 
 async def test_funds_that_come_during_prefill_count(model_dir: Path, tls_files: Tls) -> None:
-    async with split_roles(model_dir, tls_files, fund_wait_s=0.2) as (prefill, decode, router):
+    async with split_roles(model_dir, tls_files, fund_wait_s=20.0) as (prefill, decode, router):
         slow_down(prefill, 0.05)
         start = make_start(prompt_of(300), prefill=prefill, max_tokens=12, funded_tokens=3)
         attempt = await router.begin(start)
@@ -126,7 +126,7 @@ async def test_a_stop_right_behind_start_prefills_nothing(
         await attempt.stop()
         answer = await attempt.finish()
         assert (answer.reason, answer.events) == ("CANCELLED", ["final"])
-        await settled(prefill, decode, within_s=1.0)
+        await settled(prefill, decode)
         assert metric(prefill, "stopped_prefill_tokens_total") < 200
 
 
@@ -179,7 +179,7 @@ async def test_stop_during_prefill_elsewhere_reaches_the_prefill_worker(
         assert answer.events == ["final"]
         assert (answer.reason, answer.final.generated_tokens) == ("CANCELLED", 0)
         assert not answer.final.HasField("prompt")
-        await settled(prefill, decode, within_s=1.0)
+        await settled(prefill, decode)
         assert metric(prefill, "stopped_prefill_tokens_total") < 900
 
 
@@ -205,7 +205,7 @@ async def test_a_broken_stream_stops_the_attempt_and_keeps_its_final(
         while len(attempt.answer.tokens) < 5:
             await attempt.next()
         attempt.call.cancel()
-        await settled(prefill, decode, within_s=2.0)
+        await settled(prefill, decode)
         final = (await router.stub.GetFinal(pb.GetFinalRequest(id=id_of()))).final
         assert final.reason == FinishReason.FINISH_REASON_SERVER_FAULT
         assert 5 <= final.generated_tokens < 500
@@ -223,7 +223,7 @@ async def test_a_deadline_ends_the_attempt_with_that_reason(
         answer = await attempt.finish()
         assert answer.error is not None
         assert answer.error.code is grpc.StatusCode.DEADLINE_EXCEEDED
-        await settled(prefill, decode, within_s=2.0)
+        await settled(prefill, decode)
         final = (await router.stub.GetFinal(pb.GetFinalRequest(id=id_of()))).final
         assert final.reason == FinishReason.FINISH_REASON_DEADLINE
 

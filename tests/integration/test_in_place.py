@@ -105,11 +105,11 @@ async def test_all_that_is_computed_in_place_together_stays_within_the_limit(
     model_dir: Path, tls_files: Tls
 ) -> None:
     async with split_roles(model_dir, tls_files, in_place_tokens=100) as (_, decode, router):
-        slow_down(decode, 0.3)
-        first = await router.begin(make_start(prompt_of(60), "a"))
+        slow_down(decode, 1.0)
+        first = await router.begin(make_start(prompt_of(60), "a", max_tokens=1))
         await eventually(lambda: decode.worker.backlog.num_tokens == 60)
         refused = await router.ask(make_start(prompt_of(41, seed=2), "b"))
         assert isinstance(refused.error, PrefillFull)
-        second = await router.begin(make_start(prompt_of(40, seed=3), "c"))
+        second = await router.begin(make_start(prompt_of(40, seed=3), "c", max_tokens=1))
         assert (await first.finish()).error is None
         assert (await second.finish()).error is None

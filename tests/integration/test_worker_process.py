@@ -20,6 +20,7 @@ from redis.asyncio import Redis
 from torch import Tensor
 
 from tests.redis_process import RedisProcess
+from tests.stopwatch import stopwatch
 from tests.worker_harness import (
     SCOPE,
     RouterSide,
@@ -88,8 +89,10 @@ async def test_load_is_pushed_on_change_and_at_least_each_second(
         watching = asyncio.create_task(watch())
         await eventually(lambda: len(loads) == 1)
         started = time.monotonic()
-        await eventually(lambda: len(loads) == 2)
-        assert 0.5 < time.monotonic() - started < 2.0
+        async with stopwatch() as watch:
+            await eventually(lambda: len(loads) == 2)
+        assert time.monotonic() - started > 0.5
+        assert watch.seconds < 2.0
         await router.ask(make_start(prompt_of(640), prefill=prefill))
         await eventually(lambda: loads[-1].open_handovers == 0)
         assert [load.sequence for load in loads] == list(range(1, len(loads) + 1))
@@ -199,7 +202,7 @@ async def test_a_stuck_step_fails_health_until_it_ends_and_the_log_says_which(
 async def health_turns(channel: grpc.aio.Channel, wanted: str) -> None:
     """Wait until grpc.health.v1 says so; it asks the worker every second."""
     stub: Any = health_pb2_grpc.HealthStub(channel)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         async for answer in stub.Watch(health_pb2.HealthCheckRequest()):
             if health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status) == wanted:
                 return
@@ -349,19 +352,19 @@ async def test_a_killed_prefill_worker_is_a_typed_error_within_two_seconds(
         await eventually(lambda: decode.worker.num_waiting == 1)
         await asyncio.sleep(0.1)
         await process.end(signal.SIGKILL)
-        killed_at = time.monotonic()
-        answer = await attempt.finish()
-        assert time.monotonic() - killed_at < 2.0
+        async with stopwatch() as watch:
+            answer = await attempt.finish()
+        assert watch.seconds < 2.0
         assert isinstance(answer.error, WorkerLost)
         assert answer.error.metadata["worker_id"] == "prefill-0"
-        await settled(decode, within_s=2.0)
+        await settled(decode)
 
-        refused_at = time.monotonic()
         start.task.id.attempt = 2
-        gone = await router.ask(start)
-        assert time.monotonic() - refused_at < 2.0
+        async with stopwatch() as watch:
+            gone = await router.ask(start)
+        assert watch.seconds < 2.0
         assert isinstance(gone.error, WorkerLost)
-        await settled(decode, within_s=2.0)
+        await settled(decode)
 
         await process.start()
         await process.wait_serving()

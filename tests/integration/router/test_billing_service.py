@@ -287,7 +287,7 @@ async def test_a_receipt_that_waits_for_the_ledger_is_pending_and_verifies(
     assert unknown.code is grpc.StatusCode.UNAVAILABLE
     ledger.start()
     pending = bank.router.process.money.treasury.pending
-    await bank.router.until(lambda: pending(bank.tenant_id, "late") is None, timeout_s=10)
+    await bank.router.until(lambda: pending(bank.tenant_id, "late") is None)
     settled = (await bank.call("GetReceipt", asked)).receipt
     assert settled.state == receipt_pb2.RECEIPT_STATE_SETTLED
     assert settled.content_sha256 == found.content_sha256

@@ -146,10 +146,10 @@ async def test_when_all_choices_came_to_a_stop_string_the_request_ends_though_no
         await talk.prefill_done(ids[0], ids[0])
         await talk.tokens(ids[1:])
         await talk.tokens(ids[1:], choice=1)
-        await asyncio.sleep(30)
+        await asyncio.sleep(60)
 
     decode.scripts = [play]
-    heard = await router.generate(ask(2, stop=["."]), timeout=10)
+    heard = await router.generate(ask(2, stop=["."]))
     assert ends(heard) == {0: (STOP, 2), 1: (STOP, 2)}
     assert heard.completed.finish_reason == STOP
     assert heard.completed.usage.completion_tokens == 4

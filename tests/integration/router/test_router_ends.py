@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from services.router.config import LimitsConfig
 from tests.redis_process import RedisProcess
 from tests.router_harness import (
     MODEL,
@@ -20,6 +19,7 @@ from tests.router_harness import (
     spell,
 )
 from tests.scripted_worker import ScriptedWorker, Talk, answer
+from tests.stopwatch import stopwatch
 from tidemill.api.common.v1 import lifecycle_pb2, sampling_pb2
 from tidemill.api.router.v1 import router_service_pb2 as router_pb2
 from tidemill.api.router.v1.router_service_pb2_grpc import RouterServiceStub
@@ -32,7 +32,6 @@ pytestmark = pytest.mark.redis
 
 CANCELLED = lifecycle_pb2.FINISH_REASON_CANCELLED
 DEADLINE = lifecycle_pb2.FINISH_REASON_DEADLINE
-DEAF_S = 60.0
 LONG = sampling_pb2.Sampling(max_tokens=900)
 
 
@@ -68,7 +67,7 @@ async def deaf(talk: Talk) -> None:
     """Generates and ignores Stop."""
     await talk.prefill_done(50)
     await talk.tokens([51, 52])
-    await asyncio.sleep(DEAF_S)
+    await asyncio.sleep(60)
 
 
 async def read_chunks(call: Any, count: int) -> None:
@@ -184,9 +183,11 @@ async def test_a_worker_that_sends_no_final_counts_as_lost(
     call = router.call(ask())
     await read_chunks(call, 2)
     started = time.monotonic()
-    await router.cancel("r1")
-    heard = await listen(call)
-    assert 1.5 < time.monotonic() - started < DEAF_S / 2
+    async with stopwatch() as watch:
+        await router.cancel("r1")
+        heard = await listen(call)
+    assert time.monotonic() - started > 1.5
+    assert watch.seconds < 4
     assert heard.completed.finish_reason == CANCELLED
     assert heard.completed.usage.completion_tokens == 3
 
@@ -197,8 +198,10 @@ async def test_a_worker_lost_in_mid_stream_with_no_other_is_an_error_and_no_bill
     decode.scripts = [endless()]
     call = router.call(ask())
     await read_chunks(call, 3)
-    await decode.vanish()
-    heard = await listen(call)
+    async with stopwatch() as watch:
+        await decode.vanish()
+        heard = await listen(call)
+    assert watch.seconds < 3
     assert isinstance(heard.error, WorkerLost)
     assert heard.error.request_id == "r1"
     lost = router.metric("tidemill_router_unbilled_tokens_total", model=MODEL, why="lost")
@@ -227,10 +230,11 @@ async def test_with_no_other_worker_a_loss_before_the_first_token_is_told_within
         raise WorkerLost("prefill worker is gone", metadata={"worker_id": "prefill-0"})
 
     decode.scripts = [play]
-    assert LimitsConfig().lost_patience_s < 2.0
     began = time.monotonic()
-    heard = await router.generate(ask(), timeout=30)
-    assert 1.0 < time.monotonic() - began < 20
+    async with stopwatch() as watch:
+        heard = await router.generate(ask(), timeout=30)
+    assert time.monotonic() - began > 1.0
+    assert watch.seconds < 2.5
     assert isinstance(heard.error, WorkerLost)
     assert heard.error.request_id == "r1"
     assert len(decode.starts) == 1

@@ -13,6 +13,7 @@ import pytest
 from tests.redis_process import RedisProcess
 from tests.router_harness import MODEL, Heard, listen
 from tests.router_workers import Pair, TlsOf, ask, check_usage, router_over, split_pair
+from tests.stopwatch import stopwatch
 from tests.worker_harness import metric, prompt_of, settled, slow_down, worker_at
 from tidemill.api.common.v1 import lifecycle_pb2, usage_pb2
 from tidemill.blocks import block_names
@@ -204,8 +205,10 @@ async def test_workers_killed_with_no_other_there_are_typed_errors_and_leave_not
             call = router.call(ask("r1", 64, max_tokens=900))
             for _ in range(4):
                 await call.read()
-            await decode.kill()
-            heard = await listen(call)
+            async with stopwatch() as watch:
+                await decode.kill()
+                heard = await listen(call)
+            assert watch.seconds < 3
             assert isinstance(heard.error, WorkerLost)
             assert heard.error.request_id == "r1"
             await router.check_idle()
