@@ -133,7 +133,7 @@ async def desk(
     lease_s: float = LEASE_S,
     skew_ms: int = 0,
     workers: Sequence[KeptFinals] = (),
-    timeout_s: float = 1.0,
+    timeout_s: float = 10.0,
     resolving: bool = True,
 ) -> AsyncIterator[Desk]:
     """A router's money, its clock `skew_ms` ahead; it resolves nothing unless `resolving`."""

@@ -219,6 +219,7 @@ def router_config(
     cache_url: str | None = None,
     drain_s: float = 0.0,
     queue_requests: int = 1024,
+    ledger_timeout_s: float = 10.0,
     **limits: Any,
 ) -> RouterConfig:
     """A configuration for tests, with secrets in `folder`, which is also the model's."""
@@ -231,7 +232,7 @@ def router_config(
             url=ledger.url,
             pepper_file=folder / "pepper",
             admin_key_file=folder / "admin",
-            timeout_s=1.0,
+            timeout_s=ledger_timeout_s,
         ),
         fleet=FleetConfig(
             tls=tls, workers=tuple(workers), cache_url=cache_url, discover_interval_s=0.05

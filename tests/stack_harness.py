@@ -216,6 +216,7 @@ class Stack:
             worker["registry"] |= {"heartbeat_s": 0.2}
             worker["in_place_tokens"] = 0  # what it measured would depend on the machine
         document["router"]["fleet"]["discover_interval_s"] = 0.2
+        document["router"]["ledger"]["timeout_s"] = 10.0
         if "both" in self._ports:
             document["both"] = self._one_worker_config(document["decode"])
             (model,) = document["router"]["models"]

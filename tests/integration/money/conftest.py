@@ -19,7 +19,9 @@ def ledger_redis(redis_server: Callable[..., RedisProcess]) -> RedisProcess:
 
 @pytest.fixture
 async def ledger(ledger_redis: RedisProcess) -> AsyncIterator[Ledger]:
-    config = LedgerConfig(url=ledger_redis.url, pepper_file=Path(), admin_key_file=Path())
+    config = LedgerConfig(
+        url=ledger_redis.url, pepper_file=Path(), admin_key_file=Path(), timeout_s=10.0
+    )
     connected = Ledger(config)
     yield connected
     await connected.close()

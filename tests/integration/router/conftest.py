@@ -135,6 +135,7 @@ tls = {identity}
 url = "{ledger_url}"
 pepper_file = "pepper"
 admin_key_file = "admin"
+timeout_s = 10.0
 [router.money]
 signing_key_file = "{SIGNING_KEY}"
 spool_dir = "spool"

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -15,6 +16,7 @@ from services.router.fleet import Description
 from services.router.fleet_hours import FleetHours
 from services.router.money import record
 from services.router.money.accounts import Accounts
+from services.router.money.ledger import Ledger
 from tests.redis_process import RedisProcess
 from tests.router_harness import ADMIN_KEY, BOOK_PATH, MODEL, RouterHarness, bearer
 from tidemill.api.router.v1 import admin_service_pb2 as admin_pb2
@@ -367,7 +369,9 @@ async def test_what_a_ledger_that_is_away_cannot_take_is_written_later(
 ) -> None:
     day = NOON - 72 * HOUR_MS
     clock = [day + MINUTE_MS]
-    hours = FleetHours(router.process.ledger, lambda: clock[0])
+    impatient = Ledger(replace(router.process._config.ledger, timeout_s=1.0))
+    await impatient.run(lambda redis: redis.ping())
+    hours = FleetHours(impatient, lambda: clock[0])
     hours.saw(worker(), uptime_us=10 * MICRO, prefill_us=1, decode_us=2)
     with ledger.frozen(), pytest.raises(LedgerUnavailable):
         await hours.write()
@@ -375,6 +379,7 @@ async def test_what_a_ledger_that_is_away_cannot_take_is_written_later(
     hours.saw(worker(), uptime_us=10 * MICRO + HOUR_US, prefill_us=11, decode_us=22)
     await hours.write()
     first, second = await hours.read(day, day + 2 * HOUR_MS)
+    await impatient.close()
     assert (first.uptime_us, second.uptime_us) == (10 * MICRO, HOUR_US)
     assert (second.prefill_us, second.decode_us) == (10, 20)
 

@@ -199,7 +199,9 @@ async def test_without_the_ledger_no_request_runs_and_none_keeps_its_place(
     ledger = redis_server(maxmemory_policy="noeviction", appendonly="yes", appendfsync="always")
     workers = [ScriptedWorker("p", "prefill"), ScriptedWorker("d", "decode", answer([50, 51]))]
     async with scripted(workers, tls_files) as endpoints:
-        config = router_config(model_dir, ledger, endpoints, tls_files("router"))
+        config = router_config(
+            model_dir, ledger, endpoints, tls_files("router"), ledger_timeout_s=1.0
+        )
         async with running_router(config) as router:
             assert (await router.generate(ask("warm"))).error is None
             with ledger.frozen():
