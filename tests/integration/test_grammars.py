@@ -45,7 +45,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def grammars() -> AsyncIterator[Grammars]:
-    made = Grammars(DEMO, 6144, compile_s=1.5)
+    made = Grammars(DEMO, 6144, compile_s=4.0)
     yield made
     await made.close()
 
@@ -82,8 +82,8 @@ async def test_a_schema_that_takes_too_long_is_refused_and_the_next_one_served(
     process = process_of(grammars)
     started = time.monotonic()
     error = await refusal(grammars, BOMB)
-    assert time.monotonic() - started < 10
-    assert "takes longer than 1.5 s" in str(error)
+    assert time.monotonic() - started < 20
+    assert "takes longer than 4 s" in str(error)
     await eventually(lambda: process.returncode is not None)
     assert await grammars.of(wanting({"type": "boolean"})) is not None
     assert process_of(grammars) is not process
@@ -101,8 +101,11 @@ async def test_a_refused_schema_says_why_and_again_without_compiling(grammars: G
     schema = {"type": "integer", "minimum": 5, "maximum": 3}
     first = await refusal(grammars, schema)
     assert "minimum greater than maximum" in str(first)
-    async with asyncio.timeout(0.05):  # no more than a look
+    process_of(grammars).send_signal(signal.SIGSTOP)  # it would answer nothing else in time
+    try:
         assert str(await refusal(grammars, schema)) == str(first)
+    finally:
+        process_of(grammars).send_signal(signal.SIGCONT)
 
 
 async def test_another_vocabulary_is_no_match(grammars: Grammars) -> None:

@@ -69,7 +69,7 @@ async def test_no_message_outgrows_the_limit_however_long_nobody_read() -> None:
 
 
 async def test_tokens_within_the_pace_leave_together() -> None:
-    box = Outbox(1, pace_s=lambda: 0.05)
+    box = Outbox(1, pace_s=lambda: 0.5)
     box.prefill_done(PrefillDone(first_token_id=7))
     responses = box.responses()
     assert (await anext(responses)).HasField("prefill_done")
