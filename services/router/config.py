@@ -40,8 +40,9 @@ class ModelConfig:
 class LedgerConfig:
     """Where accounts and keys are kept, and what guards them.
 
-    `pepper_file` and `admin_key_file` hold at least 32 characters each. `key_cache_s` is how long
-    a key may be used after its last look-up, hence how late a revocation may take effect.
+    `pepper_file` and `admin_key_file` hold at least 32 characters each. `timeout_s` is how long a
+    reply may take; that the router itself stood still meanwhile does not count. `key_cache_s` is
+    how long a key may be used after its last look-up, hence how late a revocation may take effect.
     """
 
     url: str

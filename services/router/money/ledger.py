@@ -5,6 +5,7 @@ reply, so every command runs in a task of its own and callers only wait for it.
 """
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
@@ -17,10 +18,12 @@ from redis.commands.core import AsyncScript
 from redis.connection import HiredisRespSerializer
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from services.router.config import LedgerConfig
 from services.router.money.batches import Batches, Part, unavailable
 from services.router.money.metrics import LedgerMetrics
+from services.router.money.patience import patience
 from services.router.tasks import OwnedTasks
 from tidemill.errors import ConfigError, LedgerUnavailable
 
@@ -41,8 +44,20 @@ class _Connection(Connection):
     It packs commands with hiredis, as redis-py does everywhere but here: ours have many parts. What
     the socket takes at once is written at once; redis-py makes a task and a timer for every write.
     And a server that hangs up before a command is written is a lost connection: uvloop raises
-    RuntimeError for that, which redis-py does not know.
+    RuntimeError for that, which redis-py does not know. And a reply that came while this process
+    stood still is read: redis-py would give it up.
     """
+
+    async def read_response(
+        self, disable_decoding: bool = False, timeout: float | None = None, **options: Any
+    ) -> Any:
+        if timeout is not None or self.socket_timeout is None:
+            return await super().read_response(disable_decoding, timeout, **options)
+        try:
+            async with patience(self.socket_timeout):
+                return await super().read_response(disable_decoding, math.inf, **options)
+        except TimeoutError as error:
+            raise RedisTimeoutError("the ledger did not reply in time") from error
 
     async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
         writer = self._writer

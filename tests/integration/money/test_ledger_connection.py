@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import random
+import time
 import warnings
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
@@ -119,6 +120,28 @@ async def test_a_call_that_is_cut_off_at_the_end_says_so(ledger_redis: RedisProc
         with pytest.raises(LedgerUnavailable):
             await asked
     await ledger.close()
+
+
+@pytest.mark.parametrize("make_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_a_reply_that_came_while_this_process_stood_still_is_read(
+    ledger_redis: RedisProcess, make_loop: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    async def ask_and_stand_still() -> None:
+        ledger = Ledger(config_of(ledger_redis, timeout_s=0.3))
+        await by_script(ledger, "nothing")
+        for turns in (4, 8, 12):  # wherever the command is by then
+            asked = asyncio.create_task(by_script(ledger, "nothing"))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            time.sleep(0.45)  # noqa: ASYNC251 - that is what standing still is
+            assert await asked is None
+        await ledger.close()
+
+    loop = make_loop()
+    try:
+        loop.run_until_complete(ask_and_stand_still())
+    finally:
+        loop.close()
 
 
 def test_a_server_that_hung_up_is_a_lost_connection_under_uvloop_too(
