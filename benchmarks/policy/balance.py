@@ -41,6 +41,7 @@ from tidemill.policy import (
     Placement,
     pick_decode,
     pick_prefill,
+    room_in_s,
 )
 
 RESULT = Path(__file__).with_name("results") / "balance.json"
@@ -68,11 +69,7 @@ class Balanced(Router):
         self.config = BalancerConfig()
 
     def place(self, request: Request, now: float) -> tuple[int, int] | None:
-        placement = Placement(
-            num_prompt_tokens=request.tokens,
-            output_tokens=self.answers.expected(MAX_TOKENS),
-            growth_tokens=self.answers.remaining,
-        )
+        placement = self._placement(request)
         known: dict[str, Any] = {"rng": self.rng, "now": now, "config": self.config}
         prefill = pick_prefill(self.prefills, placement, self.prefilling, **known)
         decode = pick_decode(self.decodes, placement, self.decoding, **known)
@@ -91,6 +88,22 @@ class Balanced(Router):
         )
         self.decoding.add(request.key, decode.worker_id, at=now, blocks=blocks)
         return int(prefill.worker_id[1:]), int(decode.worker_id[1:])
+
+    def room_in_s(self, request: Request, now: float) -> float:
+        return room_in_s(
+            self.prefills,
+            self._placement(request),
+            self.prefilling,
+            now=now,
+            config=self.config,
+        )
+
+    def _placement(self, request: Request) -> Placement:
+        return Placement(
+            num_prompt_tokens=request.tokens,
+            output_tokens=self.answers.expected(MAX_TOKENS),
+            growth_tokens=self.answers.remaining,
+        )
 
     def prefilled(self, request: Request) -> None:
         self.prefilling.remove(request.key)

@@ -148,11 +148,15 @@ def pairs_of(total: int, cached: int) -> int:
 
 @dataclass
 class Worker:
-    """One that prefills its queue in order. `uncached` is what it has computed in all."""
+    """One that prefills its queue in order.
+
+    `began` is when its first, `uncached` what it has computed in all.
+    """
 
     name: str
     cache: Cache
     queue: deque[tuple[int, Request]] = field(default_factory=deque)
+    began: float = 0.0
     uncached: int = 0
     sequence: int = 1
 
@@ -163,6 +167,7 @@ class Run:
     def __init__(
         self,
         requests: Sequence[Request],
+        choose: Callable[["Run", int, Request], Worker | None],
         *,
         num_workers: int,
         blocks: int,
@@ -181,28 +186,30 @@ class Run:
         self.now = 0.0
         self.loads: dict[str, WorkerLoad] = {}
         self.waiting: deque[tuple[int, Request]] = deque()
+        self._choose = choose
         self.first_token_s: list[float] = []
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = count()
         for worker in self.workers:
             self.index.hear(worker.name, (), epoch=1, sequence=1, resets=True)
 
+    def place(self) -> None:
+        """As many as there is room for."""
+        while self.waiting and (worker := self._choose(self, *self.waiting[0])) is not None:
+            self.dispatch(worker, *self.waiting.popleft())
+
     def later(self, delay_s: float, act: Callable[[], None]) -> None:
         heapq.heappush(self._events, (self.now + delay_s, next(self._order), act))
 
-    def run(self, choose: Callable[["Run", int, Request], Worker | None]) -> dict[str, float]:
+    def run(self) -> dict[str, float]:
         def arrive(number: int, request: Request) -> None:
             self.waiting.append((number, request))
-            place()
-
-        def place() -> None:
-            while self.waiting and (worker := choose(self, *self.waiting[0])) is not None:
-                self.dispatch(worker, *self.waiting.popleft())
+            self.place()
 
         def report() -> None:
             for worker in self.workers:
                 self.loads[worker.name] = self.load_of(worker)
-            place()
+            self.place()
             if len(self.first_token_s) < len(self.requests):
                 self.later(REPORT_S, report)
 
@@ -222,13 +229,17 @@ class Run:
         }
 
     def load_of(self, worker: Worker) -> WorkerLoad:
-        """As the worker would report: what it has taken in and not computed."""
+        """As the worker would report: what it has taken in and not computed, and its pace."""
         held = [(request, worker.cache.held(request.names)) for _, request in worker.queue]
         rest = [uncached_tokens(request, length) for request, length in held]
         pairs = [
             pairs_of(request.num_tokens, request.num_tokens - each)
             for (request, _), each in zip(held, rest, strict=True)
         ]
+        if worker.queue:
+            first = work_of(worker.queue[0][1], rest[0])
+            left = max(1 - (self.now - worker.began) * self.speed / first, 0.0)
+            rest[0], pairs[0] = round(rest[0] * left), round(pairs[0] * left)
         return WorkerLoad(
             worker_id=worker.name,
             epoch=1,
@@ -236,6 +247,7 @@ class Run:
             observed_at=self.now,
             queued_uncached_tokens=sum(rest),
             queued_attention_pairs=sum(pairs),
+            prefill_tokens_per_s=round(self.speed),
             prefilling=len(rest),
             free_blocks=self.blocks,
             total_blocks=self.blocks,
@@ -248,6 +260,7 @@ class Run:
 
     def begin(self, worker: Worker) -> None:
         number, request = worker.queue[0]
+        worker.began = self.now
         uncached = uncached_tokens(request, worker.cache.claim(request.names))
         worker.uncached += uncached
 
@@ -260,6 +273,7 @@ class Run:
             worker.queue.popleft()
             if worker.queue:
                 self.begin(worker)
+            self.place()
 
         self.later(work_of(request, uncached) / self.speed, end)
 
@@ -327,8 +341,8 @@ def compare(
     }
     rows: list[dict[str, Any]] = [{"load": load, "policy": "shared", "blocks": blocks, "hit": hit}]
     for name, (choose, settings) in policies.items():
-        run = Run(requests, num_workers=num_workers, blocks=blocks, speed=speed, **settings)
-        rows.append({"load": load, "policy": name, "blocks": blocks, **run.run(choose)})
+        run = Run(requests, choose, num_workers=num_workers, blocks=blocks, speed=speed, **settings)
+        rows.append({"load": load, "policy": name, "blocks": blocks, **run.run()})
     return rows
 
 

@@ -23,10 +23,12 @@ from tidemill.policy import (
     pick_decode,
     pick_in_place,
     pick_prefill,
+    room_in_s,
 )
 
 _POLL_S = 1.0
 _RETRY_POLL_S = 0.05
+_SOON_S = 0.001
 _MOST_PEERS = 2
 _LATER = 2  # turns of the event loop: a hold is then on its way, and placing goes on meanwhile
 
@@ -55,6 +57,7 @@ class Dispatcher:
         self._decoding = InFlight()
         self._answers = OutputLengths()
         self._wake = asyncio.Event()
+        self._patience_s = _POLL_S
         fleet.subscribe(on_change=self._wake.set, on_leave=self._forget)
 
     def __len__(self) -> int:
@@ -147,9 +150,8 @@ class Dispatcher:
     async def run(self) -> None:
         """Place tickets as room appears, until cancelled."""
         while True:
-            patience = _RETRY_POLL_S if self._returned else _POLL_S
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(patience):
+                async with asyncio.timeout(self._patience_s):
                     await self._wake.wait()
             for _ in range(_LATER):
                 await asyncio.sleep(0)
@@ -164,10 +166,29 @@ class Dispatcher:
         while (head := self._line.head()) is not None and self._place(head):
             self._line.give_out(head)
         self._line.settle(self._prefill_tokens_per_s())
+        self._patience_s = self._looks_again_in_s(head)
+
+    def _looks_again_in_s(self, head: Ticket | None) -> float:
+        """Unless something is heard before: workers work off what they have between reports too."""
+        if self._returned:
+            return _RETRY_POLL_S
+        if head is None:
+            return _POLL_S
+        room_s = room_in_s(
+            self._loads(PREFILL),
+            self._request(head),
+            self._prefilling,
+            now=self._clock(),
+            config=self._balancer,
+        )
+        return min(room_s + _SOON_S, _POLL_S)
+
+    def _loads(self, role: str) -> list[WorkerLoad]:
+        loads = (worker.load for worker in self._fleet.usable(self._model, role))
+        return [load for load in loads if load is not None]
 
     def _prefill_tokens_per_s(self) -> float:
-        loads = [worker.load for worker in self._fleet.usable(self._model, PREFILL)]
-        return sum(load.prefill_tokens_per_s for load in loads if load is not None)
+        return sum(load.prefill_tokens_per_s for load in self._loads(PREFILL))
 
     def _place(self, ticket: Ticket) -> bool:
         placed = self._choose(ticket)

@@ -6,6 +6,7 @@ from tidemill.policy.balancer import (
     Scored,
     pick_decode,
     pick_prefill,
+    room_in_s,
     score_decode,
     score_prefill,
 )
@@ -70,6 +71,7 @@ __all__ = [
     "pick_in_place",
     "pick_prefill",
     "place_experts",
+    "room_in_s",
     "score_decode",
     "score_prefill",
 ]

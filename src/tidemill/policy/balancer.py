@@ -14,7 +14,7 @@ of requests per GPU, because one overloaded GPU stalls its whole unit. Here (doc
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from random import Random
 from statistics import median_low
@@ -33,8 +33,11 @@ class BalancerConfig:
     `attention_parity_tokens`: context at which a token's attention costs as much as the rest of
     the model; for V3 2 x 37e9 FLOPs / (61 layers x 128 heads x 2 x (192 + 128) FLOPs) = 14,800.
     `host_block_tokens`: what bringing a block back from host memory costs, in computed tokens.
-    `max_queued_tokens`: a prefill worker with this many queued has no room, so that requests
-    wait in the router's fair queue and not in a worker's first-come queue.
+    `max_queued_s`: a prefill worker with work for this long has no room, so that requests wait in
+    the router's fair queue and not in a worker's first-come queue. It must cover the way from a
+    worker that falls idle to its next prompt. Never fewer than `min_queued_tokens`, which should
+    fill a step of the worker (`step_tokens`), or short prompts would no longer share one; never
+    more than `max_queued_tokens`, which holds where the worker's pace is not known.
     `waste_weight`: what a token costs that is computed though another worker holds it: it delays
     all that come after. A request waits at the holder as long as that is cheaper, and finds that
     much more room there. Divided among those that lately asked for the same: what many ask for is
@@ -50,6 +53,8 @@ class BalancerConfig:
     decode_tie_ratio: float = 0.02
     attention_parity_tokens: int = 14_800
     host_block_tokens: float = 0.2
+    max_queued_s: float = 0.01
+    min_queued_tokens: int = 512
     max_queued_tokens: int = 8192
     waste_weight: float = 20.0
     decode_reserve_tokens: int = BLOCK_TOKENS
@@ -161,24 +166,37 @@ def score_prefill(
     is wasted by computing what another worker holds.
     """
     able = _able(loads, request, now, config)
-    unreported = [in_flight.unreported(load) for load in able]
-    routers = in_flight.num_routers(able, unreported, sum(load.prefilling for load in able))
-    slowness = _slowness(able, lambda load: 1 / (load.prefill_tokens_per_s or math.inf))
-    own = {name: _own_work(request, name, config) for name in (load.worker_id for load in able)}
-    least, nothing_held = min(own.values(), default=0.0), _own_work(request, "", config)
-    weight = config.waste_weight / (1 + request.num_alike)
+    queues = _queues(able, request, in_flight, now, config)
+    least = min((queue.own for queue in queues), default=0.0)
     scored = []
-    for load, sent in zip(able, unreported, strict=True):
-        name, slow = load.worker_id, slowness[load.worker_id]
-        queued = slow * _queued_work(load, sent, now=now, routers=routers, config=config)
-        free_blocks = load.free_blocks - sum(each.work.blocks for each in sent)
-        room = config.max_queued_tokens + weight * (nothing_held - own[name])
-        if queued < room and free_blocks >= request.new_blocks(name):
-            fetched = request.host_blocks(name) * config.host_block_tokens
-            wasted = weight * (own[name] - least)
-            scored.append(Scored(queued + slow * (own[name] + fetched + wasted), load))
+    for queue in queues:
+        load = queue.load
+        if queue.room > 0 and queue.free_blocks >= request.new_blocks(load.worker_id):
+            fetched = request.host_blocks(load.worker_id) * config.host_block_tokens
+            wasted = queue.weight * (queue.own - least)
+            cost = queue.tokens + queue.slow * (queue.own + fetched + wasted)
+            scored.append(Scored(cost, load))
+    slowness = {queue.load.worker_id: queue.slow for queue in queues}
     idle = {load.worker_id for load in able if not load.prefilling}
-    return _sound(scored, slowness, idle & _due(able, in_flight, now, config), config)
+    due = idle & _due(able, in_flight, now, config)
+    soon = any(
+        queue.slow <= config.slow_ratio and queue.tokens < config.max_queued_tokens
+        for queue in queues
+    )
+    return _sound(scored, slowness, due, config, soon=soon)
+
+
+def room_in_s(
+    loads: Sequence[WorkerLoad],
+    request: Placement,
+    in_flight: InFlight,
+    *,
+    now: float,
+    config: BalancerConfig = BalancerConfig(),
+) -> float:
+    """Seconds until a prefill worker whose queue is too long should have room; inf: cannot tell."""
+    queues = _queues(_able(loads, request, now, config), request, in_flight, now, config)
+    return min((queue.room_in_s for queue in queues if queue.room <= 0), default=math.inf)
 
 
 def score_decode(
@@ -228,6 +246,51 @@ def _able(
     ]
 
 
+class _Queue(NamedTuple):
+    """A prefill worker's queue as a request would find it.
+
+    In tokens of a worker of median pace: `tokens` queued, `room` for more. In the worker's own:
+    what it would compute of the request, `own`. `weight` is of each token computed in vain.
+    """
+
+    load: WorkerLoad
+    slow: float
+    tokens: float
+    room: float
+    own: float
+    weight: float
+    free_blocks: float
+
+    @property
+    def room_in_s(self) -> float:
+        """Seconds until there is room, if nothing comes."""
+        pace = self.load.prefill_tokens_per_s * self.slow
+        return -self.room / pace if pace else math.inf
+
+
+def _queues(
+    able: Sequence[WorkerLoad],
+    request: Placement,
+    in_flight: InFlight,
+    now: float,
+    config: BalancerConfig,
+) -> list[_Queue]:
+    unreported = [in_flight.unreported(load) for load in able]
+    routers = in_flight.num_routers(able, unreported, sum(load.prefilling for load in able))
+    slowness = _slowness(able, lambda load: 1 / (load.prefill_tokens_per_s or math.inf))
+    nothing_held = _own_work(request, "", config)
+    weight = config.waste_weight / (1 + request.num_alike)
+    queues = []
+    for load, sent in zip(able, unreported, strict=True):
+        slow, own = slowness[load.worker_id], _own_work(request, load.worker_id, config)
+        tokens = _queued_work(load, sent, now=now, routers=routers, config=config)
+        certain = _certain_work(load, sent, now=now, routers=routers, config=config)
+        room = slow * (_longest_queue(load, config) - certain) + weight * (nothing_held - own)
+        free_blocks = load.free_blocks - sum(each.work.blocks for each in sent)
+        queues.append(_Queue(load, slow, slow * tokens, room, own, weight, free_blocks))
+    return queues
+
+
 def _queued_work(
     load: WorkerLoad,
     sent: Sequence[Dispatch],
@@ -236,18 +299,69 @@ def _queued_work(
     routers: float,
     config: BalancerConfig,
 ) -> float:
-    """What should be queued now: as reported, and sent since, less what was computed meanwhile.
+    """What may be queued now: as reported, and sent since, less what was computed meanwhile.
 
     For each request that this router has sent, others like it have sent as much.
     """
     queued = _work(load.queued_uncached_tokens, load.queued_attention_pairs, config)
-    at = load.observed_at
-    for dispatch in sent:
-        since = max(dispatch.at, at)
-        queued = max(queued - load.prefill_tokens_per_s * (since - at), 0.0)
-        queued += routers * _work(dispatch.work.tokens, dispatch.work.pairs, config)
-        at = since
-    return max(queued - load.prefill_tokens_per_s * max(now - at, 0.0), 0.0)
+    coming = _coming(sent, routers, config)
+    pace = load.prefill_tokens_per_s
+    return _worked_off(queued, coming, pace, since=load.observed_at, until=now)
+
+
+def _certain_work(
+    load: WorkerLoad,
+    sent: Sequence[Dispatch],
+    *,
+    now: float,
+    routers: float,
+    config: BalancerConfig,
+) -> float:
+    """The same, where what was sent just before the report counts as being in it.
+
+    It is least what this router has sent there. Were it to count twice, a worker with little
+    queued would seem to have work left when it has none.
+    """
+    pace, made_at = load.prefill_tokens_per_s, load.observed_at
+    before = [dispatch for dispatch in sent if dispatch.at < made_at]
+    own = _worked_off(0.0, _coming(before, 1.0, config), pace, since=0.0, until=made_at)
+    queued = max(_work(load.queued_uncached_tokens, load.queued_attention_pairs, config), own)
+    after = _coming(sent[len(before) :], routers, config)
+    return _worked_off(queued, after, pace, since=made_at, until=now)
+
+
+def _coming(
+    sent: Sequence[Dispatch], routers: float, config: BalancerConfig
+) -> list[tuple[float, float]]:
+    """When work was sent, and how much all routers sent then, as far as can be told."""
+    return [
+        (dispatch.at, routers * _work(dispatch.work.tokens, dispatch.work.pairs, config))
+        for dispatch in sent
+    ]
+
+
+def _worked_off(
+    queued: float,
+    arriving: Iterable[tuple[float, float]],
+    pace: float,
+    *,
+    since: float,
+    until: float,
+) -> float:
+    """What is left of what was queued at one instant, and came from then on, at another."""
+    at = since
+    for came, work in arriving:
+        queued = max(queued - pace * max(came - at, 0.0), 0.0) + work
+        at = max(came, at)
+    return max(queued - pace * max(until - at, 0.0), 0.0)
+
+
+def _longest_queue(load: WorkerLoad, config: BalancerConfig) -> float:
+    """How many tokens the worker may have queued."""
+    if not load.prefill_tokens_per_s:
+        return config.max_queued_tokens
+    bounded = max(load.prefill_tokens_per_s * config.max_queued_s, config.min_queued_tokens)
+    return min(bounded, config.max_queued_tokens)
 
 
 def _own_work(request: Placement, worker_id: str, config: BalancerConfig) -> float:
@@ -279,9 +393,17 @@ def _due(
 
 
 def _sound(
-    scored: Sequence[Scored], slowness: Mapping[str, float], due: Set[str], config: BalancerConfig
+    scored: Sequence[Scored],
+    slowness: Mapping[str, float],
+    due: Set[str],
+    config: BalancerConfig,
+    *,
+    soon: bool = False,
 ) -> list[Scored]:
-    """Without the slow ones, unless only they have room; one that is due for a try, alone."""
+    """Without the slow ones, unless only they have room; one that is due for a try, alone.
+
+    `soon`: others will have room before long, so it is better to wait than to take a slow one.
+    """
     sound, slow = [], []
     for each in scored:
         if slowness[each.load.worker_id] <= config.slow_ratio:
@@ -290,7 +412,7 @@ def _sound(
             return [each]
         else:
             slow.append(each)
-    return sound or slow
+    return sound if sound or soon else slow
 
 
 def _near(scored: Sequence[Scored], tie: float, tie_ratio: float) -> list[Scored]:

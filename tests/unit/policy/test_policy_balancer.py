@@ -1,5 +1,6 @@
 """What each balancer evens out, and whom it never picks."""
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +20,7 @@ from tidemill.policy import (
     WorkerLoad,
     pick_decode,
     pick_prefill,
+    room_in_s,
 )
 
 NOW = 100.0
@@ -176,8 +178,8 @@ def test_what_was_given_fades() -> None:
 
 
 def test_a_worker_has_computed_since_its_report() -> None:
-    old = worker("a", queued_uncached_tokens=5000, observed_at=NOW - 0.5)
-    loads = [old, worker("b", queued_uncached_tokens=1000, prefill_tokens_per_s=9000)]
+    old = worker("a", queued_uncached_tokens=4600, observed_at=NOW - 0.5)
+    loads = [old, worker("b", queued_uncached_tokens=400, prefill_tokens_per_s=9000)]
     request = Placement(num_prompt_tokens=100)
     assert prefill(loads, request) == "b"
     assert prefill([replace(old, prefill_tokens_per_s=9000), loads[1]], request) == "a"
@@ -185,9 +187,9 @@ def test_a_worker_has_computed_since_its_report() -> None:
 
 def test_a_worker_has_not_computed_what_it_got_only_now() -> None:
     idle = worker("a", observed_at=NOW - 0.5, prefill_tokens_per_s=10_000)
-    busy = worker("b", queued_uncached_tokens=2000, prefill_tokens_per_s=10_000)
+    busy = worker("b", queued_uncached_tokens=200, prefill_tokens_per_s=10_000)
     in_flight = InFlight()
-    in_flight.add("r", "a", at=NOW, tokens=3000)
+    in_flight.add("r", "a", at=NOW, tokens=400)
     assert prefill([idle, busy], Placement(num_prompt_tokens=100), in_flight) == "b"
 
 
@@ -204,13 +206,13 @@ def test_other_routers_are_taken_to_send_as_much_as_this_one(reported: int, pick
 
 def test_prefill_counts_in_time_where_paces_differ() -> None:
     loads = [
-        worker("slower", prefill_tokens_per_s=6000, queued_uncached_tokens=2000),
-        worker("faster", prefill_tokens_per_s=10_000, queued_uncached_tokens=3000),
-        worker("also", prefill_tokens_per_s=10_000, queued_uncached_tokens=6000),
+        worker("slower", prefill_tokens_per_s=6000, queued_uncached_tokens=240),
+        worker("faster", prefill_tokens_per_s=10_000, queued_uncached_tokens=360),
+        worker("also", prefill_tokens_per_s=10_000, queued_uncached_tokens=500),
     ]
-    assert prefill(loads, Placement(num_prompt_tokens=1000)) == "faster"
+    assert prefill(loads, Placement(num_prompt_tokens=100)) == "faster"
     unknown = [replace(loads[0], prefill_tokens_per_s=0), *loads[1:]]
-    assert prefill(unknown, Placement(num_prompt_tokens=1000)) == "slower"
+    assert prefill(unknown, Placement(num_prompt_tokens=100)) == "slower"
 
 
 SLOW = {
@@ -223,7 +225,7 @@ SOUND = {"prefill_tokens_per_s": 9000, "decode_step_us": 20_000}
 @pytest.mark.parametrize("pick", PICKS)
 def test_a_slow_worker_gets_nothing_while_others_have_room(pick: Pick) -> None:
     slow = worker("slow", **(SOUND | SLOW[pick]), running=1, prefilling=1)
-    others = {"queued_uncached_tokens": 6000, "running": 60, "free_blocks": 300}
+    others = {"queued_uncached_tokens": 400, "running": 60, "free_blocks": 300}
     loads = [slow, worker("a", **SOUND, **others), worker("b", **SOUND, **others)]
     assert {pick_of(pick, loads, seed=seed) for seed in range(20)} == {"a", "b"}
     full = {"queued_uncached_tokens": 9000, "free_blocks": 0}
@@ -263,6 +265,51 @@ def test_a_prefill_worker_with_a_long_queue_has_no_room() -> None:
     in_flight = InFlight()
     in_flight.add("r", "a", at=NOW, tokens=1)
     assert prefill([almost], Placement(num_prompt_tokens=10), in_flight) is None
+
+
+@pytest.mark.parametrize(("pace", "room"), [(1000, 512), (100_000, 1000), (10_000_000, 8192)])
+def test_a_worker_has_room_for_what_it_computes_in_a_moment_and_for_a_step(
+    pace: int, room: int
+) -> None:
+    almost = worker("a", prefill_tokens_per_s=pace, queued_uncached_tokens=room - 1)
+    assert prefill([almost], Placement(num_prompt_tokens=60_000)) == "a"
+    full = replace(almost, queued_uncached_tokens=room)
+    assert prefill([full], Placement(num_prompt_tokens=1)) is None
+
+
+def test_when_there_will_be_room_is_told_by_pace() -> None:
+    def room_s(*loads: WorkerLoad) -> float:
+        return room_in_s(loads, A_PROMPT, InFlight(), now=NOW)
+
+    full = worker("a", prefill_tokens_per_s=100_000, queued_uncached_tokens=6000)
+    assert room_s(full) == pytest.approx(0.05)
+    assert room_s(full, worker("b", prefill_tokens_per_s=80_000)) == pytest.approx(0.05)
+    slower = worker("c", prefill_tokens_per_s=90_000, queued_uncached_tokens=4500)
+    assert room_s(full, slower) == pytest.approx(0.04)
+    assert room_s(replace(full, queued_uncached_tokens=900)) == math.inf
+    assert room_s(worker("d", queued_uncached_tokens=10_000)) == math.inf
+
+
+def test_what_was_sent_just_before_a_report_leaves_room_when_it_is_computed() -> None:
+    """It may be in the report: were it to count twice, the worker would fall idle."""
+    load = worker("a", prefill_tokens_per_s=50_000, queued_uncached_tokens=1000, prefilling=1)
+    in_flight = InFlight()
+    in_flight.add("r", "a", at=NOW - 0.01, tokens=1500)
+    later = NOW + 0.012
+    assert pick_prefill([load], A_PROMPT, in_flight, Random(1), now=NOW) is None
+    assert pick_prefill([load], A_PROMPT, in_flight, Random(1), now=later) is load
+    missed = replace(load, queued_uncached_tokens=0, prefilling=0)
+    assert pick_prefill([missed], A_PROMPT, in_flight, Random(1), now=NOW) is None
+
+
+@pytest.mark.parametrize(("queued", "picked"), [(600, None), (9000, "slow")])
+def test_a_request_waits_for_others_rather_than_go_to_a_slow_worker(
+    queued: int, picked: str | None
+) -> None:
+    """Unless they have much to do."""
+    slow = worker("slow", **(SOUND | SLOW[pick_prefill]), prefilling=1)
+    loads = [slow, *(worker(name, **SOUND, queued_uncached_tokens=queued) for name in "ab")]
+    assert prefill(loads, A_PROMPT) == picked
 
 
 def test_prefill_needs_free_blocks_for_what_it_does_not_hold() -> None:
