@@ -9,7 +9,7 @@ one INCR with fsync beside them. Then the same router again with a note at the s
 
 Floor: the bare relay and one INCR. What the router does before the hold is on its way and after the
 ledger's answer is Python on one core, whose caches other processes have filled since the last
-request: code runs here 5 to 8 times slower than in a loop of its own.
+request: code runs here two to eight times as long as in a loop of its own.
 """
 
 import argparse
