@@ -50,6 +50,7 @@ from tidemill.rpc.channel import internal_channel
 from tidemill.rpc.server import RpcServer, ServerConfig
 from tidemill.rpc.status import from_rpc_error
 from tidemill.rpc.tls import TlsFiles
+from tidemill.worker.chunk_channel import ChunkChannel, ChunkChannels
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -118,6 +119,35 @@ class _Attempt:
     funded: int | None = None
     stop: decode_pb2.Stop | None = None
     told: asyncio.Event = field(default_factory=asyncio.Event)
+    channel: ChunkChannel | None = None
+    waiting: decode_pb2.Chunk | None = None
+    left: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def send(self, chunk: decode_pb2.Chunk, context: Context) -> None:
+        """Until it has left, in the call or in the channel."""
+        if self.channel is None:
+            await context.write(decode_pb2.DecodeResponse(chunk=chunk))
+            return
+        self.waiting = chunk
+        self.left.clear()
+        self.channel.ready(self.start.route.number, self)
+        await self.left.wait()
+
+    @property
+    def has_tokens(self) -> bool:
+        return self.waiting is not None
+
+    def take_chunks(self, most_tokens: int) -> Iterator[decode_pb2.Chunk]:  # noqa: ARG002 - few
+        chunk, self.waiting = self.waiting, None
+        self.left.set()
+        if chunk is not None:
+            yield chunk
+
+    def unheard(self) -> None:
+        """The channel broke."""
+        self.stop = decode_pb2.Stop(reason=lifecycle_pb2.FINISH_REASON_SERVER_FAULT)
+        self.told.set()
+        self.left.set()
 
     @property
     def num_blocks(self) -> int:
@@ -147,6 +177,7 @@ class MockWorker(DecodeServiceServicer, PrefillServiceServicer, WorkerServiceSer
         self._waiting = 0
         self._finals: dict[tuple[str, int, int], decode_pb2.Final] = {}
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._chunks = ChunkChannels()
         self._prefilling = asyncio.Lock()
         self._queue: dict[int, int] = {}  # prompt tokens by ticket
         self._tickets = itertools.count()
@@ -179,8 +210,18 @@ class MockWorker(DecodeServiceServicer, PrefillServiceServicer, WorkerServiceSer
         finally:
             if attempt.prompt is not None and attempt.key not in self._finals:
                 self._final(attempt, reason)  # nobody read it: whoever settles will ask
+            if attempt.channel is not None:
+                attempt.channel.detach(attempt.start.route.number)
             del self._running[attempt.key]
             following.cancel()
+
+    @override
+    async def WatchChunks(
+        self, request: decode_pb2.WatchChunksRequest, context: Context
+    ) -> AsyncIterator[decode_pb2.WatchChunksResponse]:
+        with self._chunks.open(request.channel_id) as channel:
+            async for message in channel.messages():
+                yield message
 
     def _admit(self, attempt: _Attempt) -> None:
         task, config = attempt.start.task, self.config
@@ -195,6 +236,9 @@ class MockWorker(DecodeServiceServicer, PrefillServiceServicer, WorkerServiceSer
             raise DecodeFull("no room", retry_after_s=_RETRY_S)
         if attempt.start.HasField("funded_tokens"):
             attempt.funded = attempt.start.funded_tokens - attempt.start.relayed_tokens
+        attempt.channel = self._chunks.route(attempt.start)
+        if attempt.channel is not None:
+            attempt.channel.attach(attempt.start.route.number, attempt.unheard)
         self._running[attempt.key] = attempt
         self.counts.started += 1
 
@@ -246,7 +290,7 @@ class MockWorker(DecodeServiceServicer, PrefillServiceServicer, WorkerServiceSer
             beat = await self._steps(attempt, beat, count)
             if attempt.stop is not None:
                 return attempt.stop.reason
-            await context.write(self._chunk(attempt, count))
+            await attempt.send(self._chunk(attempt, count), context)
         return lifecycle_pb2.FINISH_REASON_LENGTH
 
     async def _steps(self, attempt: _Attempt, beat: int, count: int) -> int:
@@ -266,20 +310,18 @@ class MockWorker(DecodeServiceServicer, PrefillServiceServicer, WorkerServiceSer
             await asyncio.sleep(delay)
         return beat
 
-    def _chunk(self, attempt: _Attempt, count: int) -> decode_pb2.DecodeResponse:
+    def _chunk(self, attempt: _Attempt, count: int) -> decode_pb2.Chunk:
         first = attempt.generated
         position = attempt.start.relayed_tokens + first
         attempt.generated += count
         self.counts.generated_tokens += count
         running = max(len(self._running), 1)
         self._decode_busy_s += count * self.config.decode_step_s / running
-        return decode_pb2.DecodeResponse(
-            chunk=decode_pb2.Chunk(
-                attempt=attempt.start.task.id.attempt,
-                first_index=first,
-                token_ids=[token_at(position + each) for each in range(count)],
-                generated_tokens=attempt.generated,
-            )
+        return decode_pb2.Chunk(
+            attempt=attempt.start.task.id.attempt,
+            first_index=first,
+            token_ids=[token_at(position + each) for each in range(count)],
+            generated_tokens=attempt.generated,
         )
 
     def _note_due(

@@ -99,7 +99,10 @@ class Talk:
             generated_tokens=self.generated,
             logprobs=self._logprobs(token_ids),
         )
-        await self._context.write(decode_pb2.DecodeResponse(chunk=chunk))
+        if self.worker.routes and self.start.HasField("route"):
+            self.worker.route(self.start.route.number, chunk)
+        else:
+            await self._context.write(decode_pb2.DecodeResponse(chunk=chunk))
 
     async def choice_ended(self, choice: int, reason: str) -> None:
         """The end of one of several choices."""
@@ -163,7 +166,8 @@ def answer(token_ids: Sequence[int], *, pause_s: float = 0.0, **reused: int) -> 
 class ScriptedWorker(DecodeServiceServicer, WorkerServiceServicer):
     """Plays `scripts` in turn, the last one for ever, and remembers what it was told.
 
-    `finals`, by attempt, are those that GetFinal finds.
+    `finals`, by attempt, are those that GetFinal finds. If it `routes`, chunks leave through the
+    router's channel while that is `flowing`.
     """
 
     def __init__(
@@ -175,6 +179,7 @@ class ScriptedWorker(DecodeServiceServicer, WorkerServiceServicer):
         digest: bytes = hashlib.sha256(b"weights").digest(),
         vocab_size: int = 512,
         context_tokens: int = 1024,
+        routes: bool = False,
     ) -> None:
         self.worker_id = worker_id
         self.role = role
@@ -192,6 +197,12 @@ class ScriptedWorker(DecodeServiceServicer, WorkerServiceServicer):
         self.finals: dict[int, decode_pb2.Final] = {}
         self.acknowledged: list[lifecycle_pb2.AttemptId] = []
         self.running = 0
+        self.routes = routes
+        self.breaks = False
+        self.channels: list[bytes] = []
+        self.flowing = asyncio.Event()
+        self.flowing.set()
+        self._routed: asyncio.Queue[decode_pb2.WatchChunksResponse | None] = asyncio.Queue()
         self.held: list[int] = []  # names of blocks on the device, as WatchKv tells at first
         self._server: RpcServer | None = None
 
@@ -242,6 +253,31 @@ class ScriptedWorker(DecodeServiceServicer, WorkerServiceServicer):
             told = talk.stopped if whole else talk.stops[request.stop.choice]
             told.set_result(request.stop)
         talk.hung_up.set()
+
+    @override
+    async def WatchChunks(
+        self, request: decode_pb2.WatchChunksRequest, context: Context
+    ) -> AsyncIterator[decode_pb2.WatchChunksResponse]:
+        if not self.routes:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "no channels here")
+        self.channels.append(request.channel_id)
+        self._routed = asyncio.Queue()
+        yield decode_pb2.WatchChunksResponse()
+        while (message := await self._routed.get()) is not None:
+            await self.flowing.wait()
+            yield message
+        if self.breaks:
+            await context.abort(grpc.StatusCode.INTERNAL, "the channel broke")
+
+    def route(self, number: int, *chunks: decode_pb2.Chunk) -> None:
+        """Send chunks through the channel."""
+        routed = [decode_pb2.RoutedChunk(number=number, chunk=chunk) for chunk in chunks]
+        self._routed.put_nowait(decode_pb2.WatchChunksResponse(chunks=routed))
+
+    def end_channel(self, *, breaks: bool) -> None:
+        """End it after what was sent until now, well or by an error."""
+        self.breaks = breaks
+        self._routed.put_nowait(None)
 
     @override
     async def AckFinal(

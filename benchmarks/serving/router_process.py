@@ -27,6 +27,7 @@ def write_config(
     port: int,
     workers: Sequence[str],
     coalesce_tokens: int = 8,
+    own_cores: bool = False,
 ) -> Path:
     """The router's configuration file; the folder holds its certificates and its tokeniser."""
     for secret, value in (("pepper", "p" * 40), ("admin", ADMIN_KEY), (SIGNING_KEY, None)):
@@ -38,6 +39,7 @@ def write_config(
         f"""
 [router]
 price_book = "{BOOK_PATH}"
+own_cores = {json.dumps(own_cores)}
 [router.server]
 address = "127.0.0.1:{port}"
 drain_s = 0.2

@@ -47,6 +47,8 @@ async def _serve(config: RouterConfig, number: int | None, stop: asyncio.Event) 
     if number is not None:
         config = config_of(config, number)
         stop_with_parent(stop)
+    if config.own_cores:
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # and of each thread to come
     process = RouterProcess(config, shared_port=number is not None)
     with serving_metrics(config.server):
         await process.start()

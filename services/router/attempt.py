@@ -2,15 +2,16 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any
 
 import grpc
 
+from services.router.answers import Answers, Take
 from services.router.finish import Finish
 from services.router.fleet import Worker
-from services.router.reports import Report, ReportReader, read_final
+from services.router.reports import ReportReader, read_final
 from services.router.response_format import SCHEMA_FIELD
 from services.router.tally import Ended
 from tidemill.api.common.v1 import lifecycle_pb2
@@ -61,31 +62,67 @@ class Attempt:
         self._ended = False
         self._stopped = False
         self._stopped_choices: set[int] = set()
+        self._reading: asyncio.Future[Any] | None = None
+        self._route: decode_pb2.ChunkRoute | None = None
+        self._answers: Answers | None = None  # while it is followed
+        self._failure: Exception | None = None  # of its chunks
+        self._failed = asyncio.get_running_loop().create_future()
+        self._no_more_chunks = False
+        self._progress = asyncio.Event()
 
-    async def reports(self) -> AsyncGenerator[Report, None]:
-        """Send Start and yield what the worker answers, Ended last.
+    async def follow(self, take: Take) -> None:
+        """Send Start and hand over what the worker answers, in order, Ended last.
 
+        `take` is also called from the task that reads the worker's chunks for all attempts.
         Raises what the worker refused with (DecodeFull, PrefillFull, InvalidRequest for a schema
         that cannot be compiled), WorkerLost when it or the prefill worker vanished, failed or gave
         the attempt up, and Internal when it broke the contract. When that was after it had begun,
         and it could still say so, Ended comes first.
         """
-        try:
-            await self._write(decode_pb2.DecodeRequest(start=self._start))
-        finally:
-            self._started.set()
+        chunks = self.worker.chunks
+        self._route = None if chunks is None else chunks.attach(self)
         reader = ReportReader(self._start.task)
-        report: Report | None = None
-        while (response := await self._read()) is not None:
-            if not response.HasField("chunk") and response.HasField("final"):
-                self._ended = True
-                await self._hang_up()
-            report = reader.read(response)
-            yield report
-        if not isinstance(report, Ended):
+        answers = self._answers = Answers(reader, take, routed=self._route is not None)
+        try:
+            await self._begin()
+            await self._listen(answers)
+        except TidemillError:
+            await self._catch_up(answers)
+            raise
+        else:
+            await self._catch_up(answers)
+        finally:
+            self._answers = None
+            if chunks is not None and self._route is not None:
+                chunks.detach(self._route)
+            incomplete = answers.give_up()
+        if self._failure is not None:
+            raise self._failure
+        if answers.ended is None:
             raise WorkerLost(f"decode worker {self.worker.id} closed its stream without Final")
-        if report.finish is Finish.SERVER_FAULT and not self._stopped:
+        if incomplete:
+            raise WorkerLost(f"decode worker {self.worker.id} did not bring all its tokens")
+        if answers.ended.finish is Finish.SERVER_FAULT and not self._stopped:
             raise WorkerLost(f"decode worker {self.worker.id} gave the attempt up")
+
+    def arrived(self, chunk: decode_pb2.Chunk) -> None:
+        """From the worker's channel, in that one's task: what goes wrong is raised in our own."""
+        if self._answers is None or self._failure is not None:
+            return
+        try:
+            self._answers.chunk(chunk)
+        except Exception as error:
+            self._fail(error)
+        if self._ended:
+            self._progress.set()
+
+    def no_more(self, *, broken: bool) -> None:
+        """The worker's channel is over."""
+        self._no_more_chunks = True
+        self._progress.set()
+        over = self._answers is None or self._answers.ended is not None
+        if broken and not over and self._failure is None:
+            self._fail(WorkerLost(f"the chunks of decode worker {self.worker.id} broke off"))
 
     async def stop(
         self, finish: Finish, keep_tokens: int | None = None, *, choice: int | None = None
@@ -146,6 +183,7 @@ class Attempt:
 
     async def close(self) -> None:
         """Leave nothing running at the worker: stop what has not ended, then hang up."""
+        self._route = None
         if not self._ended and not self._call.done():
             try:
                 async with asyncio.timeout(self._final_wait_s):
@@ -155,6 +193,8 @@ class Attempt:
             except (TimeoutError, TidemillError) as error:
                 logger.info("attempt at %s ended without Final: %r", self.worker.id, error)
         self._call.cancel()
+        if self._reading is not None:
+            await asyncio.gather(self._reading, return_exceptions=True)
         if not self._ended:
             self.worker.open_attempts.count -= 1
 
@@ -193,12 +233,67 @@ class Attempt:
             except asyncio.InvalidStateError as error:
                 raise WorkerLost(f"the call to {self.worker.id} is over") from error
 
-    async def _read(self) -> decode_pb2.DecodeResponse | None:
+    async def _begin(self) -> None:
+        if self._route is not None:
+            self._start.route.CopyFrom(self._route)
         try:
-            response = await self._call.read()
+            await self._write(decode_pb2.DecodeRequest(start=self._start))
+        finally:
+            self._started.set()
+
+    async def _listen(self, answers: Answers) -> None:
+        """To the call, until it ends."""
+        while (response := await self._read()) is not None:
+            if not response.HasField("chunk") and response.HasField("final"):
+                self._ended = True
+                await self._hang_up()
+            answers.word(response)
+
+    async def _catch_up(self, answers: Answers) -> None:
+        """After Final: until the tokens have come that it counts, or none has for a while."""
+        with suppress(TimeoutError):
+            while self._ended and answers.ended is None and self._failure is None:
+                if self._no_more_chunks:
+                    return
+                self._progress.clear()
+                async with asyncio.timeout(self._final_wait_s):
+                    await self._progress.wait()
+
+    def _fail(self, error: Exception) -> None:
+        self._failure = error
+        self._progress.set()
+        if not self._failed.done():
+            self._failed.set_result(None)
+
+    async def _read(self) -> decode_pb2.DecodeResponse | None:
+        """The call's next word; None at its end. Raises what went wrong with the chunks too."""
+        try:
+            response = await (self._call.read() if self._reads_alone else self._next())
         except grpc.aio.AioRpcError as error:
             raise self._as_ours(error) from error
         return response if isinstance(response, decode_pb2.DecodeResponse) else None
+
+    @property
+    def _reads_alone(self) -> bool:
+        """Whether nothing but the call can say something new."""
+        return self._route is None and self._reading is None
+
+    async def _next(self) -> Any:
+        """What `read` returns; if the chunks fail first that read goes on, for `close`."""
+        if self._reading is None:
+            self._reading = asyncio.ensure_future(self._call.read())
+        if self._route is not None:
+            try:
+                await asyncio.wait(
+                    (self._reading, self._failed), return_when=asyncio.FIRST_COMPLETED
+                )
+            except asyncio.CancelledError:
+                self._call.cancel()
+                raise
+            if self._failure is not None:
+                raise self._failure
+        reading, self._reading = self._reading, None
+        return await reading
 
     def _as_ours(self, error: grpc.aio.AioRpcError) -> TidemillError:
         """A worker's status as what it means to this request.

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from services.router.chunk_channel import ChunkChannel
 from tidemill.policy import PrefixIndex, WorkerLoad
 
 if TYPE_CHECKING:  # the name exists in the stubs alone
@@ -63,6 +64,7 @@ class Worker:
     description: Description
     decode: "DecodeServiceAsyncStub"
     load: WorkerLoad | None = None
+    chunks: ChunkChannel | None = None
     open_attempts: OpenAttempts = field(default_factory=OpenAttempts)
 
     @property

@@ -21,6 +21,7 @@ from redis.exceptions import (
     RedisError,
 )
 
+from services.router.chunk_channel import ChunkChannel
 from services.router.config import FleetConfig
 from services.router.fleet import DECODE, PREFILL, Description, Fleet, OpenAttempts, Worker
 from services.router.fleet_hours import FleetHours
@@ -176,6 +177,8 @@ class Link:
         self._decode = cast(
             "DecodeServiceAsyncStub", decode_service_pb2_grpc.DecodeServiceStub(self._channel)
         )
+        self._chunks = ChunkChannel(self._decode, endpoint.address)
+        self._chunks_task: asyncio.Task[None] | None = None
         self._task = asyncio.create_task(self._run(), name=f"link to {endpoint.address}")
 
     @property
@@ -193,7 +196,14 @@ class Link:
         """Hang up."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
+        if self._chunks_task is not None:
+            await tasks.end(self._chunks_task)
         await self._channel.close()
+
+    def _watch_chunks(self) -> None:
+        """For as long as the link: attempts outlast the worker's place in the fleet."""
+        if self._chunks_task is None or self._chunks_task.done():
+            self._chunks_task = self._watches.spawn(self._chunks.run(), name="watch chunks")
 
     async def _run(self) -> None:
         failures = 0
@@ -219,7 +229,11 @@ class Link:
             worker_pb2.DescribeWorkerRequest(), timeout=_DESCRIBE_TIMEOUT_S
         )
         description = _description(answer, self._endpoint.address)
-        worker = Worker(description, self._decode, open_attempts=self._open_attempts)
+        worker = Worker(
+            description, self._decode, chunks=self._chunks, open_attempts=self._open_attempts
+        )
+        if DECODE in description.roles:
+            self._watch_chunks()
         self._fleet.join(worker)
         self._worker = worker
         reports = ReportClock()

@@ -30,11 +30,12 @@ class ReportReader:
         )
         self._expected = [1] * max(task.sampling.n, 1)
         self._going_on = set(range(len(self._expected)))
+        self.prefilled = False
 
     def read(self, response: decode_pb2.DecodeResponse) -> Report:
         """The report that the response holds."""
-        if response.HasField("chunk"):  # nearly all of them
-            return self._generated(response.chunk)
+        if response.HasField("chunk"):
+            return self.generated(response.chunk)
         match response.WhichOneof("event"):
             case "prefill_done":
                 return self._prefilled(response.prefill_done)
@@ -44,6 +45,18 @@ class ReportReader:
                 return read_final(response.final)
             case _:
                 raise _broken("an event that this router does not know")
+
+    def is_due(self, response: decode_pb2.DecodeResponse) -> bool:
+        """Whether all tokens have been read that the response counts."""
+        if not self.prefilled:
+            return True
+        if response.HasField("choice_ended"):
+            ended = response.choice_ended
+            known = ended.choice in self._going_on
+            return not known or self._expected[ended.choice] >= ended.generated_tokens
+        if response.HasField("final"):
+            return sum(self._expected) >= response.final.generated_tokens
+        return True
 
     def _prefilled(self, done: lifecycle_pb2.PrefillDone) -> Prefilled:
         usage = done.usage
@@ -68,9 +81,11 @@ class ReportReader:
         scored = len(prefilled.prompt_logprobs)
         if scored != (self._num_prompt_tokens - 1 if self._prompt_logprobs else 0):
             raise _broken(f"{scored} prompt tokens scored")
+        self.prefilled = True
         return prefilled
 
-    def _generated(self, chunk: decode_pb2.Chunk) -> Generated:
+    def generated(self, chunk: decode_pb2.Chunk) -> Generated:
+        """The report that a Chunk is."""
         choice, token_ids, logprobs = chunk.choice, chunk.token_ids[:], chunk.logprobs
         self._require_choice(choice)
         expected = self._expected[choice]

@@ -6,8 +6,8 @@ gets attempts of its own, which continue from its own tokens.
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from services.router.attempt import Attempt
@@ -198,9 +198,7 @@ class Serving:
         try:
             async with asyncio.timeout(None) as lane.patience:
                 lane.attempt = attempt
-                async with aclosing(attempt.reports()) as reports:
-                    async for report in reports:
-                        self._take(lane, attempt, report)
+                await attempt.follow(partial(self._take, lane, attempt))
         except TimeoutError:
             raise WorkerLost(f"decode worker {attempt.worker.id} sent no Final") from None
 

@@ -4,7 +4,8 @@ from tidemill.api.common.v1.lifecycle_pb2 import FinishReason, PrefillDone
 from tidemill.api.decode.v1.decode_service_pb2 import DecodeResponse, Final
 from tidemill.engine import TokenLogprobs
 from tidemill.rpc.options import INTERNAL_MESSAGE_BYTES
-from tidemill.worker.outbox import MAX_CHUNK_TOKENS, Outbox
+from tidemill.worker.chunk_channel import MAX_MESSAGE_TOKENS
+from tidemill.worker.outbox import Outbox
 
 STOP = FinishReason.FINISH_REASON_STOP
 # As long as it gets on the wire: ids of a large vocabulary, twenty alternatives.
@@ -55,14 +56,14 @@ async def test_choices_are_told_apart_and_each_ends_after_its_tokens() -> None:
 
 async def test_no_message_outgrows_the_limit_however_long_nobody_read() -> None:
     box = outbox(7)
-    count = 2 * MAX_CHUNK_TOKENS + 5
+    count = 2 * MAX_MESSAGE_TOKENS + 5
     box.tokens(1, [129_000] * count, [LONGEST] * count)
     events = (await told(box))[1:-1]
-    assert [len(event.chunk.token_ids) for event in events] == [MAX_CHUNK_TOKENS] * 2 + [5]
+    assert [len(event.chunk.token_ids) for event in events] == [MAX_MESSAGE_TOKENS] * 2 + [5]
     assert [event.chunk.first_index for event in events] == [
         1,
-        MAX_CHUNK_TOKENS + 1,
-        2 * MAX_CHUNK_TOKENS + 1,
+        MAX_MESSAGE_TOKENS + 1,
+        2 * MAX_MESSAGE_TOKENS + 1,
     ]
     assert all(len(event.chunk.logprobs) == len(event.chunk.token_ids) for event in events)
     assert max(event.ByteSize() for event in events) < INTERNAL_MESSAGE_BYTES // 4

@@ -14,6 +14,7 @@ from tidemill.engine import PrefilledOutput, Sequence
 from tidemill.errors import DeadlineExceeded, Internal, InvalidRequest, TidemillError
 from tidemill.kv.segments import Landing
 from tidemill.worker.choices import Choices, Ending, Reason, name_of
+from tidemill.worker.chunk_channel import ChunkChannel
 from tidemill.worker.outbox import Outbox
 from tidemill.worker.prompt import PromptBlocks
 from tidemill.worker.remote_prefill import PrefillPeer
@@ -53,11 +54,15 @@ class Attempt:
         grammar: "Grammar | None",
         peer: PrefillPeer | None,
         *,
+        channel: ChunkChannel | None = None,
         timeout_s: float,
         on_end: "Callable[[Attempt, Final | None], None]",
     ) -> None:
         self.start = start
-        self.outbox = Outbox(start.task.id.attempt, pace_s=worker.chunk_pace_s)
+        number = start.route.number
+        self.outbox = Outbox(
+            start.task.id.attempt, pace_s=worker.chunk_pace_s, channel=channel, number=number
+        )
         self._worker = worker
         self._blocks = blocks
         self._grammar = grammar
@@ -82,6 +87,8 @@ class Attempt:
             on_prefilled=self._prefilled_in_place,
             on_ended=blocks.ended,
         )
+        if channel is not None:
+            channel.attach(number, self._unheard)
         if peer is None:
             worker.backlog.add(blocks)
 
@@ -121,6 +128,10 @@ class Attempt:
 
     def supersede(self) -> None:
         """Another router has taken the request over."""
+        self.stop(FinishReason.FINISH_REASON_SERVER_FAULT)
+
+    def _unheard(self) -> None:
+        """The channel broke: nobody gets the tokens."""
         self.stop(FinishReason.FINISH_REASON_SERVER_FAULT)
 
     async def run(self) -> None:

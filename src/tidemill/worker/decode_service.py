@@ -14,6 +14,7 @@ from tidemill.rpc.interceptors import Context
 from tidemill.rpc.validation import validate
 from tidemill.worker.attempt import Attempt, sequence_id
 from tidemill.worker.attempt_table import AttemptTable
+from tidemill.worker.chunk_channel import ChunkChannels
 from tidemill.worker.prompt import Prompt, PromptBlocks
 from tidemill.worker.remote_prefill import PrefillPeers
 from tidemill.worker.task import num_choices
@@ -32,6 +33,7 @@ class DecodeService(DecodeServiceServicer):
         self._worker = worker
         self._attempts = attempts
         self._peers = peers
+        self._channels = ChunkChannels()
         self._tasks: dict[asyncio.Task[None], Attempt] = {}
 
     async def Decode(
@@ -50,6 +52,15 @@ class DecodeService(DecodeServiceServicer):
         finally:
             attempt.stop(_why_broken(context))
             commands.cancel()
+
+    async def WatchChunks(
+        self, request: pb.WatchChunksRequest, context: Context
+    ) -> AsyncIterator[pb.WatchChunksResponse]:
+        """Chunks of the attempts that name this channel; when it breaks they end."""
+        validate(request)
+        with self._channels.open(request.channel_id) as channel:
+            async for message in channel.messages():
+                yield message
 
     async def AckFinal(self, request: pb.AckFinalRequest, context: Context) -> pb.AckFinalResponse:
         """The Final is stored elsewhere."""
@@ -71,6 +82,10 @@ class DecodeService(DecodeServiceServicer):
             finals=finals, running=self._attempts.is_running(request.request_id)
         )
 
+    def drain(self) -> None:
+        """No attempts come any more: let each channel end with its last."""
+        self._channels.drain()
+
     async def stop_all(self) -> None:
         """End every attempt, and wait until all have freed what they held."""
         for attempt in self._tasks.values():
@@ -87,6 +102,7 @@ class DecodeService(DecodeServiceServicer):
         prompt = await self._worker.reuse.identify(start.task)
         grammar = await self._worker.grammars.of(start.task)
         self._attempts.check(start.task.id)
+        channel = self._channels.route(start)
         blocks = self._take_blocks(start, prompt)
         attempt = Attempt(
             self._worker,
@@ -94,6 +110,7 @@ class DecodeService(DecodeServiceServicer):
             blocks,
             grammar,
             None if self._in_place(start) else self._peers.at(start.prefill),
+            channel=channel,
             timeout_s=timeout_s,
             on_end=self._ended,
         )

@@ -8,10 +8,8 @@ from tidemill.api.common.v1.lifecycle_pb2 import FinishReason, PrefillDone
 from tidemill.api.decode.v1.decode_service_pb2 import ChoiceEnded, Chunk, DecodeResponse, Final
 from tidemill.engine import TokenLogprobs
 from tidemill.errors import TidemillError
+from tidemill.worker.chunk_channel import MAX_MESSAGE_TOKENS, ChunkChannel
 from tidemill.worker.task import logprobs_messages
-
-# With 20 alternatives a token takes up to 160 bytes: a fifth of what one message may hold.
-MAX_CHUNK_TOKENS = 8192
 
 
 @dataclass
@@ -29,11 +27,21 @@ class Outbox:
 
     Tokens that are written while the reader is busy, or within `pace_s()` seconds of the last
     Chunk, leave in one Chunk a choice. Every message costs the process that also runs the engine.
+    With a `channel` chunks leave through that, with `number`, and all else does not wait for them.
     """
 
-    def __init__(self, attempt: int, *, pace_s: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        attempt: int,
+        *,
+        pace_s: Callable[[], float],
+        channel: ChunkChannel | None = None,
+        number: int = 0,
+    ) -> None:
         self._attempt = attempt
         self._pace_s = pace_s
+        self._channel = channel
+        self._number = number
         self._loop = asyncio.get_running_loop()
         self._next_at = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -78,9 +86,9 @@ class Outbox:
         if self._timer is None:
             delay = self._next_at - self._loop.time()
             if delay <= 0:
-                self._changed.set()
+                self._let_go()
             else:
-                self._timer = self._loop.call_later(delay, self._wake)
+                self._timer = self._loop.call_later(delay, self._let_go)
 
     def choice_ended(self, choice: int, reason: "FinishReason.ValueType") -> None:
         """One of several choices has ended; its tokens go first."""
@@ -94,6 +102,8 @@ class Outbox:
         """The last word: at most one Final, then `error` if there is one."""
         self._final, self._error, self._closed = final, error, True
         self._wake()
+        if self._channel is not None:
+            self._channel.detach(self._number)
 
     async def responses(self) -> AsyncIterator[DecodeResponse]:
         """Everything in order; ends after Final. Raises the error given to `close`."""
@@ -115,29 +125,52 @@ class Outbox:
         if self._error is not None:
             raise self._error
 
+    @property
+    def has_tokens(self) -> bool:
+        """Whether tokens wait."""
+        return any(choice.token_ids for choice in self._choices)
+
+    def take_chunks(self, most_tokens: int) -> Iterator[Chunk]:
+        """For the channel: up to so many of the tokens that wait, choice by choice."""
+        for index, waiting in enumerate(self._choices):
+            if waiting.token_ids and most_tokens > 0:
+                self._next_at = self._loop.time() + self._pace_s()
+                chunk = self._chunk(index, waiting, most_tokens)
+                most_tokens -= len(chunk.token_ids)
+                yield chunk
+
     def _take(self) -> Iterator[DecodeResponse]:
         """What waits now, choice by choice; what comes meanwhile keeps the pace."""
         for index, waiting in enumerate(self._choices):
-            left = len(waiting.token_ids)
+            left = len(waiting.token_ids) if self._channel is None else 0
             while left > 0:
                 self._next_at = self._loop.time() + self._pace_s()
-                yield DecodeResponse(chunk=self._chunk(index, waiting))
-                left -= MAX_CHUNK_TOKENS
-            if waiting.ended is not None and not waiting.token_ids:
+                yield DecodeResponse(chunk=self._chunk(index, waiting, MAX_MESSAGE_TOKENS))
+                left -= MAX_MESSAGE_TOKENS
+            if waiting.ended is not None and (self._channel is not None or not waiting.token_ids):
                 ended, waiting.ended = waiting.ended, None
                 yield DecodeResponse(choice_ended=ended)
 
     def _wake(self) -> None:
+        self._changed.set()
+        if self._channel is None or self.has_tokens:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Tokens wait no longer for others."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self._changed.set()
+        if self._channel is None:
+            self._changed.set()
+        else:
+            self._channel.ready(self._number, self)
 
-    def _chunk(self, choice: int, waiting: _Waiting) -> Chunk:
+    def _chunk(self, choice: int, waiting: _Waiting, most_tokens: int) -> Chunk:
         first_index = waiting.num_generated - len(waiting.token_ids)
-        token_ids = waiting.token_ids[:MAX_CHUNK_TOKENS]
-        logprobs = waiting.logprobs[:MAX_CHUNK_TOKENS]
-        del waiting.token_ids[:MAX_CHUNK_TOKENS], waiting.logprobs[:MAX_CHUNK_TOKENS]
+        token_ids = waiting.token_ids[:most_tokens]
+        logprobs = waiting.logprobs[:most_tokens]
+        del waiting.token_ids[:most_tokens], waiting.logprobs[:most_tokens]
         self._num_sent += len(token_ids)
         return Chunk(
             attempt=self._attempt,

@@ -73,7 +73,7 @@ ALLOWED = {
     },
     **{
         f"/{DECODE_SERVICE}/{method}": {"router"}
-        for method in ("Decode", "AckFinal", "GetFinal", "ListFinals")
+        for method in ("Decode", "WatchChunks", "AckFinal", "GetFinal", "ListFinals")
     },
     **{
         f"/{PEER_SERVICE}/{method}": {"prefill", "decode"}
@@ -111,6 +111,8 @@ class RunningWorker:
     async def drain(self) -> None:
         """Refuse new work, let what runs end, and stop the rest while Finals can still be sent."""
         self.worker.draining = True
+        if self._decode is not None:
+            self._decode.drain()
         stopping = asyncio.create_task(self._stop_late())
         await self.server.drain()
         stopping.cancel()

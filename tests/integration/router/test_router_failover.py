@@ -414,7 +414,7 @@ async def test_a_stop_of_an_attempt_that_could_not_start_waits_for_nobody(
         attempt = Attempt(worker, decode_pb2.Start(), final_wait_s=1.0)
         stopping = asyncio.create_task(attempt.stop(Finish.CANCELLED))
         with pytest.raises(WorkerLost):
-            await anext(attempt.reports())
+            await attempt.follow(lambda _: None)
         await asyncio.wait_for(stopping, 1.0)
         await attempt.close()
         assert worker.open_attempts.count == 0

@@ -4,6 +4,7 @@ A worker dies the moment the router has read so much of its attempt; what it had
 besides is thrown away, as if it had died a little earlier still.
 """
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -40,29 +41,52 @@ class Executioner:
         self.on_kill: Callable[[], None] = lambda: None
         self.killed: list[str] = []
         self._read = Attempt._read
+        self._arrived = Attempt.arrived
         self._counts: dict[Attempt, int] = {}
         self._deaf: set[Attempt] = set()
-        monkeypatch.setattr(Attempt, "_read", self._patched())
+        for name, function in self._patched().items():
+            monkeypatch.setattr(Attempt, name, function)
 
-    def _patched(self) -> Any:
-        """A function, so that the class binds it."""
+    def _patched(self) -> dict[str, Any]:
+        """Functions, so that the class binds them."""
 
         async def read(attempt: Attempt) -> decode_pb2.DecodeResponse | None:
             return await self._reading(attempt)
 
-        return read
+        def arrived(attempt: Attempt, chunk: decode_pb2.Chunk) -> None:
+            self._strike(attempt)
+            if attempt not in self._deaf:
+                self._arrived(attempt, chunk)
+                self._count(attempt, len(chunk.token_ids))
+
+        return {"_read": read, "arrived": arrived}
 
     async def _reading(self, attempt: Attempt) -> decode_pb2.DecodeResponse | None:
+        self._strike(attempt)
+        response = await self._read(attempt)
+        if response is not None and response.HasField("final"):
+            await self._in_order(attempt, response.final.generated_tokens)
+        while response is not None and attempt in self._deaf:
+            response = await self._read(attempt)
+        if response is not None:
+            self._count(attempt, _num_tokens(response))
+        return response
+
+    async def _in_order(self, attempt: Attempt, num_tokens: int) -> None:
+        """A Final that overtook its tokens is read after them, unless death comes between."""
+        while self._counts.get(attempt, 0) < num_tokens:
+            if attempt in self._deaf or attempt._failure is not None:
+                return
+            await asyncio.sleep(0.001)
+
+    def _strike(self, attempt: Attempt) -> None:
         if self._due(attempt):
             self.kill(self.victim(attempt))
             if attempt.worker.id in self.killed:
                 self._deaf.add(attempt)
-        response = await self._read(attempt)
-        while response is not None and attempt in self._deaf:
-            response = await self._read(attempt)
-        if response is not None:
-            self._counts[attempt] = self._counts.get(attempt, 0) + _num_tokens(response)
-        return response
+
+    def _count(self, attempt: Attempt, num_tokens: int) -> None:
+        self._counts[attempt] = self._counts.get(attempt, 0) + num_tokens
 
     def _due(self, attempt: Attempt) -> bool:
         if self.after_tokens is None or self.killed:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import re
 import signal
 import sys
@@ -45,6 +46,21 @@ async def refusal(path: Path) -> str:
     lines = [line for line in stderr.decode().splitlines() if line.startswith("tidemill router:")]
     assert len(lines) == 1, stderr.decode()
     return lines[0]
+
+
+@pytest.mark.parametrize("own", [True, False])
+async def test_with_cores_of_its_own_its_threads_do_not_interrupt_one_another(
+    write: Write, *, own: bool
+) -> None:
+    process = await launch(write(extra=f"own_cores = {json.dumps(own)}"))
+    assert process.stdout is not None
+    assert "listening" in (await process.stdout.readline()).decode()
+    threads = Path(f"/proc/{process.pid}/task").iterdir()
+    policies = {os.sched_getscheduler(int(thread.name)) for thread in threads}
+    process.kill()
+    await process.communicate()
+    assert (os.SCHED_BATCH in policies) is own
+    assert os.sched_getscheduler(0) != os.SCHED_BATCH
 
 
 async def test_it_serves_over_tls_shows_metrics_and_stops_at_sigterm(

@@ -27,7 +27,7 @@ from tidemill.api.common.v1 import logprobs_pb2 as tidemill_dot_api_dot_common_d
 from tidemill.api.common.v1 import usage_pb2 as tidemill_dot_api_dot_common_dot_v1_dot_usage__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+tidemill/api/decode/v1/decode_service.proto\x12\x16tidemill.api.decode.v1\x1a&tidemill/api/common/v1/lifecycle.proto\x1a%tidemill/api/common/v1/logprobs.proto\x1a\"tidemill/api/common/v1/usage.proto\"\xc0\x01\n\rDecodeRequest\x12\x35\n\x05start\x18\x01 \x01(\x0b\x32\x1d.tidemill.api.decode.v1.StartH\x00R\x05start\x12\x32\n\x04\x66und\x18\x02 \x01(\x0b\x32\x1c.tidemill.api.decode.v1.FundH\x00R\x04\x66und\x12\x32\n\x04stop\x18\x03 \x01(\x0b\x32\x1c.tidemill.api.decode.v1.StopH\x00R\x04stopB\x10\n\x07\x63ommand\x12\x05\xbaH\x02\x08\x01\"\x92\x02\n\x05Start\x12>\n\x04task\x18\x01 \x01(\x0b\x32\".tidemill.api.common.v1.WorkerTaskB\x06\xbaH\x03\xc8\x01\x01R\x04task\x12\x44\n\x07prefill\x18\x02 \x01(\x0b\x32%.tidemill.api.decode.v1.PrefillTargetH\x00R\x07prefill\x88\x01\x01\x12\x33\n\rfunded_tokens\x18\x03 \x01(\rB\t\xbaH\x06*\x04\x18\x80\x80@H\x01R\x0c\x66undedTokens\x88\x01\x01\x12\x30\n\x0erelayed_tokens\x18\x04 \x01(\rB\t\xbaH\x06*\x04\x18\x80\x80@R\rrelayedTokensB\n\n\x08_prefillB\x10\n\x0e_funded_tokens\"^\n\rPrefillTarget\x12\'\n\tworker_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01R\x08workerId\x12$\n\x07\x61\x64\x64ress\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x03\x18\x86\x02R\x07\x61\x64\x64ress\"4\n\x04\x46und\x12,\n\x0ctotal_tokens\x18\x01 \x01(\rB\t\xbaH\x06*\x04\x18\x80\x80@R\x0btotalTokens\"\xc2\x01\n\x04Stop\x12H\n\x06reason\x18\x01 \x01(\x0e\x32$.tidemill.api.common.v1.FinishReasonB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00R\x06reason\x12/\n\x0bkeep_tokens\x18\x02 \x01(\rB\t\xbaH\x06*\x04\x18\x80\x80@H\x00R\nkeepTokens\x88\x01\x01\x12$\n\x06\x63hoice\x18\x03 \x01(\rB\x07\xbaH\x04*\x02\x18\x0fH\x01R\x06\x63hoice\x88\x01\x01\x42\x0e\n\x0c_keep_tokensB\t\n\x07_choice\"\xa2\x02\n\x0e\x44\x65\x63odeResponse\x12H\n\x0cprefill_done\x18\x01 \x01(\x0b\x32#.tidemill.api.common.v1.PrefillDoneH\x00R\x0bprefillDone\x12\x35\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x1d.tidemill.api.decode.v1.ChunkH\x00R\x05\x63hunk\x12\x35\n\x05\x66inal\x18\x03 \x01(\x0b\x32\x1d.tidemill.api.decode.v1.FinalH\x00R\x05\x66inal\x12H\n\x0c\x63hoice_ended\x18\x04 \x01(\x0b\x32#.tidemill.api.decode.v1.ChoiceEndedH\x00R\x0b\x63hoiceEndedB\x0e\n\x05\x65vent\x12\x05\xbaH\x02\x08\x01\"\xff\x01\n\x05\x43hunk\x12\x18\n\x07\x61ttempt\x18\x01 \x01(\rR\x07\x61ttempt\x12\x1f\n\x0b\x66irst_index\x18\x02 \x01(\rR\nfirstIndex\x12)\n\ttoken_ids\x18\x03 \x03(\rB\x0c\xbaH\t\x92\x01\x06\x08\x01\x10\x80\x80\x04R\x08tokenIds\x12)\n\x10generated_tokens\x18\x04 \x01(\rR\x0fgeneratedTokens\x12\x16\n\x06\x63hoice\x18\x05 \x01(\rR\x06\x63hoice\x12M\n\x08logprobs\x18\x06 \x03(\x0b\x32%.tidemill.api.common.v1.TokenLogprobsB\n\xbaH\x07\x92\x01\x04\x10\x80\x80\x04R\x08logprobs\"\x98\x01\n\x0b\x43hoiceEnded\x12\x16\n\x06\x63hoice\x18\x01 \x01(\rR\x06\x63hoice\x12\x46\n\x06reason\x18\x02 \x01(\x0e\x32$.tidemill.api.common.v1.FinishReasonB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x06reason\x12)\n\x10generated_tokens\x18\x03 \x01(\rR\x0fgeneratedTokens\"\x91\x04\n\x05\x46inal\x12\x39\n\x02id\x18\x01 \x01(\x0b\x32!.tidemill.api.common.v1.AttemptIdB\x06\xbaH\x03\xc8\x01\x01R\x02id\x12\x46\n\x06reason\x18\x02 \x01(\x0e\x32$.tidemill.api.common.v1.FinishReasonB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x06reason\x12)\n\x10generated_tokens\x18\x03 \x01(\rR\x0fgeneratedTokens\x12%\n\x0e\x64rafted_tokens\x18\x04 \x01(\rR\rdraftedTokens\x12\'\n\x0f\x61\x63\x63\x65pted_tokens\x18\x05 \x01(\rR\x0e\x61\x63\x63\x65ptedTokens\x12!\n\x0c\x62usy_seconds\x18\x06 \x01(\x01R\x0b\x62usySeconds\x12;\n\x06prompt\x18\x07 \x01(\x0b\x32#.tidemill.api.common.v1.PromptUsageR\x06prompt\x12\x42\n\x14prefill_busy_seconds\x18\x08 \x01(\x01\x42\x10\xbaH\r\x12\x0b)\x00\x00\x00\x00\x00\x00\x00\x00@\x01R\x12prefillBusySeconds\x12\x30\n\x0erelayed_tokens\x18\t \x01(\rB\t\xbaH\x06*\x04\x18\x80\x80@R\rrelayedTokens\x12\x34\n\x11prefill_worker_id\x18\n \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\x0fprefillWorkerId\"L\n\x0f\x41\x63kFinalRequest\x12\x39\n\x02id\x18\x01 \x01(\x0b\x32!.tidemill.api.common.v1.AttemptIdB\x06\xbaH\x03\xc8\x01\x01R\x02id\"&\n\x10\x41\x63kFinalResponse\x12\x12\n\x04held\x18\x01 \x01(\x08R\x04held\"L\n\x0fGetFinalRequest\x12\x39\n\x02id\x18\x01 \x01(\x0b\x32!.tidemill.api.common.v1.AttemptIdB\x06\xbaH\x03\xc8\x01\x01R\x02id\"G\n\x10GetFinalResponse\x12\x33\n\x05\x66inal\x18\x01 \x01(\x0b\x32\x1d.tidemill.api.decode.v1.FinalR\x05\x66inal\"]\n\x11ListFinalsRequest\x12H\n\nrequest_id\x18\x01 \x01(\tB)\xbaH&r$2\"^[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}$R\trequestId\"p\n\x12ListFinalsResponse\x12@\n\x06\x66inals\x18\x01 \x03(\x0b\x32\x1d.tidemill.api.decode.v1.FinalB\t\xbaH\x06\x92\x01\x03\x10\xe8\x07R\x06\x66inals\x12\x18\n\x07running\x18\x02 \x01(\x08R\x07running2\x8f\x03\n\rDecodeService\x12[\n\x06\x44\x65\x63ode\x12%.tidemill.api.decode.v1.DecodeRequest\x1a&.tidemill.api.decode.v1.DecodeResponse(\x01\x30\x01\x12]\n\x08\x41\x63kFinal\x12\'.tidemill.api.decode.v1.AckFinalRequest\x1a(.tidemill.api.decode.v1.AckFinalResponse\x12]\n\x08GetFinal\x12\'.tidemill.api.decode.v1.GetFinalRequest\x1a(.tidemill.api.decode.v1.GetFinalResponse\x12\x63\n\nListFinals\x12).tidemill.api.decode.v1.ListFinalsRequest\x1a*.tidemill.api.decode.v1.ListFinalsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+tidemill/api/decode/v1/decode_service.proto\x12\x16tidemill.api.decode.v1\x1a&tidemill/api/common/v1/lifecycle.proto\x1a%tidemill/api/common/v1/logprobs.proto\x1a\"tidemill/api/common/v1/usage.proto\"\xc0\x01\n\rDecodeRequest\x12\x35\n\x05start\x18\x01 \x01(\x0b\x32\x1d.tidemill.api.decode.v1.StartH\x00R\x05start\x12\x32\n\x04\x66und\x18\x02 \x01(\x0b\x32\x1c.tidemill.api.decode.v1.FundH\x00R\x04\x66und\x12\x32\n\x04stop\x18\x03 \x01(\x0b\x32\x1c.tidemill.api.decode.v1.StopH\x00R\x04stopB\x10\n\x07\x63ommand\x12\x05\xbaH\x02\x08\x01\"\xdb\x02\n\x05Start\x12>\n\x04task\x18\x01 \x01(\x0b\x32\".tidemill.api.common.v1.WorkerTaskB\x06\xbaH\x03\xc8\x01\x01R\x04task\x12\x44\n\x07prefill\x18\x02 \x01(\x0b\x32%.tidemill.api.decode.v1.PrefillTargetH\x00R\x07prefill\x88\x01\x01\x12\x33\n\rfunded_tokens\x18\x03 \x01(\rB\t\xbaH\x06*\x04\x18\x80\x80@H\x01R\x0c\x66undedTokens\x88\x01\x01\x12\x30\n\x0erelayed_tokens\x18\x04 \x01(\rB\t\xbaH\x06*\x04\x18\x80\x80@R\rrelayedTokens\x12=\n\x05route\x18\x05 \x01(\x0b\x32\".tidemill.api.decode.v1.ChunkRouteH\x02R\x05route\x88\x01\x01\x42\n\n\x08_prefillB\x10\n\x0e_funded_tokensB\x08\n\x06_route\"U\n\nChunkRoute\x12&\n\nchannel_id\x18\x01 \x01(\x0c\x42\x07\xbaH\x04z\x02h\x10R\tchannelId\x12\x1f\n\x06number\x18\x02 \x01(\x04\x42\x07\xbaH\x04\x32\x02(\x01R\x06number\"^\n\rPrefillTarget\x12\'\n\tworker_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01R\x08workerId\x12$\n\x07\x61\x64\x64ress\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x03\x18\x86\x02R\x07\x61\x64\x64ress\"4\n\x04\x46und\x12,\n\x0ctotal_tokens\x18\x01 \x01(\rB\t\xbaH\x06*\x04\x18\x80\x80@R\x0btotalTokens\"\xc2\x01\n\x04Stop\x12H\n\x06reason\x18\x01 \x01(\x0e\x32$.tidemill.api.common.v1.FinishReasonB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00R\x06reason\x12/\n\x0bkeep_tokens\x18\x02 \x01(\rB\t\xbaH\x06*\x04\x18\x80\x80@H\x00R\nkeepTokens\x88\x01\x01\x12$\n\x06\x63hoice\x18\x03 \x01(\rB\x07\xbaH\x04*\x02\x18\x0fH\x01R\x06\x63hoice\x88\x01\x01\x42\x0e\n\x0c_keep_tokensB\t\n\x07_choice\"\xa2\x02\n\x0e\x44\x65\x63odeResponse\x12H\n\x0cprefill_done\x18\x01 \x01(\x0b\x32#.tidemill.api.common.v1.PrefillDoneH\x00R\x0bprefillDone\x12\x35\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x1d.tidemill.api.decode.v1.ChunkH\x00R\x05\x63hunk\x12\x35\n\x05\x66inal\x18\x03 \x01(\x0b\x32\x1d.tidemill.api.decode.v1.FinalH\x00R\x05\x66inal\x12H\n\x0c\x63hoice_ended\x18\x04 \x01(\x0b\x32#.tidemill.api.decode.v1.ChoiceEndedH\x00R\x0b\x63hoiceEndedB\x0e\n\x05\x65vent\x12\x05\xbaH\x02\x08\x01\"\xff\x01\n\x05\x43hunk\x12\x18\n\x07\x61ttempt\x18\x01 \x01(\rR\x07\x61ttempt\x12\x1f\n\x0b\x66irst_index\x18\x02 \x01(\rR\nfirstIndex\x12)\n\ttoken_ids\x18\x03 \x03(\rB\x0c\xbaH\t\x92\x01\x06\x08\x01\x10\x80\x80\x04R\x08tokenIds\x12)\n\x10generated_tokens\x18\x04 \x01(\rR\x0fgeneratedTokens\x12\x16\n\x06\x63hoice\x18\x05 \x01(\rR\x06\x63hoice\x12M\n\x08logprobs\x18\x06 \x03(\x0b\x32%.tidemill.api.common.v1.TokenLogprobsB\n\xbaH\x07\x92\x01\x04\x10\x80\x80\x04R\x08logprobs\"<\n\x12WatchChunksRequest\x12&\n\nchannel_id\x18\x01 \x01(\x0c\x42\x07\xbaH\x04z\x02h\x10R\tchannelId\"^\n\x13WatchChunksResponse\x12G\n\x06\x63hunks\x18\x01 \x03(\x0b\x32#.tidemill.api.decode.v1.RoutedChunkB\n\xbaH\x07\x92\x01\x04\x10\x80\x80\x04R\x06\x63hunks\"b\n\x0bRoutedChunk\x12\x16\n\x06number\x18\x01 \x01(\x04R\x06number\x12;\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x1d.tidemill.api.decode.v1.ChunkB\x06\xbaH\x03\xc8\x01\x01R\x05\x63hunk\"\x98\x01\n\x0b\x43hoiceEnded\x12\x16\n\x06\x63hoice\x18\x01 \x01(\rR\x06\x63hoice\x12\x46\n\x06reason\x18\x02 \x01(\x0e\x32$.tidemill.api.common.v1.FinishReasonB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x06reason\x12)\n\x10generated_tokens\x18\x03 \x01(\rR\x0fgeneratedTokens\"\x91\x04\n\x05\x46inal\x12\x39\n\x02id\x18\x01 \x01(\x0b\x32!.tidemill.api.common.v1.AttemptIdB\x06\xbaH\x03\xc8\x01\x01R\x02id\x12\x46\n\x06reason\x18\x02 \x01(\x0e\x32$.tidemill.api.common.v1.FinishReasonB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x06reason\x12)\n\x10generated_tokens\x18\x03 \x01(\rR\x0fgeneratedTokens\x12%\n\x0e\x64rafted_tokens\x18\x04 \x01(\rR\rdraftedTokens\x12\'\n\x0f\x61\x63\x63\x65pted_tokens\x18\x05 \x01(\rR\x0e\x61\x63\x63\x65ptedTokens\x12!\n\x0c\x62usy_seconds\x18\x06 \x01(\x01R\x0b\x62usySeconds\x12;\n\x06prompt\x18\x07 \x01(\x0b\x32#.tidemill.api.common.v1.PromptUsageR\x06prompt\x12\x42\n\x14prefill_busy_seconds\x18\x08 \x01(\x01\x42\x10\xbaH\r\x12\x0b)\x00\x00\x00\x00\x00\x00\x00\x00@\x01R\x12prefillBusySeconds\x12\x30\n\x0erelayed_tokens\x18\t \x01(\rB\t\xbaH\x06*\x04\x18\x80\x80@R\rrelayedTokens\x12\x34\n\x11prefill_worker_id\x18\n \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\x0fprefillWorkerId\"L\n\x0f\x41\x63kFinalRequest\x12\x39\n\x02id\x18\x01 \x01(\x0b\x32!.tidemill.api.common.v1.AttemptIdB\x06\xbaH\x03\xc8\x01\x01R\x02id\"&\n\x10\x41\x63kFinalResponse\x12\x12\n\x04held\x18\x01 \x01(\x08R\x04held\"L\n\x0fGetFinalRequest\x12\x39\n\x02id\x18\x01 \x01(\x0b\x32!.tidemill.api.common.v1.AttemptIdB\x06\xbaH\x03\xc8\x01\x01R\x02id\"G\n\x10GetFinalResponse\x12\x33\n\x05\x66inal\x18\x01 \x01(\x0b\x32\x1d.tidemill.api.decode.v1.FinalR\x05\x66inal\"]\n\x11ListFinalsRequest\x12H\n\nrequest_id\x18\x01 \x01(\tB)\xbaH&r$2\"^[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}$R\trequestId\"p\n\x12ListFinalsResponse\x12@\n\x06\x66inals\x18\x01 \x03(\x0b\x32\x1d.tidemill.api.decode.v1.FinalB\t\xbaH\x06\x92\x01\x03\x10\xe8\x07R\x06\x66inals\x12\x18\n\x07running\x18\x02 \x01(\x08R\x07running2\xf9\x03\n\rDecodeService\x12[\n\x06\x44\x65\x63ode\x12%.tidemill.api.decode.v1.DecodeRequest\x1a&.tidemill.api.decode.v1.DecodeResponse(\x01\x30\x01\x12h\n\x0bWatchChunks\x12*.tidemill.api.decode.v1.WatchChunksRequest\x1a+.tidemill.api.decode.v1.WatchChunksResponse0\x01\x12]\n\x08\x41\x63kFinal\x12\'.tidemill.api.decode.v1.AckFinalRequest\x1a(.tidemill.api.decode.v1.AckFinalResponse\x12]\n\x08GetFinal\x12\'.tidemill.api.decode.v1.GetFinalRequest\x1a(.tidemill.api.decode.v1.GetFinalResponse\x12\x63\n\nListFinals\x12).tidemill.api.decode.v1.ListFinalsRequest\x1a*.tidemill.api.decode.v1.ListFinalsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,6 +42,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_START'].fields_by_name['funded_tokens']._serialized_options = b'\272H\006*\004\030\200\200@'
   _globals['_START'].fields_by_name['relayed_tokens']._loaded_options = None
   _globals['_START'].fields_by_name['relayed_tokens']._serialized_options = b'\272H\006*\004\030\200\200@'
+  _globals['_CHUNKROUTE'].fields_by_name['channel_id']._loaded_options = None
+  _globals['_CHUNKROUTE'].fields_by_name['channel_id']._serialized_options = b'\272H\004z\002h\020'
+  _globals['_CHUNKROUTE'].fields_by_name['number']._loaded_options = None
+  _globals['_CHUNKROUTE'].fields_by_name['number']._serialized_options = b'\272H\0042\002(\001'
   _globals['_PREFILLTARGET'].fields_by_name['worker_id']._loaded_options = None
   _globals['_PREFILLTARGET'].fields_by_name['worker_id']._serialized_options = b'\272H\007r\005\020\001\030\200\001'
   _globals['_PREFILLTARGET'].fields_by_name['address']._loaded_options = None
@@ -60,6 +64,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHUNK'].fields_by_name['token_ids']._serialized_options = b'\272H\t\222\001\006\010\001\020\200\200\004'
   _globals['_CHUNK'].fields_by_name['logprobs']._loaded_options = None
   _globals['_CHUNK'].fields_by_name['logprobs']._serialized_options = b'\272H\007\222\001\004\020\200\200\004'
+  _globals['_WATCHCHUNKSREQUEST'].fields_by_name['channel_id']._loaded_options = None
+  _globals['_WATCHCHUNKSREQUEST'].fields_by_name['channel_id']._serialized_options = b'\272H\004z\002h\020'
+  _globals['_WATCHCHUNKSRESPONSE'].fields_by_name['chunks']._loaded_options = None
+  _globals['_WATCHCHUNKSRESPONSE'].fields_by_name['chunks']._serialized_options = b'\272H\007\222\001\004\020\200\200\004'
+  _globals['_ROUTEDCHUNK'].fields_by_name['chunk']._loaded_options = None
+  _globals['_ROUTEDCHUNK'].fields_by_name['chunk']._serialized_options = b'\272H\003\310\001\001'
   _globals['_CHOICEENDED'].fields_by_name['reason']._loaded_options = None
   _globals['_CHOICEENDED'].fields_by_name['reason']._serialized_options = b'\272H\005\202\001\002\020\001'
   _globals['_FINAL'].fields_by_name['id']._loaded_options = None
@@ -83,33 +93,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DECODEREQUEST']._serialized_start=187
   _globals['_DECODEREQUEST']._serialized_end=379
   _globals['_START']._serialized_start=382
-  _globals['_START']._serialized_end=656
-  _globals['_PREFILLTARGET']._serialized_start=658
-  _globals['_PREFILLTARGET']._serialized_end=752
-  _globals['_FUND']._serialized_start=754
-  _globals['_FUND']._serialized_end=806
-  _globals['_STOP']._serialized_start=809
-  _globals['_STOP']._serialized_end=1003
-  _globals['_DECODERESPONSE']._serialized_start=1006
-  _globals['_DECODERESPONSE']._serialized_end=1296
-  _globals['_CHUNK']._serialized_start=1299
-  _globals['_CHUNK']._serialized_end=1554
-  _globals['_CHOICEENDED']._serialized_start=1557
-  _globals['_CHOICEENDED']._serialized_end=1709
-  _globals['_FINAL']._serialized_start=1712
-  _globals['_FINAL']._serialized_end=2241
-  _globals['_ACKFINALREQUEST']._serialized_start=2243
-  _globals['_ACKFINALREQUEST']._serialized_end=2319
-  _globals['_ACKFINALRESPONSE']._serialized_start=2321
-  _globals['_ACKFINALRESPONSE']._serialized_end=2359
-  _globals['_GETFINALREQUEST']._serialized_start=2361
-  _globals['_GETFINALREQUEST']._serialized_end=2437
-  _globals['_GETFINALRESPONSE']._serialized_start=2439
-  _globals['_GETFINALRESPONSE']._serialized_end=2510
-  _globals['_LISTFINALSREQUEST']._serialized_start=2512
-  _globals['_LISTFINALSREQUEST']._serialized_end=2605
-  _globals['_LISTFINALSRESPONSE']._serialized_start=2607
-  _globals['_LISTFINALSRESPONSE']._serialized_end=2719
-  _globals['_DECODESERVICE']._serialized_start=2722
-  _globals['_DECODESERVICE']._serialized_end=3121
+  _globals['_START']._serialized_end=729
+  _globals['_CHUNKROUTE']._serialized_start=731
+  _globals['_CHUNKROUTE']._serialized_end=816
+  _globals['_PREFILLTARGET']._serialized_start=818
+  _globals['_PREFILLTARGET']._serialized_end=912
+  _globals['_FUND']._serialized_start=914
+  _globals['_FUND']._serialized_end=966
+  _globals['_STOP']._serialized_start=969
+  _globals['_STOP']._serialized_end=1163
+  _globals['_DECODERESPONSE']._serialized_start=1166
+  _globals['_DECODERESPONSE']._serialized_end=1456
+  _globals['_CHUNK']._serialized_start=1459
+  _globals['_CHUNK']._serialized_end=1714
+  _globals['_WATCHCHUNKSREQUEST']._serialized_start=1716
+  _globals['_WATCHCHUNKSREQUEST']._serialized_end=1776
+  _globals['_WATCHCHUNKSRESPONSE']._serialized_start=1778
+  _globals['_WATCHCHUNKSRESPONSE']._serialized_end=1872
+  _globals['_ROUTEDCHUNK']._serialized_start=1874
+  _globals['_ROUTEDCHUNK']._serialized_end=1972
+  _globals['_CHOICEENDED']._serialized_start=1975
+  _globals['_CHOICEENDED']._serialized_end=2127
+  _globals['_FINAL']._serialized_start=2130
+  _globals['_FINAL']._serialized_end=2659
+  _globals['_ACKFINALREQUEST']._serialized_start=2661
+  _globals['_ACKFINALREQUEST']._serialized_end=2737
+  _globals['_ACKFINALRESPONSE']._serialized_start=2739
+  _globals['_ACKFINALRESPONSE']._serialized_end=2777
+  _globals['_GETFINALREQUEST']._serialized_start=2779
+  _globals['_GETFINALREQUEST']._serialized_end=2855
+  _globals['_GETFINALRESPONSE']._serialized_start=2857
+  _globals['_GETFINALRESPONSE']._serialized_end=2928
+  _globals['_LISTFINALSREQUEST']._serialized_start=2930
+  _globals['_LISTFINALSREQUEST']._serialized_end=3023
+  _globals['_LISTFINALSRESPONSE']._serialized_start=3025
+  _globals['_LISTFINALSRESPONSE']._serialized_end=3137
+  _globals['_DECODESERVICE']._serialized_start=3140
+  _globals['_DECODESERVICE']._serialized_end=3645
 # @@protoc_insertion_point(module_scope)

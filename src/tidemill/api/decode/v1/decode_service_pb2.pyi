@@ -59,6 +59,7 @@ class Start(google.protobuf.message.Message):
     PREFILL_FIELD_NUMBER: builtins.int
     FUNDED_TOKENS_FIELD_NUMBER: builtins.int
     RELAYED_TOKENS_FIELD_NUMBER: builtins.int
+    ROUTE_FIELD_NUMBER: builtins.int
     funded_tokens: builtins.int
     """Completion tokens that are paid for, all choices together; decode pauses there. Unset: all of max_tokens
     for every choice.
@@ -73,6 +74,10 @@ class Start(google.protobuf.message.Message):
     def prefill(self) -> global___PrefillTarget:
         """Worker that prefills. Unset: this worker prefills in place."""
 
+    @property
+    def route(self) -> global___ChunkRoute:
+        """Where the attempt's Chunks go. Unset, or a channel that is not open: into this call."""
+
     def __init__(
         self,
         *,
@@ -80,15 +85,42 @@ class Start(google.protobuf.message.Message):
         prefill: global___PrefillTarget | None = ...,
         funded_tokens: builtins.int | None = ...,
         relayed_tokens: builtins.int = ...,
+        route: global___ChunkRoute | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_funded_tokens", b"_funded_tokens", "_prefill", b"_prefill", "funded_tokens", b"funded_tokens", "prefill", b"prefill", "task", b"task"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_funded_tokens", b"_funded_tokens", "_prefill", b"_prefill", "funded_tokens", b"funded_tokens", "prefill", b"prefill", "relayed_tokens", b"relayed_tokens", "task", b"task"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_funded_tokens", b"_funded_tokens", "_prefill", b"_prefill", "_route", b"_route", "funded_tokens", b"funded_tokens", "prefill", b"prefill", "route", b"route", "task", b"task"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_funded_tokens", b"_funded_tokens", "_prefill", b"_prefill", "_route", b"_route", "funded_tokens", b"funded_tokens", "prefill", b"prefill", "relayed_tokens", b"relayed_tokens", "route", b"route", "task", b"task"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_funded_tokens", b"_funded_tokens"]) -> typing.Literal["funded_tokens"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_prefill", b"_prefill"]) -> typing.Literal["prefill"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_route", b"_route"]) -> typing.Literal["route"] | None: ...
 
 global___Start = Start
+
+@typing.final
+class ChunkRoute(google.protobuf.message.Message):
+    """Where an attempt's Chunks go. They are in order among themselves, not with what this call brings: a
+    ChoiceEnded or Final may come before Chunks that belong before it, and tells how many tokens those have.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CHANNEL_ID_FIELD_NUMBER: builtins.int
+    NUMBER_FIELD_NUMBER: builtins.int
+    channel_id: builtins.bytes
+    """The channel, as WatchChunks named it."""
+    number: builtins.int
+    """The attempt's number in the channel, not used in it before."""
+    def __init__(
+        self,
+        *,
+        channel_id: builtins.bytes = ...,
+        number: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["channel_id", b"channel_id", "number", b"number"]) -> None: ...
+
+global___ChunkRoute = ChunkRoute
 
 @typing.final
 class PrefillTarget(google.protobuf.message.Message):
@@ -242,6 +274,69 @@ class Chunk(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "choice", b"choice", "first_index", b"first_index", "generated_tokens", b"generated_tokens", "logprobs", b"logprobs", "token_ids", b"token_ids"]) -> None: ...
 
 global___Chunk = Chunk
+
+@typing.final
+class WatchChunksRequest(google.protobuf.message.Message):
+    """Opens a channel."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CHANNEL_ID_FIELD_NUMBER: builtins.int
+    channel_id: builtins.bytes
+    """Its name, random, not used before."""
+    def __init__(
+        self,
+        *,
+        channel_id: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["channel_id", b"channel_id"]) -> None: ...
+
+global___WatchChunksRequest = WatchChunksRequest
+
+@typing.final
+class WatchChunksResponse(google.protobuf.message.Message):
+    """Chunks of any number of attempts."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CHUNKS_FIELD_NUMBER: builtins.int
+    @property
+    def chunks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___RoutedChunk]:
+        """In the order in which they were generated, attempt by attempt. Empty: the channel is open."""
+
+    def __init__(
+        self,
+        *,
+        chunks: collections.abc.Iterable[global___RoutedChunk] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["chunks", b"chunks"]) -> None: ...
+
+global___WatchChunksResponse = WatchChunksResponse
+
+@typing.final
+class RoutedChunk(google.protobuf.message.Message):
+    """A Chunk in a channel."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: builtins.int
+    CHUNK_FIELD_NUMBER: builtins.int
+    number: builtins.int
+    """Whose, as its ChunkRoute numbers it."""
+    @property
+    def chunk(self) -> global___Chunk:
+        """The tokens."""
+
+    def __init__(
+        self,
+        *,
+        number: builtins.int = ...,
+        chunk: global___Chunk | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["chunk", b"chunk"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["chunk", b"chunk", "number", b"number"]) -> None: ...
+
+global___RoutedChunk = RoutedChunk
 
 @typing.final
 class ChoiceEnded(google.protobuf.message.Message):

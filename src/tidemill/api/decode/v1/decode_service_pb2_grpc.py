@@ -40,6 +40,11 @@ class DecodeServiceStub(object):
                 request_serializer=tidemill_dot_api_dot_decode_dot_v1_dot_decode__service__pb2.DecodeRequest.SerializeToString,
                 response_deserializer=tidemill_dot_api_dot_decode_dot_v1_dot_decode__service__pb2.DecodeResponse.FromString,
                 _registered_method=True)
+        self.WatchChunks = channel.unary_stream(
+                '/tidemill.api.decode.v1.DecodeService/WatchChunks',
+                request_serializer=tidemill_dot_api_dot_decode_dot_v1_dot_decode__service__pb2.WatchChunksRequest.SerializeToString,
+                response_deserializer=tidemill_dot_api_dot_decode_dot_v1_dot_decode__service__pb2.WatchChunksResponse.FromString,
+                _registered_method=True)
         self.AckFinal = channel.unary_unary(
                 '/tidemill.api.decode.v1.DecodeService/AckFinal',
                 request_serializer=tidemill_dot_api_dot_decode_dot_v1_dot_decode__service__pb2.AckFinalRequest.SerializeToString,
@@ -67,6 +72,15 @@ class DecodeServiceServicer(object):
         Decode answers at most one PrefillDone, Chunks, and exactly one Final, after which it closes the
         stream. It refuses Start with DECODE_FULL or PREFILL_FULL (RESOURCE_EXHAUSTED, RetryInfo) when a
         worker has no room. Never end an attempt by a gRPC cancel: no Final would arrive.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchChunks(self, request, context):
+        """A channel for the Chunks of many attempts, which name it in Start: those that wait leave in one
+        message. The first message is empty: from then on the channel may be named. It ends by itself once the
+        worker drains and none of its attempts has anything left to say. When it breaks, its attempts end.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -100,6 +114,11 @@ def add_DecodeServiceServicer_to_server(servicer, server):
                     servicer.Decode,
                     request_deserializer=tidemill_dot_api_dot_decode_dot_v1_dot_decode__service__pb2.DecodeRequest.FromString,
                     response_serializer=tidemill_dot_api_dot_decode_dot_v1_dot_decode__service__pb2.DecodeResponse.SerializeToString,
+            ),
+            'WatchChunks': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchChunks,
+                    request_deserializer=tidemill_dot_api_dot_decode_dot_v1_dot_decode__service__pb2.WatchChunksRequest.FromString,
+                    response_serializer=tidemill_dot_api_dot_decode_dot_v1_dot_decode__service__pb2.WatchChunksResponse.SerializeToString,
             ),
             'AckFinal': grpc.unary_unary_rpc_method_handler(
                     servicer.AckFinal,
@@ -145,6 +164,33 @@ class DecodeService(object):
             '/tidemill.api.decode.v1.DecodeService/Decode',
             tidemill_dot_api_dot_decode_dot_v1_dot_decode__service__pb2.DecodeRequest.SerializeToString,
             tidemill_dot_api_dot_decode_dot_v1_dot_decode__service__pb2.DecodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchChunks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tidemill.api.decode.v1.DecodeService/WatchChunks',
+            tidemill_dot_api_dot_decode_dot_v1_dot_decode__service__pb2.WatchChunksRequest.SerializeToString,
+            tidemill_dot_api_dot_decode_dot_v1_dot_decode__service__pb2.WatchChunksResponse.FromString,
             options,
             channel_credentials,
             insecure,

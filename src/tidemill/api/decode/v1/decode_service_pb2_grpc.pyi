@@ -32,6 +32,15 @@ class DecodeServiceStub:
     worker has no room. Never end an attempt by a gRPC cancel: no Final would arrive.
     """
 
+    WatchChunks: grpc.UnaryStreamMultiCallable[
+        tidemill.api.decode.v1.decode_service_pb2.WatchChunksRequest,
+        tidemill.api.decode.v1.decode_service_pb2.WatchChunksResponse,
+    ]
+    """A channel for the Chunks of many attempts, which name it in Start: those that wait leave in one
+    message. The first message is empty: from then on the channel may be named. It ends by itself once the
+    worker drains and none of its attempts has anything left to say. When it breaks, its attempts end.
+    """
+
     AckFinal: grpc.UnaryUnaryMultiCallable[
         tidemill.api.decode.v1.decode_service_pb2.AckFinalRequest,
         tidemill.api.decode.v1.decode_service_pb2.AckFinalResponse,
@@ -62,6 +71,15 @@ class DecodeServiceAsyncStub:
     Decode answers at most one PrefillDone, Chunks, and exactly one Final, after which it closes the
     stream. It refuses Start with DECODE_FULL or PREFILL_FULL (RESOURCE_EXHAUSTED, RetryInfo) when a
     worker has no room. Never end an attempt by a gRPC cancel: no Final would arrive.
+    """
+
+    WatchChunks: grpc.aio.UnaryStreamMultiCallable[
+        tidemill.api.decode.v1.decode_service_pb2.WatchChunksRequest,
+        tidemill.api.decode.v1.decode_service_pb2.WatchChunksResponse,
+    ]
+    """A channel for the Chunks of many attempts, which name it in Start: those that wait leave in one
+    message. The first message is empty: from then on the channel may be named. It ends by itself once the
+    worker drains and none of its attempts has anything left to say. When it breaks, its attempts end.
     """
 
     AckFinal: grpc.aio.UnaryUnaryMultiCallable[
@@ -96,6 +114,17 @@ class DecodeServiceServicer(metaclass=abc.ABCMeta):
         Decode answers at most one PrefillDone, Chunks, and exactly one Final, after which it closes the
         stream. It refuses Start with DECODE_FULL or PREFILL_FULL (RESOURCE_EXHAUSTED, RetryInfo) when a
         worker has no room. Never end an attempt by a gRPC cancel: no Final would arrive.
+        """
+
+    @abc.abstractmethod
+    def WatchChunks(
+        self,
+        request: tidemill.api.decode.v1.decode_service_pb2.WatchChunksRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[tidemill.api.decode.v1.decode_service_pb2.WatchChunksResponse], collections.abc.AsyncIterator[tidemill.api.decode.v1.decode_service_pb2.WatchChunksResponse]]:
+        """A channel for the Chunks of many attempts, which name it in Start: those that wait leave in one
+        message. The first message is empty: from then on the channel may be named. It ends by itself once the
+        worker drains and none of its attempts has anything left to say. When it breaks, its attempts end.
         """
 
     @abc.abstractmethod
