@@ -180,6 +180,7 @@ class MockWorker(DecodeServiceServicer, PrefillServiceServicer, WorkerServiceSer
         self._chunks = ChunkChannels()
         self._prefilling = asyncio.Lock()
         self._queue: dict[int, int] = {}  # prompt tokens by ticket
+        self._begun: dict[int, float] = {}  # when, of what is being computed
         self._tickets = itertools.count()
         self._prefill_busy_s = self._decode_busy_s = 0.0
         self._server: RpcServer | None = None
@@ -424,9 +425,11 @@ class MockWorker(DecodeServiceServicer, PrefillServiceServicer, WorkerServiceSer
                 rate = self.config.prefill_tokens_per_s
                 seconds = tokens / rate if rate else 0.0
                 if seconds:
+                    self._begun[ticket] = time.monotonic()
                     await asyncio.sleep(seconds)
         finally:
             del self._queue[ticket]
+            self._begun.pop(ticket, None)
         self._prefill_busy_s += seconds
         self.counts.computed_tokens += tokens
         return lifecycle_pb2.PrefillDone(
@@ -486,7 +489,7 @@ class MockWorker(DecodeServiceServicer, PrefillServiceServicer, WorkerServiceSer
             await asyncio.sleep(1.0)
 
     def _load(self, sequence: int) -> worker_pb2.WatchLoadResponse:
-        config, queued = self.config, self._queue.values()
+        config, queued = self.config, [self._num_uncomputed(ticket) for ticket in self._queue]
         return worker_pb2.WatchLoadResponse(
             epoch=self._epoch,
             sequence=sequence,
@@ -509,6 +512,13 @@ class MockWorker(DecodeServiceServicer, PrefillServiceServicer, WorkerServiceSer
             prefill_tokens_per_s=round(config.prefill_tokens_per_s),
             decode_step_us=round(config.decode_step_s * 1e6),
         )
+
+    def _num_uncomputed(self, ticket: int) -> int:
+        tokens = self._queue[ticket]
+        if (begun := self._begun.get(ticket)) is None:
+            return tokens
+        done = (time.monotonic() - begun) * self.config.prefill_tokens_per_s
+        return max(tokens - round(done), 0)
 
     @property
     def num_running(self) -> int:
