@@ -7,6 +7,7 @@ fails is left alone for a while: its blocks count as not held, and nobody waits 
 
 import asyncio
 import logging
+import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -101,8 +102,15 @@ class DiskTier:
         return "the disk tier has failed" if self._work is not None and self._work.done() else None
 
     async def start(self) -> None:
-        """Take the folder and begin to learn what lies there. Raises ConfigError."""
+        """Take the folder and begin to learn what lies there. Raises ConfigError.
+
+        All readers are there from now on: one that first came under some later load would look like
+        a leak, with the memory that its thread keeps.
+        """
         await asyncio.to_thread(self._folder.open)
+        loop, all_there = asyncio.get_running_loop(), threading.Barrier(NUM_READERS)
+        readers = (loop.run_in_executor(self._readers, all_there.wait) for _ in range(NUM_READERS))
+        await asyncio.gather(*readers)
         self._work = asyncio.create_task(self._run(), name="disk tier")
 
     async def close(self, remaining: Iterable[tuple[bytes, StoredBlock]] = ()) -> None:

@@ -162,6 +162,14 @@ TestDiskAgainstModel = DiskAgainstModel.TestCase
 TestDiskAgainstModel.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
 
 
+async def test_all_readers_are_there_from_the_start_so_that_none_looks_like_a_leak(
+    tmp_path: Path,
+) -> None:
+    async with disk_tier(tmp_path):
+        names = [each.name for each in threading.enumerate()]
+        assert sum(name.startswith("disk-read") for name in names) == NUM_READERS
+
+
 async def test_a_block_can_be_read_while_it_waits_to_be_written(tmp_path: Path) -> None:
     async with disk_tier(tmp_path) as tier:
         new = block(NAMESPACES[0], 1000)
