@@ -23,12 +23,12 @@ import grpc
 
 from benchmarks.provenance import ROOT, commit, device
 from benchmarks.serving.cache_rpc import (
-    free_port,
     median_rates,
     tls_files,
     until_up,
 )
 from benchmarks.serving.delay_link import DelayLink
+from services.stack.ports import free_port
 from tidemill.certs import make_dev_certs
 from tidemill.rpc.channel import internal_channel
 from tidemill.rpc.options import BULK_CLIENT, INTERNAL_CLIENT

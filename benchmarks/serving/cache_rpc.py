@@ -29,6 +29,7 @@ import grpc
 from google.protobuf.wrappers_pb2 import UInt64Value
 
 from benchmarks.provenance import ROOT, commit, device
+from services.stack.ports import free_port
 from tidemill.certs import make_dev_certs
 from tidemill.kv.cache_client import CacheClient, CacheClientConfig, CacheNamespace
 from tidemill.kv.pieces import PIECE_BYTES
@@ -221,15 +222,6 @@ def servers(directory: Path, capacity_bytes: int) -> Iterator[tuple[int, int]]:
         for process in started:
             process.terminate()
             process.wait(20)
-
-
-def free_port() -> int:
-    import socket  # noqa: PLC0415 - only here
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 async def until_up(certs: Path, ports: tuple[int, ...], *, role: str = "cache") -> None:

@@ -21,7 +21,6 @@ import platform
 import signal
 import statistics
 import sys
-import tempfile
 import time
 from bisect import bisect_left, bisect_right
 from contextlib import ExitStack
@@ -34,11 +33,11 @@ import uvloop
 from redis.asyncio import Redis
 
 from benchmarks.provenance import commit, device
-from benchmarks.serving.cache_rpc import free_port
+from benchmarks.serving.ledger_redis import ledger_redis
 from benchmarks.serving.relay import CHUNK, Ends, Open, first_key, tokens_of
 from benchmarks.serving.router_process import python_process, tls_files, write_config
 from services.router.__main__ import main as router_main
-from services.router.money.ledger import REQUIRED_SETTINGS
+from services.stack.ports import free_port
 from tests.mock_worker import MockConfig
 from tests.mock_workers import MockProcess
 from tests.redis_process import RedisProcess
@@ -218,14 +217,8 @@ def main() -> None:
         serve_router(config, Path(path))
         return
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    settings = {name.replace("-", "_"): value for name, value in REQUIRED_SETTINGS.items()}
-    with tempfile.TemporaryDirectory() as name:
-        server = RedisProcess(Path(name), port=free_port(), settings=settings)
-        server.start()
-        try:
-            found = uvloop.run(measure(Path(name), server, arguments.number))
-        finally:
-            server.stop()
+    with ledger_redis() as (folder, server):
+        found = uvloop.run(measure(folder, server, arguments.number))
     report = {
         "command": f"python -m benchmarks.serving.first_message --number {arguments.number}",
         "commit": commit(),

@@ -36,11 +36,11 @@ import xxhash
 from benchmarks.provenance import ROOT, commit, device
 from benchmarks.serving.cache_rpc import (
     Timed,
-    free_port,
     median_rates,
     tls_files,
     until_up,
 )
+from services.stack.ports import free_port
 from tidemill.api.prefill.v1 import prefill_service_pb2 as pb
 from tidemill.api.prefill.v1.prefill_service_pb2_grpc import PrefillServiceStub
 from tidemill.certs import make_dev_certs

@@ -16,7 +16,6 @@ import asyncio
 import json
 import platform
 import statistics
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -25,11 +24,10 @@ from typing import Any, cast
 from redis.asyncio import Redis
 
 from benchmarks.provenance import commit, device
-from benchmarks.serving.cache_rpc import free_port
+from benchmarks.serving.ledger_redis import ledger_redis
 from services.router.admission import Admitted
 from services.router.finish import Completed
 from services.router.money.hold import Hold
-from services.router.money.ledger import REQUIRED_SETTINGS
 from services.router.money.treasury import Treasury, size_of, terms_of
 from tests.redis_process import RedisProcess
 from tests.router_harness import (
@@ -152,15 +150,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=600)
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
-    settings = {name.replace("-", "_"): value for name, value in REQUIRED_SETTINGS.items()}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        server = RedisProcess(folder, port=free_port(), settings=settings)
-        server.start()
-        try:
-            p50_ms = asyncio.run(measure(folder, server, arguments.rounds))
-        finally:
-            server.stop()
+    with ledger_redis() as (folder, server):
+        p50_ms = asyncio.run(measure(folder, server, arguments.rounds))
     report = {
         "command": f"python -m benchmarks.serving.hold_ttft --rounds {arguments.rounds}",
         "commit": commit(),

@@ -22,7 +22,6 @@ import asyncio
 import json
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from importlib.metadata import version
@@ -33,11 +32,10 @@ from typing import Any
 from redis.asyncio import BlockingConnectionPool, Redis
 
 from benchmarks.provenance import commit, device
-from benchmarks.serving.cache_rpc import free_port
+from benchmarks.serving.ledger_redis import ledger_redis
 from services.router.config import LedgerConfig
 from services.router.money.accounts import Accounts
-from services.router.money.ledger import REQUIRED_SETTINGS, Ledger
-from tests.redis_process import RedisProcess
+from services.router.money.ledger import Ledger
 from tidemill.billing import ledger as rules
 
 RESULT = Path(__file__).with_name("results") / "ledger.json"
@@ -207,14 +205,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=400, help="of each latency")
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
-    settings = {name.replace("-", "_"): value for name, value in REQUIRED_SETTINGS.items()}
-    with tempfile.TemporaryDirectory() as folder:
-        server = RedisProcess(Path(folder), port=free_port(), settings=settings)
-        server.start()
-        try:
-            measured = asyncio.run(measure(server.url, arguments))
-        finally:
-            server.stop()
+    with ledger_redis() as (_, server):
+        measured = asyncio.run(measure(server.url, arguments))
     report = {
         "command": f"python -m benchmarks.serving.ledger --rounds {arguments.rounds} "
         f"--pairs {arguments.pairs} --samples {arguments.samples}",

@@ -19,7 +19,6 @@ real| in seconds, p50 and p90. Floor: no goodput above the prefill workers' rate
 import argparse
 import asyncio
 import json
-import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -33,12 +32,11 @@ import grpc
 import uvloop
 
 from benchmarks.provenance import commit, device
-from benchmarks.serving.cache_rpc import free_port
+from benchmarks.serving.ledger_redis import ledger_redis
 from benchmarks.serving.router_process import python_process, tls_files, write_config
-from services.router.money.ledger import REQUIRED_SETTINGS
+from services.stack.ports import free_port
 from tests.mock_worker import MockConfig
 from tests.mock_workers import mock_workers
-from tests.redis_process import RedisProcess
 from tests.router_harness import (
     MODEL,
     RouterCaller,
@@ -226,14 +224,8 @@ def main() -> None:
     parser.add_argument("--deadline", type=float, default=2.0)
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
-    settings = {name.replace("-", "_"): value for name, value in REQUIRED_SETTINGS.items()}
-    with tempfile.TemporaryDirectory() as name:
-        server = RedisProcess(Path(name), port=free_port(), settings=settings)
-        server.start()
-        try:
-            rows = uvloop.run(measure(Path(name), server.url, arguments))
-        finally:
-            server.stop()
+    with ledger_redis() as (folder, server):
+        rows = uvloop.run(measure(folder, server.url, arguments))
     goodputs = [row["goodput_per_s"] for row in rows if row["row"] == "deadline"]
     report = {
         "command": f"python -m benchmarks.serving.overload --seconds {arguments.seconds:g} "

@@ -26,7 +26,6 @@ import json
 import os
 import platform
 import statistics
-import tempfile
 import time
 from array import array
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -40,10 +39,10 @@ import uvloop
 from redis.asyncio import Redis
 
 from benchmarks.provenance import commit, device
-from benchmarks.serving.cache_rpc import free_port
+from benchmarks.serving.ledger_redis import ledger_redis
 from benchmarks.serving.router_process import python_process, tls_files, write_config
-from services.router.money.ledger import REQUIRED_SETTINGS
 from services.router.worker_task import wire_id
+from services.stack.ports import free_port
 from tests.mock_worker import MockConfig
 from tests.mock_workers import MockProcess
 from tests.redis_process import RedisProcess
@@ -449,14 +448,8 @@ def main() -> None:
         uvloop.run(serve_bare(Path(certs), int(port), worker))
         return
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    settings = {name.replace("-", "_"): value for name, value in REQUIRED_SETTINGS.items()}
-    with tempfile.TemporaryDirectory() as name:
-        server = RedisProcess(Path(name), port=free_port(), settings=settings)
-        server.start()
-        try:
-            found = uvloop.run(measure(Path(name), server, arguments))
-        finally:
-            server.stop()
+    with ledger_redis() as (folder, server):
+        found = uvloop.run(measure(folder, server, arguments))
     options = f"--rounds {arguments.rounds} --streams {arguments.streams}"
     report = {
         "command": f"python -m benchmarks.serving.relay {options} --seconds {arguments.seconds:g}",

@@ -43,10 +43,10 @@ from prometheus_client import CollectorRegistry
 
 from benchmarks.provenance import ROOT, commit, device
 from benchmarks.serving.cache_rpc import (
-    free_port,
     tls_files,
     until_up,
 )
+from services.stack.ports import free_port
 from tests.slow_link import SlowLink
 from tidemill.api.common.v1.lifecycle_pb2 import AttemptId, KvPeer, ResolvedSampling, WorkerTask
 from tidemill.api.common.v1.usage_pb2 import PromptUsage
