@@ -302,10 +302,10 @@ class _RecordingMoe(MoeMlp):
 
     note: Callable[[Tensor], None]
 
-    def dispatch(self, tokens: Tensor) -> Dispatched:
+    def dispatch(self, hidden: Tensor) -> Dispatched:
         assert self.gate_bias is not None
-        self.note(linear(tokens[-1].float(), self.gate).sigmoid() + self.gate_bias)
-        return super().dispatch(tokens)
+        self.note(linear(self.norm(hidden[-1:])[0].float(), self.gate).sigmoid() + self.gate_bias)
+        return super().dispatch(hidden)
 
 
 def _record_choices(engine: Engine) -> dict[int, Tensor]:

@@ -159,11 +159,11 @@ class _RecordingMoe(MoeMlp):
 
     note: Callable[[Tensor], None]
 
-    def dispatch(self, tokens: Tensor) -> Dispatched:
-        logits = linear(tokens.float(), self.gate)
+    def dispatch(self, hidden: Tensor) -> Dispatched:
+        logits = linear(self.norm(hidden).float(), self.gate)
         bias = self.gate_bias
         self.note(logits.softmax(-1) if bias is None else logits.sigmoid() + bias)
-        return super().dispatch(tokens)
+        return super().dispatch(hidden)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -60,9 +61,22 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Norm:
+    """RMSNorm before a stage: its weight [D], and what is added to the mean square."""
+
+    weight: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., D]."""
+        return rms_norm(x, self.weight, self.eps)
+
+
+@dataclass(frozen=True)
 class Attention:
     """Multi-head latent attention over the paged cache (DeepSeek-V2 report 2.1)."""
 
+    norm: Norm
     qkv_a: Linear  # hidden -> (q_lora or heads * (nope + rope)) + kv_lora + rope
     q_a_norm: Tensor | None  # None, like q_b, where qkv_a gives the query itself
     q_b: Linear | None  # q_lora -> heads * (nope + rope)
@@ -74,18 +88,23 @@ class Attention:
     config: ModelConfig
     scale: float
 
-    def project(self, hidden: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden [T, D] -> query [T, H, nope + rope], latent [T, kv_lora + rope], both rotated.
+    def write(self, hidden: Tensor, rotation: Tensor, batch: Batch, latents: Tensor) -> Tensor:
+        """As AttentionStage.write."""
+        query, latent = self._project(self.norm(hidden), rotation)
+        if batch.written is not None:
+            latent = latent[batch.written]
+        latents.view(-1, latents.shape[-1]).index_copy_(0, batch.slots, latent)
+        return query
 
-        rotation [T, rope / 2] complex64.
-        """
+    def _project(self, normed: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+        """normed [T, D] -> query [T, H, nope + rope], latent [T, kv_lora + rope], both rotated."""
         config = self.config
-        query, latent, k_rope = self.qkv_a(hidden).tensor_split(
+        query, latent, k_rope = self.qkv_a(normed).tensor_split(
             [-config.latent_dim, -config.qk_rope_head_dim], dim=-1
         )
         if self.q_b is not None and self.q_a_norm is not None:
             query = self.q_b(rms_norm(query, self.q_a_norm, LATENT_NORM_EPS))
-        query = query.view(len(hidden), config.num_attention_heads, config.qk_head_dim)
+        query = query.view(len(normed), config.num_attention_heads, config.qk_head_dim)
         q_rope = query[..., config.qk_nope_head_dim :]
         # The shared key turns as one more head.
         turned = apply_rope(torch.cat((q_rope, k_rope.unsqueeze(1)), dim=1), rotation.unsqueeze(1))
@@ -94,11 +113,15 @@ class Attention:
         return query, torch.cat((latent, turned[:, -1]), dim=-1)
 
     def attend(self, query: Tensor, batch: Batch, latents: Tensor) -> Tensor:
-        """query [T, H, nope + rope], one layer's pool [blocks, 64, D] -> [T, H * v]."""
+        """As AttentionStage.attend."""
         parts = [self._attend_span(query, span, latents) for span in batch.spans]
         if batch.decodes is not None:
             parts.insert(0, self._attend_absorbed(query, batch.decodes, latents))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def close(self, attended: Tensor, hidden: Tensor) -> Tensor:
+        """As AttentionStage.close."""
+        return self.out.plus(attended, hidden)
 
     def _attend_span(self, query: Tensor, span: PromptSpan, latents: Tensor) -> Tensor:
         length = span.start + span.row_end - span.row_start
@@ -141,11 +164,16 @@ class Dispatched:
 class DenseMlp:
     """The first layers' MLP in the experts' place: nothing to route."""
 
+    norm: Norm
     mlp: Expert
 
-    def dispatch(self, tokens: Tensor) -> Tensor:
-        """tokens [T, D], unmoved."""
-        return tokens
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """As MlpStage."""
+        return self.combine(hidden, self.experts(self.dispatch(hidden)))
+
+    def dispatch(self, hidden: Tensor) -> Tensor:
+        """hidden [T, D] -> normalised tokens [T, D], unmoved."""
+        return self.norm(hidden)
 
     def experts(self, tokens: Tensor) -> Tensor:
         """tokens [T, D] -> [T, D]."""
@@ -160,15 +188,21 @@ class DenseMlp:
 class MoeMlp:
     """Routed experts and perhaps a shared one (DeepSeek-V3 report 2.1.2)."""
 
+    norm: Norm
     gate: Tensor  # [E, D] fp32
     gate_bias: Tensor | None  # [E] fp32
     routed: Sequence[Expert]
     shared: Expert | None
     config: ModelConfig
 
-    def dispatch(self, tokens: Tensor) -> Dispatched:
-        """tokens [T, D] -> one row per chosen expert, sorted by expert."""
-        config = self.config
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """As MlpStage."""
+        dispatched = self.dispatch(hidden)
+        return self.combine(hidden, dispatched, self.experts(dispatched))
+
+    def dispatch(self, hidden: Tensor) -> Dispatched:
+        """hidden [T, D] -> one row per chosen expert, sorted by expert."""
+        config, tokens = self.config, self.norm(hidden)
         weights, ids = moe_route(
             linear(tokens.float(), self.gate),
             self.gate_bias,
@@ -195,14 +229,35 @@ class MoeMlp:
         return residual + (mixed if shared is None else mixed + shared)
 
 
+class AttentionStage(Protocol):
+    """A layer's first stage, its norm included."""
+
+    def write(self, hidden: Tensor, rotation: Tensor, batch: Batch, latents: Tensor) -> Tensor:
+        """hidden [T, D], rotation [T, rope / 2] complex64 -> query [T, H, nope + rope], rotated.
+
+        The batch's latents go to their slots in one layer's pool `latents` [blocks, 64, D].
+        """
+
+    def attend(self, query: Tensor, batch: Batch, latents: Tensor) -> Tensor:
+        """query [T, H, nope + rope], one layer's pool [blocks, 64, D] -> [T, H * v]."""
+
+    def close(self, attended: Tensor, hidden: Tensor) -> Tensor:
+        """attended [T, H * v] through the output product, plus hidden [T, D]."""
+
+
+class MlpStage(Protocol):
+    """A layer's other stages one after the other: norm and dispatch, experts, combine."""
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """hidden [T, D] -> hidden plus what the experts make of it."""
+
+
 @dataclass(frozen=True)
 class Layer:
     """Pre-norm attention and MLP: attention, dispatch, experts, combine."""
 
-    input_norm: Tensor
-    attention: Attention
-    post_norm: Tensor
-    mlp: DenseMlp | MoeMlp
+    attention: AttentionStage
+    mlp: MlpStage
 
 
 class DeepseekModel:
@@ -214,7 +269,7 @@ class DeepseekModel:
         config: ModelConfig,
         embedding: Tensor,
         layers: Sequence[Layer],
-        norm: Tensor,
+        norm: Norm,
         head: Linear,
         rotations: Tensor,
     ) -> None:
@@ -241,32 +296,17 @@ class DeepseekModel:
 
         `on_layer(i)` is called as soon as layer i's latents of this batch are in the pool.
         """
-        eps = self.config.rms_norm_eps
         rotation = self.rotations[batch.positions]
         hidden = self.embedding[token_ids]
         for index, layer in enumerate(self.layers):
             pool = latents[index]
-            query, latent = layer.attention.project(
-                rms_norm(hidden, layer.input_norm, eps), rotation
-            )
-            if batch.written is not None:
-                latent = latent[batch.written]
-            pool.view(-1, pool.shape[-1]).index_copy_(0, batch.slots, latent)
+            query = layer.attention.write(hidden, rotation, batch, pool)
             if on_layer is not None:
                 on_layer(index)
-            attended = layer.attention.attend(query, batch, pool)
-            hidden = layer.attention.out.plus(attended, hidden)
-            hidden = _run_mlp(layer.mlp, hidden, rms_norm(hidden, layer.post_norm, eps))
+            hidden = layer.attention.close(layer.attention.attend(query, batch, pool), hidden)
+            hidden = layer.mlp(hidden)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Last layer's hidden [T, D] -> [T, vocab] in the model's dtype."""
-        return self.head(rms_norm(hidden, self.norm, self.config.rms_norm_eps))
-
-
-def _run_mlp(mlp: DenseMlp | MoeMlp, residual: Tensor, tokens: Tensor) -> Tensor:
-    if isinstance(mlp, DenseMlp):
-        rows = mlp.dispatch(tokens)
-        return mlp.combine(residual, mlp.experts(rows))
-    dispatched = mlp.dispatch(tokens)
-    return mlp.combine(residual, dispatched, mlp.experts(dispatched))
+        return self.head(self.norm(hidden))

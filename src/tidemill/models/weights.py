@@ -7,7 +7,15 @@ from tidemill.kernels.expert_mlp import Expert
 from tidemill.kernels.linear import Linear, make_head_linear, make_linear
 from tidemill.models.checkpoint import Checkpoint
 from tidemill.models.config import ModelConfig
-from tidemill.models.deepseek import Attention, DeepseekModel, DenseMlp, Layer, MoeMlp
+from tidemill.models.deepseek import (
+    Attention,
+    DeepseekModel,
+    DenseMlp,
+    Layer,
+    MlpStage,
+    MoeMlp,
+    Norm,
+)
 from tidemill.models.rope import rope_table, softmax_scale
 from tidemill.models.source import Progress, WeightSource
 
@@ -30,7 +38,7 @@ def load_model(
         config=config,
         embedding=embedding,
         layers=[_layer(source, config, index) for index in range(config.num_hidden_layers)],
-        norm=source.vector("model.norm.weight", config.hidden_size),
+        norm=_norm(source, "model.norm", config),
         head=_head(source, config, embedding),
         rotations=rope_table(config, max_context),
     )
@@ -46,20 +54,21 @@ def _head(source: WeightSource, config: ModelConfig, embedding: Tensor) -> Linea
 
 def _layer(source: WeightSource, config: ModelConfig, index: int) -> Layer:
     prefix = f"model.layers.{index}"
-    mlp: DenseMlp | MoeMlp
+    norm = _norm(source, f"{prefix}.post_attention_layernorm", config)
+    mlp: MlpStage
     if config.has_experts(index):
-        mlp = _moe(source, f"{prefix}.mlp", config)
+        mlp = _moe(source, f"{prefix}.mlp", config, norm)
     else:
-        mlp = DenseMlp(_expert(source, f"{prefix}.mlp", config, config.intermediate_size))
-    return Layer(
-        input_norm=source.vector(f"{prefix}.input_layernorm.weight", config.hidden_size),
-        attention=_attention(source, f"{prefix}.self_attn", config),
-        post_norm=source.vector(f"{prefix}.post_attention_layernorm.weight", config.hidden_size),
-        mlp=mlp,
-    )
+        mlp = DenseMlp(norm, _expert(source, f"{prefix}.mlp", config, config.intermediate_size))
+    return Layer(attention=_attention(source, prefix, config), mlp=mlp)
 
 
-def _attention(source: WeightSource, prefix: str, config: ModelConfig) -> Attention:
+def _norm(source: WeightSource, name: str, config: ModelConfig) -> Norm:
+    return Norm(source.vector(f"{name}.weight", config.hidden_size), config.rms_norm_eps)
+
+
+def _attention(source: WeightSource, layer: str, config: ModelConfig) -> Attention:
+    prefix = f"{layer}.self_attn"
     heads, nope = config.num_attention_heads, config.qk_nope_head_dim
     kv_b = source.matrix(
         f"{prefix}.kv_b_proj.weight", heads * (nope + config.v_head_dim), config.kv_lora_rank
@@ -71,6 +80,7 @@ def _attention(source: WeightSource, prefix: str, config: ModelConfig) -> Attent
     if config.attention_bias:
         out_bias = source.vector(f"{prefix}.o_proj.bias", config.hidden_size)
     return Attention(
+        norm=_norm(source, f"{layer}.input_layernorm", config),
         qkv_a=qkv_a,
         q_a_norm=q_a_norm,
         q_b=q_b,
@@ -143,7 +153,7 @@ def _expert(source: WeightSource, prefix: str, config: ModelConfig, width: int) 
     )
 
 
-def _moe(source: WeightSource, prefix: str, config: ModelConfig) -> MoeMlp:
+def _moe(source: WeightSource, prefix: str, config: ModelConfig, norm: Norm) -> MoeMlp:
     width, num_experts = config.moe_intermediate_size, config.n_routed_experts
     bias = shared = None
     if config.topk_method == "noaux_tc":
@@ -154,6 +164,7 @@ def _moe(source: WeightSource, prefix: str, config: ModelConfig) -> MoeMlp:
             source, f"{prefix}.shared_experts", config, width * config.n_shared_experts
         )
     return MoeMlp(
+        norm=norm,
         gate=source.exact(f"{prefix}.gate.weight", num_experts, config.hidden_size),
         gate_bias=bias,
         routed=[
