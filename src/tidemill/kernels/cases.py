@@ -4,6 +4,14 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class RowsCase:
+    """num_rows rows of dim values."""
+
+    num_rows: int
+    dim: int
+
+
+@dataclass(frozen=True)
 class RouteCase:
     """Choice of top_k of num_experts in topk_group of n_group, for num_tokens tokens."""
 
@@ -38,6 +46,25 @@ class ExpertCase:
     width: int
 
 
+QUANT_CASES = (
+    RowsCase(1, 128),
+    RowsCase(5, 384),
+    RowsCase(33, 256),
+    RowsCase(257, 128),  # the many rows' tiles, the last with one
+)
+QUANT_GPU_CASES = (  # DeepSeek-V3: hidden, q_lora, an expert's width
+    RowsCase(1, 7168),
+    RowsCase(64, 7168),
+    RowsCase(257, 1536),
+    RowsCase(4096, 7168),
+    RowsCase(4096, 2048),
+)
+NORM_CASES = (
+    RowsCase(1, 64),
+    RowsCase(5, 48),
+    RowsCase(33, 384),
+    RowsCase(3, 7168),
+)
 ROUTE_CASES = (
     RouteCase(1, 16, 4, 2, 4),
     RouteCase(33, 16, 1, 1, 4),

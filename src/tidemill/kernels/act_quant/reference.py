@@ -48,4 +48,5 @@ def scale_groups(x: Tensor) -> tuple[Tensor, Tensor]:
     groups = x.float().reshape(x.shape[0], x.shape[1] // GROUP, GROUP)
     amax = groups.abs().amax(-1).clamp_min_(SMALLEST_AMAX)
     scales = amax.new_empty(amax.shape[::-1]).t().copy_(amax / LARGEST)
-    return (groups * (LARGEST / amax).unsqueeze(-1)).flatten(-2), scales
+    factors = amax.new_tensor(LARGEST) / amax  # a number over a tensor would be rounded twice
+    return (groups * factors.unsqueeze(-1)).flatten(-2), scales

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from tidemill.kernels.act_quant.reference import Quantized, act_quant
+
 # From this many elements on, torch's own operator passes over memory more often than need be.
 _MANY = 1 << 15
 _TILE = 1 << 18  # elements normed at once: in fp32 they stay in the cache
@@ -28,3 +30,23 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         scales = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         normed.copy_((wide * scales).mul_(weight))
     return out
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x and residual [T, D] -> their sum's `rms_norm`, and the sum, rounded to x's dtype first."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def rms_norm_quant(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Quantized]:
+    """x [T, D] -> its `rms_norm`, and that quantised."""
+    normed = rms_norm(x, weight, eps)
+    return normed, act_quant(normed)
+
+
+def add_rms_norm_quant(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Quantized, Tensor]:
+    """x and residual [T, D] -> `add_rms_norm`'s first, quantised, and the sum."""
+    normed, total = add_rms_norm(x, residual, weight, eps)
+    return act_quant(normed), total
