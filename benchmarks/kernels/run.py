@@ -1,0 +1,253 @@
+"""Everything that needs a GPU, in one go: the gpu tests, then the benchmarks, with their peers.
+
+    benchmarks/kernels/gpu.sh                       # all of it, in less than nine minutes
+    python -m benchmarks.kernels.run --only mla_decode
+
+An op whose gpu tests are red, or that has none, is not timed. Tests run file by file and benchmarks
+op by op in processes of their own, so that one that breaks its device context breaks no other.
+What was found is written as it is found: a run that is cut off leaves all that it had.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.kernels import harness
+from benchmarks.provenance import ROOT, commit
+
+HERE = Path(__file__).resolve().parent
+NO_BENCHMARKS = {"aot", "harness", "peers", "run"}
+TEST_PROCESSES = 3  # they share one GPU's memory
+TESTS_SHARE = 0.5  # of the whole time, at the most
+OP_SECONDS = 75.0  # one op, imports, compiling and peers included
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one file of tests came to."""
+
+    passed: int = 0
+    failed: int = 0
+    unfinished: bool = False
+
+    @property
+    def is_green(self) -> bool:
+        return self.passed > 0 and self.failed == 0 and not self.unfinished
+
+    def __str__(self) -> str:
+        if self.unfinished:
+            return "did not finish"
+        return f"{self.passed} passed, {self.failed} failed"
+
+
+def gpu_test_files(root: Path = ROOT) -> list[str]:
+    """Every file with a gpu-marked test, from the root of the repository."""
+    files = sorted((root / "tests").rglob("test_*.py"))
+    marked = [path for path in files if "mark.gpu" in path.read_text(encoding="utf-8")]
+    return [str(path.relative_to(root)) for path in marked]
+
+
+def verdict_of(report: Path) -> Verdict:
+    """A JUnit report's; unfinished if there is none."""
+    if not report.exists():
+        return Verdict(unfinished=True)
+    passed = failed = 0
+    for case in ET.parse(report).getroot().iter("testcase"):  # noqa: S314 - pytest wrote it just now
+        if case.find("failure") is not None or case.find("error") is not None:
+            failed += 1
+        elif case.find("skipped") is None:
+            passed += 1
+    return Verdict(passed, failed)
+
+
+def run_tests(files: Sequence[str], out: Path, seconds: float) -> dict[str, Verdict]:
+    """The gpu-marked tests of each file; the end of what is red is printed, all is in tests.log."""
+    ends = time.monotonic() + seconds
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(TEST_PROCESSES) as pool:
+        runs = [
+            pool.submit(run_test_file, file, Path(folder, f"{at}.xml"), ends)
+            for at, file in enumerate(files)
+        ]
+        found = {file: run.result() for file, run in zip(files, runs, strict=True)}
+    with (out / "tests.log").open("w", encoding="utf-8") as log:
+        for file, (verdict, output) in found.items():
+            log.write(f"== {file}\n{output}\n")
+            print(f"{'green' if verdict.is_green else 'RED  '} {file}: {verdict}", flush=True)
+            if not verdict.is_green:
+                print(output[-1500:], flush=True)
+    return {file: verdict for file, (verdict, _) in found.items()}
+
+
+def run_test_file(file: str, report: Path, ends: float) -> tuple[Verdict, str]:
+    """One file's gpu-marked tests, by `ends` of the monotonic clock: verdict and output."""
+    flags = ["-c", str(HERE / "pytest.ini"), "--rootdir", str(ROOT), "-m", "gpu"]
+    flags += ["--confcutdir", str(Path(file).parent), f"--junit-xml={report}"]
+    with report.with_suffix(".log").open("w+", encoding="utf-8") as log:
+        try:
+            subprocess.run(
+                [sys.executable, "-m", "pytest", *flags, file],
+                cwd=ROOT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                check=False,
+                timeout=max(1.0, ends - time.monotonic()),
+            )
+        except subprocess.TimeoutExpired:
+            report.unlink(missing_ok=True)
+        log.seek(0)
+        return verdict_of(report), log.read()
+
+
+def benchmarks_here(only: Sequence[str]) -> list[str]:
+    """Names of the files with `works`, or of those of `only`."""
+    found = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in NO_BENCHMARKS)
+    return [name for name in found if not only or name in only]
+
+
+def tests_of(name: str) -> Sequence[str]:
+    """Files whose tests must be green before `name` is timed: its TESTS, or those of that name."""
+    module = importlib.import_module(f"benchmarks.kernels.{name}")
+    tests: Sequence[str] = getattr(module, "TESTS", (f"tests/kernels/test_{name}.py",))
+    return tests
+
+
+def red_among(tests: Sequence[str], verdicts: Mapping[str, Verdict]) -> list[str]:
+    """Why an op may not be timed; empty if it may."""
+    return [
+        f"{file}: {verdicts.get(file, 'no gpu tests')}"
+        for file in tests
+        if file not in verdicts or not verdicts[file].is_green
+    ]
+
+
+def time_one(name: str, ceilings: harness.Ceilings, file: Path) -> None:
+    """In a process of its own: each of `name`'s works, written as soon as it is timed."""
+    module = importlib.import_module(f"benchmarks.kernels.{name}")
+    rows: list[dict[str, Any]] = []
+    for work in module.works():
+        rows.append(harness.run(work, ceilings))
+        file.write_text(json.dumps(rows), encoding="utf-8")
+
+
+def time_op(
+    name: str, ceilings: harness.Ceilings, out: Path, seconds: float
+) -> list[dict[str, Any]]:
+    """`time_one` in a process; its rows, and one that says so where it did not come to its end."""
+    file = out / f"{name}.rows.json"
+    file.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "benchmarks.kernels.run", "--one", name, "--out", str(out)]
+    command += ["--ceilings", json.dumps(asdict(ceilings))]
+    why = ""
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, timeout=seconds, capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            why = f"failed: {done.stderr.strip()[-300:]}"
+            with (out / "benchmarks.log").open("a", encoding="utf-8") as log:
+                log.write(f"== {name}\n{done.stderr}\n")
+    except subprocess.TimeoutExpired:
+        why = f"cut off after {seconds:.0f} s"
+    rows: list[dict[str, Any]] = []
+    if file.exists():
+        rows = json.loads(file.read_text(encoding="utf-8"))
+        file.unlink()
+    return [*rows, {"case": "the rest", "refused": why}] if why else rows
+
+
+def run_all(only: Sequence[str], out: Path, seconds: float, commit_id: str) -> int:
+    """Tests, ceilings, benchmarks; the table last. 1 if anything was red or cut off."""
+    ends = time.monotonic() + seconds
+    names = benchmarks_here(only)
+    needed = {file for name in names for file in tests_of(name)}
+    files = [file for file in gpu_test_files() if not only or file in needed]
+    verdicts = run_tests(files, out, seconds * TESTS_SHARE)
+    ceilings = harness.measure_ceilings()
+    torch.cuda.empty_cache()
+    device = torch.cuda.get_device_name()
+    result: dict[str, Any] = {
+        "benchmark": "kernels/run",
+        "command": "benchmarks/kernels/gpu.sh",
+        "commit": commit_id,
+        "device": device,
+        "versions": versions(),
+        "ceilings": {name: round(value, 1) for name, value in asdict(ceilings).items()},
+        "tests": {file: str(verdict) for file, verdict in verdicts.items()},
+        "ops": {},
+    }
+    for name in names:
+        red = red_among(tests_of(name), verdicts)
+        left = ends - time.monotonic()
+        if red:
+            rows = [{"case": "", "refused": f"not timed: {'; '.join(red)}"}]
+        elif left < 10:
+            rows = [{"case": "", "refused": "not timed: no time left"}]
+        else:
+            rows = time_op(name, ceilings, out, min(OP_SECONDS, left))
+        result["ops"][name] = rows
+        (out / "gpu.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        print(f"{name}: {len(rows)} rows, {ends - time.monotonic():.0f} s left", flush=True)
+    return report(result, verdicts)
+
+
+def report(result: Mapping[str, Any], verdicts: Mapping[str, Verdict]) -> int:
+    """The table; 1 if anything was red or cut off."""
+    ceilings = result["ceilings"]
+    print(
+        f"\n{result['device']}: copies {ceilings['copy']:.0f} GB/s, multiplies "
+        f"{ceilings['bf16']:.0f} TFLOPS in bf16, {ceilings['fp8']:.0f} in fp8"
+    )
+    rows = [(op, row) for op, found in result["ops"].items() for row in found]
+    for op, row in rows:
+        print(harness.line(op, row))
+    red = [file for file, verdict in verdicts.items() if not verdict.is_green]
+    refused = sum("refused" in row for _, row in rows)
+    print(f"{len(verdicts) - len(red)} files of tests green, {len(red)} red; {refused} not timed")
+    return 1 if red or refused else 0
+
+
+def versions() -> dict[str, str]:
+    import triton  # noqa: PLC0415 - only where there is a GPU
+
+    python = sys.version.split()[0]
+    return {"python": python, "torch": torch.__version__, "triton": triton.__version__}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", action="append", default=[], help="this op; may be repeated")
+    parser.add_argument("--seconds", type=float, default=510.0, help="for everything together")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
+    parser.add_argument("--commit", default="", help="where there is no git to ask")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--ceilings", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no CUDA device: nothing to time")
+        return 0
+    os.environ.pop("TRITON_INTERPRET", None)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.one:
+        ceilings = harness.Ceilings(**json.loads(args.ceilings))
+        time_one(args.one, ceilings, args.out / f"{args.one}.rows.json")
+        return 0
+    return run_all(args.only, args.out, args.seconds, args.commit or commit())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
