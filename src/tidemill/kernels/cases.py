@@ -46,6 +46,17 @@ class ExpertCase:
     width: int
 
 
+@dataclass(frozen=True)
+class RopeCase:
+    """num_tokens rows on their way into attention."""
+
+    num_tokens: int
+    num_heads: int
+    kv_lora_rank: int
+    nope_dim: int
+    rope_dim: int
+
+
 QUANT_CASES = (
     RowsCase(1, 128),
     RowsCase(5, 384),
@@ -78,6 +89,12 @@ ROUTE_CASES = (
     RouteCase(4, 8, 8, 3, 1, "softmax"),
     RouteCase(3, 1, 1, 1, 1, "softmax"),
 )
+ROPE_CASES = (
+    RopeCase(1, 4, 32, 16, 16),
+    RopeCase(7, 5, 48, 24, 8),
+    RopeCase(3, 40, 512, 128, 64),  # DeepSeek-V3's widths, heads in two parts
+)
+ROPE_GPU_CASES = (RopeCase(1, 128, 512, 128, 64), RopeCase(300, 16, 512, 128, 64))
 MLA_CASES = (
     MlaCase(4, 32, 16, 16, 16, (1,)),
     MlaCase(4, 32, 16, 16, 16, (64, 65, 1, 200)),
