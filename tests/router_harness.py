@@ -39,6 +39,7 @@ from tidemill.rpc.tls import TlsFiles
 MODEL = "tiny"
 ADMIN_KEY = "admin-key-for-tests-0123456789abcdef"
 BOOK_PATH = Path(__file__).parents[1] / "prices" / "deepseek-2025-02.toml"
+ONE_PRICE_PATH = Path(__file__).with_name("one_price.toml")
 DURABLE = {"maxmemory_policy": "noeviction", "appendonly": "yes", "appendfsync": "always"}
 SPECIAL = ["<bos>", "<eos>", "<think>", "</think>"]
 EOS_ID = 1
@@ -220,6 +221,7 @@ def router_config(
     drain_s: float = 0.0,
     queue_requests: int = 1024,
     ledger_timeout_s: float = 10.0,
+    price_book: Path = BOOK_PATH,
     **limits: Any,
 ) -> RouterConfig:
     """A configuration for tests, with secrets in `folder`, which is also the model's."""
@@ -242,7 +244,7 @@ def router_config(
                 name=MODEL, path=folder, price_model="deepseek-chat", default_max_tokens=64
             ),
         ),
-        price_book=BOOK_PATH,
+        price_book=price_book,
         money=MoneyConfig(signing_key_file=folder / SIGNING_KEY, spool_dir=folder / "spool"),
         server=ServerConfig(drain_s=drain_s),
         queue=QueueLimits(max_requests=queue_requests),

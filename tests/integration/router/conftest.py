@@ -70,6 +70,12 @@ def limits() -> dict[str, Any]:
 
 
 @pytest.fixture
+def price_book() -> Path:
+    """The router's price book, with windows; a test module that counts on one price overrides."""
+    return BOOK_PATH
+
+
+@pytest.fixture
 async def router(  # noqa: PLR0917 - fixtures
     model_dir: Path,
     ledger: RedisProcess,
@@ -77,9 +83,11 @@ async def router(  # noqa: PLR0917 - fixtures
     decode: ScriptedWorker,
     tls_files: Callable[[str], TlsFiles],
     limits: dict[str, Any],
+    price_book: Path,
 ) -> AsyncIterator[RouterHarness]:
     async with scripted([prefill, decode], tls_files) as endpoints:
-        config = router_config(model_dir, ledger, endpoints, tls_files("router"), **limits)
+        tls = tls_files("router")
+        config = router_config(model_dir, ledger, endpoints, tls, price_book=price_book, **limits)
         async with running_router(config) as harness:
             yield harness
 

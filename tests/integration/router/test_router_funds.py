@@ -14,6 +14,7 @@ from tests.redis_process import RedisProcess
 from tests.router_harness import (
     ADMIN_KEY,
     MODEL,
+    ONE_PRICE_PATH,
     OPENING_NANO,
     RouterHarness,
     bearer,
@@ -36,11 +37,16 @@ pytestmark = pytest.mark.redis
 
 BUDGET = lifecycle_pb2.FINISH_REASON_BUDGET
 LENGTH = lifecycle_pb2.FINISH_REASON_LENGTH
-MISS_NANO, OUTPUT_NANO = 270, 1100  # a token, at the dearest
+MISS_NANO, OUTPUT_NANO = 270, 1100  # a token, of the only window
 NUM_PROMPT = 100
 STEP = 512
 MOST = 800
 IDS = [50 + number % 100 for number in range(MOST)]
+
+
+@pytest.fixture
+def price_book() -> Path:
+    return ONE_PRICE_PATH
 
 
 def ask(request_id: str = "r1", n: int = 1, max_tokens: int = MOST) -> router_pb2.GenerateRequest:
