@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import hiredis
 from redis.asyncio import Redis
 from redis.commands.core import AsyncScript
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from services.router.money.line import Line, Outcome
 from services.router.money.metrics import LedgerMetrics
 from services.router.tasks import OwnedTasks
 from tidemill.errors import LedgerUnavailable
@@ -33,13 +35,19 @@ def unavailable(cause: BaseException) -> LedgerUnavailable:
     return error
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Call:
     script: AsyncScript
     keys: Sequence[str]
     arguments: Sequence[Part]
     durably: bool
     reply: asyncio.Future[Any]
+    whole: bool = False  # the script itself goes: the server does not know it
+
+    def packed(self) -> bytes:
+        script = self.script
+        named = ("EVAL", str(script.script)) if self.whole else ("EVALSHA", script.sha)
+        return _pack(*named, len(self.keys), *self.keys, *self.arguments)
 
     def answer(self, reply: object) -> None:
         if self.reply.done():
@@ -50,89 +58,114 @@ class _Call:
             self.reply.set_result(reply)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Batch:
+    calls: Sequence[_Call]
+    begun: float
+
+    @property
+    def is_durable(self) -> bool:
+        return any(call.durably for call in self.calls)
+
+
 class Batches:
     """`can_wait`: the server knows WAITAOF."""
 
     def __init__(
         self, redis: Redis, tasks: OwnedTasks, *, timeout_s: float, metrics: LedgerMetrics
     ) -> None:
-        self._redis = redis
-        self._tasks = tasks
         self._wait_ms = int(timeout_s * 1000)
         self._metrics = metrics
         self._waiting: list[_Call] = []
-        self._senders = 0
+        self._sent: dict[Line, _Batch] = {}
+        self._free = [
+            Line(redis, tasks, timeout_s=timeout_s, done=self._done) for _ in range(_AT_ONCE)
+        ]
+        self._lines = tuple(self._free)
         self.can_wait = False
 
-    async def run(
+    def send(
         self, script: AsyncScript, keys: Sequence[str], arguments: Sequence[Part], *, durably: bool
-    ) -> Any:
-        """The script's reply; LedgerUnavailable if none came."""
+    ) -> asyncio.Future[Any]:
+        """The script's reply; LedgerUnavailable if none comes. It is sent now if it can be."""
         reply = asyncio.get_running_loop().create_future()
         self._waiting.append(_Call(script, keys, arguments, durably and self.can_wait, reply))
-        if self._senders < _AT_ONCE:
-            self._add_sender()
-        return await reply
+        if self._free:
+            self._send_next(self._free.pop())
+        return reply
 
-    def _add_sender(self) -> None:
-        self._senders += 1
-        sender = self._tasks.spawn(self._send_all(), name="ledger")
-        sender.add_done_callback(self._remove_sender)
+    async def close(self, wait_s: float) -> None:
+        """Give what is on its way so many seconds, then hang up."""
+        calls = [*self._waiting, *(call for batch in self._sent.values() for call in batch.calls)]
+        if replies := [call.reply for call in calls if not call.reply.done()]:
+            await asyncio.wait(replies, timeout=wait_s)
+        for line in self._lines:
+            line.close()
 
-    def _remove_sender(self, _: "asyncio.Task[None]") -> None:
-        self._senders -= 1
-        if self._waiting and not self._senders:  # it was cancelled, and those who wait are not
-            self._add_sender()
+    def _send_next(self, line: Line) -> None:
+        """What waits, if anything does: the line was taken for it."""
+        if not self._waiting:
+            self._free.append(line)
+            return
+        calls = self._waiting[:_MOST_CALLS]
+        del self._waiting[:_MOST_CALLS]
+        self._send(line, calls)
 
-    async def _send_all(self) -> None:
-        while self._waiting:
-            batch = self._waiting[:_MOST_CALLS]
-            del self._waiting[:_MOST_CALLS]
-            await self._send(batch)
-            # Those just answered often have a next call, which goes with what waited meanwhile:
-            # else many small crowds would take turns for ever, each with an fsync of its own.
-            await asyncio.sleep(0)
+    def _send(self, line: Line, calls: Sequence[_Call]) -> None:
+        batch = self._sent[line] = _Batch(calls, time.monotonic())
+        packed = [call.packed() for call in calls]
+        if batch.is_durable:  # for what was written on the same connection before it
+            packed.append(_pack("WAITAOF", 1, 0, self._wait_ms))
+        line.ask(b"".join(packed), len(packed))
 
-    async def _send(self, batch: Sequence[_Call]) -> None:
-        begun = time.monotonic()
-        try:
-            replies = await self._execute(batch)
-            self._metrics.answered(time.monotonic() - begun)
-        except (RedisError, OSError) as error:
+    def _done(self, line: Line, outcome: Outcome) -> None:
+        batch = self._sent.pop(line)
+        replies = _on_disk(outcome) if batch.is_durable else outcome
+        if isinstance(replies, asyncio.CancelledError):
+            self._answer(batch.calls, replies)
+        elif isinstance(replies, BaseException):
             self._metrics.failed()
             # Those that came meanwhile have waited for the same silence.
-            batch = [*batch, *self._waiting]
-            self._waiting.clear()
-            replies = [error] * len(batch)
-        except asyncio.CancelledError as error:
-            for call in batch:
-                call.answer(error)
-            raise
-        for call, reply in zip(batch, replies, strict=True):
-            call.answer(reply)
+            waiting, self._waiting = self._waiting, []
+            self._answer([*batch.calls, *waiting], replies)
+        else:
+            self._metrics.answered(time.monotonic() - batch.begun)
+            if unknown := self._answer_known(batch.calls, replies):
+                self._send(line, unknown)
+                return
+        # Those just answered often have a next call, which goes with what waited meanwhile:
+        # else many small crowds would take turns for ever, each with an fsync of its own.
+        asyncio.get_running_loop().call_soon(self._send_next, line)
 
-    async def _execute(self, batch: Sequence[_Call]) -> list[Any]:
-        replies = await self._pipeline(batch)
-        forgotten = [at for at, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
-        if forgotten:
-            for script in {batch[at].script for at in forgotten}:
-                await self._redis.script_load(script.script)
-            again = await self._pipeline([batch[at] for at in forgotten])
-            for at, reply in zip(forgotten, again, strict=True):
-                replies[at] = reply
-        return replies
+    def _answer_known(self, calls: Sequence[_Call], replies: Sequence[Any]) -> list[_Call]:
+        """Answer; those whose script the server has forgotten are returned, to be sent with it."""
+        unknown = []
+        for call, reply in zip(calls, replies, strict=False):  # WAITAOF's has no call
+            if isinstance(reply, RedisError) and str(reply).startswith("NOSCRIPT"):
+                call.whole = True
+                unknown.append(call)
+            else:
+                call.answer(reply)
+        return unknown
 
-    async def _pipeline(self, batch: Sequence[_Call]) -> list[Any]:
-        pipeline = self._redis.pipeline(transaction=False)
-        for call in batch:
-            pipeline.evalsha(call.script.sha, len(call.keys), *call.keys, *call.arguments)
-        if not any(call.durably for call in batch):
-            return await pipeline.execute(raise_on_error=False)
-        # For what was written on the same connection before it.
-        pipeline.execute_command("WAITAOF", 1, 0, self._wait_ms)
-        *replies, waited = await pipeline.execute(raise_on_error=False)
-        if isinstance(waited, RedisError):
-            raise waited
-        if waited[0] == 0:
-            raise RedisTimeoutError("WAITAOF: not on the disk in time")
-        return replies
+    @staticmethod
+    def _answer(calls: Sequence[_Call], error: BaseException) -> None:
+        for call in calls:
+            call.answer(error)
+
+
+def _pack(*parts: Part) -> bytes:
+    packed: bytes = hiredis.pack_command(parts)  # type: ignore[arg-type]  # the stub wants one part
+    return packed
+
+
+def _on_disk(outcome: Outcome) -> Outcome:
+    """The outcome of a batch that ends with WAITAOF: no reply is good before that one is."""
+    if isinstance(outcome, BaseException):
+        return outcome
+    waited = outcome[-1]
+    if isinstance(waited, RedisError):
+        return waited
+    if waited[0] == 0:
+        return RedisTimeoutError("WAITAOF: not on the disk in time")
+    return outcome

@@ -130,7 +130,18 @@ class Ledger:
         AOF `always` sees to that by itself; where the server can be asked (Valkey), it is. A
         caller that is cancelled leaves the script running, as with `run`.
         """
-        return await self._batches.run(script, keys, arguments, durably=durably)
+        return await self.send_script(script, keys, arguments, durably=durably)
+
+    def send_script(
+        self,
+        script: AsyncScript,
+        keys: Sequence[str],
+        arguments: Sequence[Part],
+        *,
+        durably: bool = False,
+    ) -> asyncio.Future[Any]:
+        """As `run_script`, and sent before it returns where nothing else is on its way."""
+        return self._batches.send(script, keys, arguments, durably=durably)
 
     async def up_since_ms(self, now_ms: int) -> int:
         """When a router first reached the ledger's present process; `now_ms` if none did yet.
@@ -161,7 +172,7 @@ class Ledger:
     async def close(self, wait_s: float = 1.0) -> None:
         """Give commands on their way `wait_s` seconds, then close every connection."""
         # One whose connection is closed under it makes another, which nobody would close.
-        await self._commands.join(wait_s)
+        await asyncio.gather(self._batches.close(wait_s), self._commands.join(wait_s))
         await self._redis.aclose(close_connection_pool=True)
 
     async def _guarded(self, command: Callable[[Redis], Awaitable[T]]) -> T:
