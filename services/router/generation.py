@@ -7,7 +7,8 @@ never its settlement.
 import asyncio
 import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from services.router.admission import Admitted
 from services.router.config import LimitsConfig
@@ -67,8 +68,9 @@ class Generation:
 
         Returns how the request was settled before, if it was. Raises QueueFull,
         DeadlineUnreachable, and what `Treasury.open` raises. But for a request that runs, nothing
-        is left here.
+        is left here, nor in the ledger if the caller is cancelled meanwhile.
         """
+        loop = asyncio.get_running_loop()
         ticket = Ticket(
             key=self.admitted.key,
             tenant_id=self.admitted.tenant.id,
@@ -78,21 +80,20 @@ class Generation:
             priority=self.admitted.ask.priority,
             deadline=self._admitted_at + self.admitted.first_token_timeout_s,
             moved=self.outbox.move,
-            placed=asyncio.get_running_loop().create_future(),
+            placed=loop.create_future(),
         )
-        place = self._dispatcher.enqueue(ticket)
-        hold: Hold | Completed | None = None
+        self._place = self._dispatcher.enqueue(ticket)
+        let_in = loop.create_future()
         try:
-            hold = await self._treasury.open(self.admitted)
-        finally:
-            if not isinstance(hold, Hold):
-                self._dispatcher.withdraw(ticket)
-                self._dispatcher.release(ticket.key)
-        if isinstance(hold, Completed):
-            return hold
-        self._begin(hold, ticket)
-        self.outbox.accept(place.position, place.wait_s)
-        return None
+            opening = self._treasury.open(self.admitted)
+            self._tasks.spawn(self._run(opening, ticket, let_in), name=f"generation {ticket.key}")
+            settled: Completed | None = await let_in
+        except BaseException:
+            self._leave(ticket)
+            raise
+        if settled is not None:
+            self._leave(ticket)
+        return settled
 
     @property
     def usage_so_far(self) -> Usage:
@@ -110,8 +111,13 @@ class Generation:
             self._serving.end(finish)
         self._ending = self._ending or finish
 
+    def _leave(self, ticket: Ticket) -> None:
+        """Give up a place in the queue, or at workers, before anything began there."""
+        self._dispatcher.withdraw(ticket)
+        self._dispatcher.release(ticket.key)
+
     def _begin(self, hold: Hold, ticket: Ticket) -> None:
-        """Run in a task of its own, now that the money is there."""
+        """Now that the money is there."""
         loop = asyncio.get_running_loop()
         self.admitted = hold.admitted
         self._hold = hold
@@ -136,7 +142,7 @@ class Generation:
             loop.call_later(self.admitted.first_token_timeout_s, self._first_token_is_late),
             loop.call_later(self.admitted.total_timeout_s, self.end, Finish.DEADLINE),
         ]
-        self._tasks.spawn(self._run(), name=f"generation {self.admitted.key}")
+        self.outbox.accept(self._place.position, self._place.wait_s)
 
     def _first_token_is_late(self) -> None:
         if not self._tally.received:
@@ -147,7 +153,33 @@ class Generation:
         self._why = Aborted("another router has taken this request over", reason="STALE_FENCE")
         self.end(Finish.SERVER_FAULT)
 
-    async def _run(self) -> None:
+    async def _run(
+        self,
+        opening: Coroutine[Any, Any, Hold | Completed],
+        ticket: Ticket,
+        let_in: "asyncio.Future[Completed | None]",
+    ) -> None:
+        """From the hold on, in a task of its own; `let_in` is what the client's call waits for."""
+        try:
+            hold = await opening
+        except asyncio.CancelledError:
+            let_in.cancel()
+            raise
+        except Exception as error:
+            if not let_in.done():
+                let_in.set_exception(error)
+            return
+        if let_in.done():  # its client has gone away
+            if isinstance(hold, Hold):
+                await hold.abandon()
+        elif isinstance(hold, Completed):
+            let_in.set_result(hold)
+        else:
+            self._begin(hold, ticket)
+            let_in.set_result(None)
+            await self._serve()
+
+    async def _serve(self) -> None:
         failure: TidemillError | None = None
         try:
             await self._serving.run()

@@ -1,6 +1,5 @@
 """RouterService: translates between protos and `Router`."""
 
-import asyncio
 from collections.abc import Callable
 from contextlib import aclosing
 from typing import Any
@@ -62,7 +61,6 @@ class RouterService(router_service_pb2_grpc.RouterServiceServicer):
         writer = EventWriter(generation, self._inter_token.stream(request.model))
         why = Finish.CANCELLED
         try:
-            await asyncio.sleep(0)  # the worker is asked first, then its client told
             async with (
                 StallGuard(self._slow_reader_s) as guard,
                 aclosing(generation.outbox.events()) as events,

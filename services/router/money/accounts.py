@@ -4,7 +4,7 @@ Each call raises LedgerUnavailable when the ledger does not answer; whether the 
 effect is then unknown, and sending it again is safe for all but Extend, which may hold twice.
 """
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,20 @@ class Accounts:
 
     async def reserve(self, tenant_id: str, command: rules.Reserve) -> rules.ReserveReply:
         """Take a hold."""
-        await self._list(tenant_id)
-        raw = await self._run(
-            "reserve",
+        return replies.decode_reserve(await self.ask_for_hold(tenant_id, command))
+
+    def ask_for_hold(self, tenant_id: str, command: rules.Reserve) -> Awaitable[replies.Raw]:
+        """`reserve`'s answer, undecoded; asked before this returns, but for an account's first.
+
+        Whoever stops waiting for it leaves the hold to nobody.
+        """
+        if tenant_id in self._listed:
+            return self._ask_for_hold(tenant_id, command)
+        return self._list_and_ask_for_hold(tenant_id, command)
+
+    def _ask_for_hold(self, tenant_id: str, command: rules.Reserve) -> Awaitable[replies.Raw]:
+        return self._ledger.send_script(
+            self._scripts["reserve"],
             [*self._request_keys(tenant_id, command.request_id), key(tenant_id, "journal")],
             [
                 command.request_id,
@@ -68,7 +79,10 @@ class Accounts:
                 command.ledger_up_since_ms,
             ],
         )
-        return replies.decode_reserve(raw)
+
+    async def _list_and_ask_for_hold(self, tenant_id: str, command: rules.Reserve) -> replies.Raw:
+        await self._list(tenant_id)
+        return await self._ask_for_hold(tenant_id, command)
 
     async def extend(self, tenant_id: str, command: rules.Extend) -> rules.ExtendReply:
         """Hold more, and write a checkpoint."""

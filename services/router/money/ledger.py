@@ -1,21 +1,21 @@
 """The connection to the ledger Redis: commands that a cancelled call cannot tear.
 
 redis-py leaves a connection one reply behind when a command is cancelled between request and
-reply, so every command runs in a task of its own and callers only wait for it.
+reply, so every command runs in a task of its own and callers only wait for it. Scripts, which is
+all that requests wait for, go over `Batches`.
 """
 
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry
 from redis.asyncio import BlockingConnectionPool, Connection, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.commands.core import AsyncScript
-from redis.connection import HiredisRespSerializer
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
@@ -34,16 +34,13 @@ REQUIRED_SETTINGS = {
     "appendonly": "yes",
     "appendfsync": "always",
 }
-_SERIALIZER = HiredisRespSerializer()
 _UP_SINCE_S = 7 * 86_400  # when forgotten, the wait after a restart is only repeated
 
 
 class _Connection(Connection):
-    """redis-py's, made quicker and safe under uvloop.
+    """redis-py's, made safe under uvloop.
 
-    It packs commands with hiredis, as redis-py does everywhere but here: ours have many parts. What
-    the socket takes at once is written at once; redis-py makes a task and a timer for every write.
-    And a server that hangs up before a command is written is a lost connection: uvloop raises
+    A server that hangs up before a command is written is a lost connection: uvloop raises
     RuntimeError for that, which redis-py does not know. And a reply that came while this process
     stood still is read: redis-py would give it up.
     """
@@ -62,26 +59,12 @@ class _Connection(Connection):
     async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
         writer = self._writer
         try:
-            if _takes_at_once(writer):
-                writer.writelines(command)
-            else:
-                await super().send_packed_command(command, check_health)
+            await super().send_packed_command(command, check_health)
         except RuntimeError as error:
             if writer is None or not writer.transport.is_closing():
                 raise
             await self.disconnect(nowait=True)
             raise RedisConnectionError("the server hung up") from error
-
-    def pack_command(self, *args: Any) -> list[bytes]:
-        packed: list[bytes] = _SERIALIZER.pack(*args)
-        return packed
-
-
-def _takes_at_once(writer: asyncio.StreamWriter | None) -> TypeGuard[asyncio.StreamWriter]:
-    """Whether nothing waits to be written, so that a write cannot block."""
-    if writer is None or writer.transport.is_closing():
-        return False
-    return not writer.transport.get_write_buffer_size()
 
 
 class Ledger:

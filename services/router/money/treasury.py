@@ -1,7 +1,8 @@
 """Where a request's money comes from: a hold for it, or how it was settled before."""
 
-import asyncio
+from collections.abc import Awaitable, Coroutine
 from dataclasses import replace
+from typing import Any
 
 from services.router.admission import Admitted
 from services.router.crash_points import crash_point
@@ -12,6 +13,7 @@ from services.router.money.clock import LedgerWatch
 from services.router.money.hold import Hold
 from services.router.money.intent import Intent
 from services.router.money.refusals import max_cost_exceeded, refusal
+from services.router.money.replies import Raw, decode_reserve
 from services.router.money.terms import Terms
 from services.router.worker_task import wire_id
 from tidemill.billing import PriceBook
@@ -36,27 +38,23 @@ class Treasury:
         self._books = books
         self._watch = watch
 
-    async def open(self, admitted: Admitted) -> Hold | Completed:
+    def open(self, admitted: Admitted) -> Coroutine[Any, Any, Hold | Completed]:
         """Hold what the request may cost, or say how the same request was settled before.
 
-        Raises FailedPrecondition MAX_COST_EXCEEDED, InsufficientBalance, LimitExceeded,
-        RequestInProgress, AlreadyExists for an id used with another body, LedgerUnavailable,
-        Unavailable CLOCK_OFF. If the caller is cancelled meanwhile, the hold is released.
+        The ledger is asked before this returns; the coroutine waits for its answer, and must come
+        to its end: money would be held for nobody. Raises FailedPrecondition MAX_COST_EXCEEDED,
+        LedgerUnavailable, Unavailable CLOCK_OFF and AlreadyExists for an id used with another
+        body; the coroutine those too, InsufficientBalance, LimitExceeded and RequestInProgress.
         """
         if (intent := self._bank.cashier.pending(admitted.tenant.id, admitted.ask.request_id)) and (
             isinstance(intent.command, rules.Settle)
         ):
-            return self._settled_here(intent, admitted)
+            return _known(self._settled_here(intent, admitted))
         if not self._watch.answers:
             raise LedgerUnavailable("the ledger does not answer just now", retry_after_s=1.0)
         if why := self._watch.readiness:
             raise Unavailable(why, reason="CLOCK_OFF", retry_after_s=1.0)  # no price is certain
-        opening = self._bank.tasks.spawn(self._open(admitted), name="open hold")
-        try:
-            return await asyncio.shield(opening)
-        except asyncio.CancelledError:
-            opening.add_done_callback(self._let_go)
-            raise
+        return self._ask(admitted)
 
     def pending(self, tenant_id: str, request_id: str) -> Completed | None:
         """How a request ended that waits for the ledger here."""
@@ -66,7 +64,7 @@ class Treasury:
         completed = record.decode(intent.command.record).completed
         return self._bank.signed(replace(completed, pending=True))
 
-    async def _open(self, admitted: Admitted) -> Hold | Completed:
+    def _ask(self, admitted: Admitted) -> Coroutine[Any, Any, Hold | Completed]:
         now_ms = self._bank.now_ms()
         admitted = replace(admitted, admitted_at_ms=now_ms)
         terms = terms_of(admitted, self._books.own)
@@ -87,7 +85,13 @@ class Treasury:
             terms=terms.encode(),
         )
         crash_point("hold.before")
-        answer = await self._bank.accounts.reserve(admitted.tenant.id, command)
+        raw = self._bank.accounts.ask_for_hold(admitted.tenant.id, command)
+        return self._opened(admitted, terms, size, raw)
+
+    async def _opened(
+        self, admitted: Admitted, terms: Terms, size: HoldSize, raw: Awaitable[Raw]
+    ) -> Hold | Completed:
+        answer = decode_reserve(await raw)
         crash_point("hold.after")
         match answer:
             case rules.Held():
@@ -105,7 +109,7 @@ class Treasury:
                 completed = record.settled(answer.posted).completed
                 return self._bank.signed(replace(completed, again=True))
             case rules.InProgress():
-                left_s = (answer.lease_until_ms - now_ms) / 1000
+                left_s = (answer.lease_until_ms - admitted.admitted_at_ms) / 1000
                 raise RequestInProgress(
                     "a router is serving this request", retry_after_s=max(left_s, _MIN_RETRY_S)
                 )
@@ -113,7 +117,7 @@ class Treasury:
                 raise _other_body()
             case rules.Refused():
                 self._bank.metrics.refused(answer.reason.value)
-                raise refusal(answer, admitted.tenant, now_ms)
+                raise refusal(answer, admitted.tenant, admitted.admitted_at_ms)
 
     async def _taken_over(self, admitted: Admitted, held: rules.Held) -> Hold:
         """The hold, on the terms of its first owner."""
@@ -143,12 +147,9 @@ class Treasury:
         assert completed is not None
         return replace(completed, again=True)
 
-    def _let_go(self, opening: "asyncio.Task[Hold | Completed]") -> None:
-        """Nobody waits for this hold any more."""
-        if opening.cancelled() or opening.exception() is not None:
-            return
-        if isinstance(hold := opening.result(), Hold):
-            self._bank.tasks.spawn(hold.abandon(), name="abandon hold")
+
+async def _known(completed: Completed) -> Completed:
+    return completed
 
 
 def terms_of(admitted: Admitted, book: PriceBook) -> Terms:

@@ -235,17 +235,6 @@ async def test_a_request_that_ended_before_its_prefill_is_priced_and_not_charged
     assert await own.state("r1") is rules.State.RELEASED
 
 
-async def test_a_caller_that_goes_away_while_money_is_held_leaves_no_hold(own: Desk) -> None:
-    await own.top_up(10**9)
-    opening = asyncio.create_task(own.open("r1"))
-    await asyncio.sleep(0)
-    opening.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await opening
-    await own.until("r1", rules.State.RELEASED)
-    assert (await own.account()).balance.held_nano == 0
-
-
 async def test_a_second_settlement_charges_nothing(own: Desk) -> None:
     await own.top_up(10**9)
     hold = await own.hold("r1")

@@ -11,7 +11,7 @@ from services.router.attempt import Attempt
 from services.router.dispatch import Dispatcher
 from services.router.messages import EventWriter
 from services.router.money.hold import Hold
-from services.router.money.ledger import _Connection
+from services.router.money.line import Line
 from services.router.serving import Serving
 from tests.router_harness import MODEL, RouterHarness
 from tidemill.api.router.v1 import router_service_pb2 as router_pb2
@@ -54,7 +54,7 @@ def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(owner, method, noting)
 
-    note(_Connection, "pack_command", lambda _, *words: str(words[0]))
+    note(Line, "ask", lambda *_: "ledger asked")
     note(Dispatcher, "_place", lambda *_: "placed")
     note(Hold, "__init__", lambda *_: "held")
     note(Attempt, "__init__", lambda *_: "attempt")
@@ -69,10 +69,10 @@ async def test_placing_goes_on_while_the_ledger_answers_and_nothing_begins_befor
     await router.generate(ask("warm"))  # scripts loaded, key read
     order.clear()
     await router.generate(ask("r1"))
-    steps = [each for each in order if each != "EVALSHA"]
+    steps = [each for each in order if each != "ledger asked"]
     assert steps[:4] == ["placed", "held", "attempt", "message"]
     before_placing = order[: order.index("placed")]
-    assert before_placing == ["EVALSHA"]  # the hold is on its way
+    assert before_placing == ["ledger asked"]  # the hold is on its way
 
 
 async def test_a_first_message_does_not_wait_for_its_checkpoint(

@@ -28,7 +28,7 @@ from tests.scripted_worker import Script, ScriptedWorker, Talk, answer
 from tidemill.api.common.v1 import lifecycle_pb2, sampling_pb2
 from tidemill.api.router.v1 import admin_service_pb2 as admin_pb2
 from tidemill.api.router.v1 import router_service_pb2 as router_pb2
-from tidemill.billing.ledger import Balance
+from tidemill.billing.ledger import Balance, State
 from tidemill.errors import WorkerLost
 from tidemill.policy.seeds import choice_seed
 from tidemill.rpc.tls import TlsFiles
@@ -236,6 +236,25 @@ async def test_a_cancel_that_comes_before_the_money_reaches_no_worker(
     assert heard.completed.receipt.amount_nano == 0
     assert len(decode.starts) == 1
     assert (await balance(router)).held_nano == 0
+
+
+async def test_a_client_that_goes_away_while_money_is_held_leaves_no_hold(
+    router: RouterHarness, decode: ScriptedWorker, ledger: RedisProcess
+) -> None:
+    decode.scripts = [paid()]
+    assert (await router.generate(ask("warm", max_tokens=3))).error is None
+    requests, accounts = router.process.requests, router.process.money.accounts
+    with ledger.frozen():
+        call = router.call(ask())
+        await router.until(lambda: bool(requests.running()))
+        call.cancel()
+        await router.until(lambda: not len(requests))
+    await router.check_idle()
+    held = await accounts.request("acme", "r1")
+    assert held is not None
+    assert held.state is State.RELEASED
+    assert (await balance(router)).held_nano == 0
+    assert len(decode.starts) == 1
 
 
 async def test_a_request_that_another_router_has_taken_over_ends_here_without_a_bill(
