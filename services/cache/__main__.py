@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+import services.cache.allocator  # noqa: F401 - what it does, it does before the rest starts threads
 from services.cache.config import CacheConfig
 from services.cache.node import CacheNode
 from tidemill.config import load

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import pytest
 from tests.cache_node import ALICE, Tls, cache_client, chain, hashes
 from tests.stopwatch import stopwatch
 from tidemill.errors import CacheUnavailable
-from tidemill.kv.cache_client import CacheClientConfig
+from tidemill.kv.cache_client import CacheClientConfig, CacheTier
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -137,6 +138,38 @@ async def test_blocks_on_disk_outlive_kill_9_and_nothing_half_written_is_deliver
             await asyncio.sleep(0.05)
         found = [block async for block in client.fetch_held(held)]
         assert [block.payload for block in found] == [payload for _, payload in kept]
+
+
+def thread_heaps(process: "subprocess.Popen[bytes]") -> list[str]:
+    """Mappings that are glibc's heaps of single threads: 64 MiB reserved at a multiple of that."""
+    size = 64 << 20
+    lines = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+    spans = [[int(each, 16) for each in line.split()[0].split("-")] for line in lines]
+    return [
+        line
+        for line, (start, end), (next_start, next_end) in zip(lines, spans, spans[1:], strict=False)
+        if start % size == 0 and end == next_start and next_end == start + size
+    ]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="others keep no heaps by thread")
+async def test_blocks_read_from_disk_lie_on_no_heap_of_the_thread_that_read_them(
+    tls_files: Tls, start_cache: StartCache, free_port: Callable[[], int], tmp_path: Path
+) -> None:
+    port = free_port()
+    disk = {"disk_path": f'"{tmp_path / "disk"}"', "disk_capacity_bytes": "100000000"}
+    process = start_cache(port, capacity_bytes="1000000", disk_timeout_s="20.0", **disk)
+    await until_ready(tls_files, f"127.0.0.1:{port}")
+    blocks = chain(*(os.urandom(100_000) for _ in range(40)))
+    async with cache_client(tls_files, f"127.0.0.1:{port}") as client:
+        await client.store(ALICE, blocks)
+        deadline = time.monotonic() + 60
+        while (await client.stats()).disk_blocks < 20:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.01)
+        found = [block async for block in client.fetch(ALICE, hashes(blocks))]
+    assert CacheTier.DISK in {block.tier for block in found}
+    assert thread_heaps(process) == []
 
 
 async def test_it_drains_and_ends_well_when_told_to(
