@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tidemill.engine.noise import gumbel_noise
 from tidemill.engine.sampling import SamplingParams, draw
 from tidemill.engine.sequence import Sequence
+from tidemill.kernels.sample.noise import gumbel_noise
 
 
 def sample(logits: Tensor, sampling: list[SamplingParams], positions: Iterable[int]) -> list[int]:

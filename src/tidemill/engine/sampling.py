@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from tidemill.engine.logprobs import TokenLogprobs, token_logprobs
-from tidemill.engine.noise import gumbel_noise
-
-GREEDY_BELOW = 1e-6  # a temperature that no draw could tell from greedy, and no division survives
+from tidemill.kernels.choice import takes_triton
+from tidemill.kernels.sample import GREEDY_BELOW, Adjustments, Draws, gumbel_max, sample
 
 
 @dataclass(frozen=True)
@@ -41,12 +40,15 @@ class SamplingParams:
     @property
     def is_plain(self) -> bool:
         """Whether logits are drawn from as the model gives them, while no grammar binds."""
+        return not self.penalises and not self.logit_bias and self.min_tokens == 0
+
+    @property
+    def penalises(self) -> bool:
+        """Whether what stands in the sequence changes what may follow."""
         return (
-            self.repetition_penalty == 1
-            and self.presence_penalty == 0
-            and self.frequency_penalty == 0
-            and not self.logit_bias
-            and self.min_tokens == 0
+            self.repetition_penalty != 1
+            or self.presence_penalty != 0
+            or self.frequency_penalty != 0
         )
 
 
@@ -97,13 +99,77 @@ class History:
 def draw(logits: Tensor, seqs: Sequence[Drawable]) -> list[Drawn]:
     """logits [B, V], one row a sequence -> each one's next token.
 
-    Rows are drawn one by one: a row fits the CPU's cache, and its arithmetic does not depend on
+    On a CPU rows are drawn one by one: a row fits its cache, and its arithmetic does not depend on
     how many others there are. A highest value has no arithmetic, so plain greedy goes together.
+    On a GPU all go in one launch.
     """
+    if takes_triton(logits):
+        return _draw_in_one_launch(logits, seqs)
     logits = logits.float()  # a CPU reduces bf16 rows four times slower
     if all(_takes_the_highest(seq) for seq in seqs):
         return [Drawn(token_id) for token_id in logits.argmax(-1).tolist()]
     return [_draw(row, seq) for row, seq in zip(logits, seqs, strict=True)]
+
+
+def _draw_in_one_launch(logits: Tensor, seqs: Sequence[Drawable]) -> list[Drawn]:
+    token_ids = sample(logits, _draws(seqs, logits)).tolist()
+    drawn = []
+    for row, seq, token_id in zip(logits, seqs, token_ids, strict=True):
+        wanted = seq.sampling.logprobs
+        if token_id < 0 or wanted is None:
+            drawn.append(Drawn(token_id, dead_end=token_id < 0))
+        else:
+            drawn.append(Drawn(token_id, token_logprobs(row.float(), token_id, wanted)))
+    return drawn
+
+
+def _draws(seqs: Sequence[Drawable], logits: Tensor) -> Draws:
+    """What the op needs of `seqs`, on the device of their logits [B, V]."""
+    device = logits.device
+    params = [seq.sampling for seq in seqs]
+
+    def column(values: list[float], dtype: torch.dtype = torch.double) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    def bits(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.uint64).view(torch.int64).to(device)
+
+    rows = [at for at, seq in enumerate(seqs) if seq.constraint or not seq.sampling.is_plain]
+    adjustments = None
+    if rows:
+        places = [rows.index(at) if at in rows else -1 for at in range(len(seqs))]
+        tables = [_tables(seqs[at], logits.shape[1]) for at in rows]
+        adjustments = Adjustments(
+            rows=torch.tensor(places, dtype=torch.int32, device=device),
+            repetition=column([params[at].repetition_penalty for at in rows]),
+            presence=column([params[at].presence_penalty for at in rows]),
+            frequency=column([params[at].frequency_penalty for at in rows]),
+            seen=torch.stack([seen for seen, _ in tables]).to(device),
+            bias=torch.stack([bias for _, bias in tables]).to(device),
+        )
+    return Draws(
+        temperature=column([each.temperature for each in params]),
+        top_k=torch.tensor([each.top_k for each in params], dtype=torch.int32, device=device),
+        top_p=column([each.top_p for each in params]),
+        min_p=column([each.min_p for each in params]),
+        seeds=bits([each.seed for each in params]),
+        positions=bits([len(seq.token_ids) for seq in seqs]),
+        adjustments=adjustments,
+    )
+
+
+def _tables(seq: Drawable, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """The sequence's row of `Adjustments.seen` and of `bias`."""
+    params = seq.sampling
+    seen = torch.zeros(num_tokens, dtype=torch.int32)
+    if params.penalises:
+        history = _history_of(seq)
+        seen[history.prompt_ids] = 1
+        ids = torch.tensor(list(history.counts), dtype=torch.long)
+        seen[ids] += 2 * torch.tensor(list(history.counts.values()), dtype=torch.int32)
+    bias = torch.zeros(num_tokens, dtype=torch.double)
+    _bias_and_mask(bias, seq)
+    return seen, bias
 
 
 def _takes_the_highest(seq: Drawable) -> bool:
@@ -127,7 +193,14 @@ def _draw(logits: Tensor, seq: Drawable) -> Drawn:
         token_id = int(adjusted.argmax())
     else:
         scaled = adjusted.double() / params.temperature
-        token_id = _gumbel_max(scaled, params, position=len(seq.token_ids))
+        token_id = gumbel_max(
+            scaled,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            min_p=params.min_p,
+            seed=params.seed,
+            position=len(seq.token_ids),
+        )
     if params.logprobs is None:
         return Drawn(token_id)
     return Drawn(token_id, token_logprobs(logits, token_id, params.logprobs))
@@ -135,9 +208,15 @@ def _draw(logits: Tensor, seq: Drawable) -> Drawn:
 
 def _adjusted(logits: Tensor, seq: Drawable) -> Tensor | None:
     """Penalties, bias and masks over logits [V], in fp64; None where no token is left."""
-    params = seq.sampling
     adjusted = logits.double()
     _penalise(adjusted, seq)
+    _bias_and_mask(adjusted, seq)
+    return None if adjusted.max() == -math.inf else adjusted
+
+
+def _bias_and_mask(adjusted: Tensor, seq: Drawable) -> None:
+    """Add the request's bias to adjusted [V], and -inf where no token is allowed now."""
+    params = seq.sampling
     if params.logit_bias:
         ids, bias = zip(*params.logit_bias, strict=True)
         adjusted[torch.tensor(ids)] += torch.tensor(bias, dtype=torch.double)
@@ -148,18 +227,22 @@ def _adjusted(logits: Tensor, seq: Drawable) -> Tensor | None:
         allowed = seq.constraint.allowed(seq.token_ids)
         if allowed is not None:
             adjusted.masked_fill_(~allowed, -math.inf)
-    return None if adjusted.max() == -math.inf else adjusted
+
+
+def _history_of(seq: Drawable) -> History:
+    """The sequence's, up to its last token."""
+    if seq.history is None:
+        seq.history = History(seq.token_ids[: len(seq.token_ids) - seq.num_completion_tokens])
+    seq.history.extend_to(seq.token_ids)
+    return seq.history
 
 
 def _penalise(logits: Tensor, seq: Drawable) -> None:
     """Repetition as transformers' RepetitionPenaltyLogitsProcessor; the others as OpenAI's."""
     params = seq.sampling
-    if not (params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty):
+    if not params.penalises:
         return
-    if seq.history is None:
-        seq.history = History(seq.token_ids[: len(seq.token_ids) - seq.num_completion_tokens])
-    history = seq.history
-    history.extend_to(seq.token_ids)
+    history = _history_of(seq)
     ids = torch.tensor(list(history.counts), dtype=torch.long)
     if params.repetition_penalty != 1:
         known = torch.cat([history.prompt_ids, ids])  # one id twice gets the same value twice
@@ -171,35 +254,3 @@ def _penalise(logits: Tensor, seq: Drawable) -> None:
     if params.frequency_penalty:
         counts = torch.tensor(list(history.counts.values()), dtype=torch.double)
         logits[ids] -= params.frequency_penalty * counts
-
-
-def _gumbel_max(scaled: Tensor, params: SamplingParams, position: int) -> int:
-    """scaled [V], logits over temperature -> one token id."""
-    ids = torch.arange(len(scaled))
-    kept = scaled
-    if 0 < params.top_k < len(kept):
-        keep = kept >= kept.topk(params.top_k).values[-1]
-        ids, kept = ids[keep], kept[keep]
-    if params.top_p < 1:
-        keep = _reaching_mass(kept.softmax(-1), params.top_p)
-        ids, kept = ids[keep], kept[keep]
-    if params.min_p > 0:
-        keep = kept >= kept.max() + math.log(params.min_p)
-        ids, kept = ids[keep], kept[keep]
-    noise = gumbel_noise(params.seed, position, ids)
-    return int(ids[noise.add_(kept).argmax()])
-
-
-def _reaching_mass(probabilities: Tensor, top_p: float) -> Tensor:
-    """Mask [N] of the likeliest tokens up to the one that reaches mass top_p; ties with it stay."""
-    count = min(_LIKELIEST, len(probabilities))
-    ordered = probabilities.topk(count).values
-    while count < len(probabilities) and ordered.sum() < top_p:
-        count = min(8 * count, len(probabilities))
-        ordered = probabilities.topk(count).values
-    last = int((ordered.cumsum(-1) < top_p).sum().clamp(max=len(ordered) - 1))
-    return probabilities >= ordered[last]
-
-
-# Sorting a whole vocabulary costs milliseconds, and a trained model's mass lies in few tokens.
-_LIKELIEST = 1024

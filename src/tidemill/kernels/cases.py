@@ -107,3 +107,15 @@ EXPERT_CASES = (
     ExpertCase(70, 16, 4, 64, 32),
     ExpertCase(300, 8, 2, 64, 32),  # runs longer than a product's step, more than a tile
 )
+
+
+@dataclass(frozen=True)
+class SampleCase:
+    """One draw for each of num_rows, of num_tokens in the vocabulary."""
+
+    num_rows: int
+    num_tokens: int
+
+
+SAMPLE_CASES = (SampleCase(12, 100), SampleCase(6, 2049), SampleCase(1, 7))
+SAMPLE_GPU_CASES = (SampleCase(1, 129_280), SampleCase(128, 129_280))  # DeepSeek-V3's vocabulary
