@@ -28,14 +28,14 @@ from services.router.money.terms import Progress
 from services.router.sampling import Sampling
 from services.router.tasks import OwnedTasks
 from tests.redis_process import RedisProcess
-from tests.router_harness import BOOK_PATH
+from tests.router_harness import ONE_PRICE_PATH
 from tidemill.api.common.v1 import lifecycle_pb2
 from tidemill.api.decode.v1 import decode_service_pb2 as decode_pb2
 from tidemill.billing import Reuse, Usage, load_price_book
 from tidemill.billing import ledger as rules
 from tidemill.rpc.tasks import end
 
-BOOK = load_price_book(BOOK_PATH)
+BOOK = load_price_book(ONE_PRICE_PATH)
 SIGNER = Signer(Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
 SITE = PrefillSite(worker_id="p1")
 LEASE_S = 0.6
