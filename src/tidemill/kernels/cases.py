@@ -36,6 +36,15 @@ class MlaCase:
 
 
 @dataclass(frozen=True)
+class GemmCase:
+    """num_rows rows of activations times a weight [num_columns, depth]."""
+
+    num_rows: int
+    num_columns: int
+    depth: int
+
+
+@dataclass(frozen=True)
 class ExpertCase:
     """num_tokens tokens, each to top_k of num_experts SwiGLU experts of hidden x width."""
 
@@ -119,3 +128,32 @@ class SampleCase:
 
 SAMPLE_CASES = (SampleCase(12, 100), SampleCase(6, 2049), SampleCase(1, 7))
 SAMPLE_GPU_CASES = (SampleCase(1, 129_280), SampleCase(128, 129_280))  # DeepSeek-V3's vocabulary
+GROUPED_CASES = (
+    ExpertCase(1, 8, 2, 64, 32),
+    ExpertCase(7, 5, 2, 48, 40),  # tails in every direction
+    ExpertCase(70, 4, 2, 64, 32),
+)
+SCALED_CASES = (
+    ExpertCase(1, 8, 2, 128, 128),
+    ExpertCase(9, 5, 2, 384, 256),
+    ExpertCase(70, 3, 2, 256, 128),
+)
+GROUPED_GPU_CASES = (  # DeepSeek-V3's experts, 32 of its 256 (tests make their own weights)
+    ExpertCase(1, 32, 8, 7168, 2048),
+    ExpertCase(16, 32, 8, 7168, 2048),
+    ExpertCase(129, 32, 8, 7168, 2048),
+    ExpertCase(3000, 32, 8, 7168, 2048),
+    ExpertCase(64, 1, 1, 7168, 2048),  # the shared expert
+    ExpertCase(33, 384, 8, 1024, 256),
+)
+GEMM_CASES = (
+    GemmCase(1, 128, 128),
+    GemmCase(5, 200, 384),
+    GemmCase(33, 576, 1024),
+    GemmCase(150, 256, 256),
+)
+GEMM_GPU_CASES = tuple(  # DeepSeek-V3: query and latent, query heads, output
+    GemmCase(num_rows, num_columns, depth)
+    for num_columns, depth in ((2112, 7168), (24576, 1536), (7168, 16384))
+    for num_rows in (1, 17, 64, 128, 4096)
+)

@@ -1,0 +1,591 @@
+"""Experts' products in Triton: E experts, R places sorted by expert, top_k choices a token.
+
+D hidden and I intermediate elements. A persistent grid walks all experts' tiles; how many there are
+and whose a tile is comes from `counts`, on the device. Within an expert its weight is walked column
+tile after column tile, so that each is read from memory once.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from tidemill.kernels.act_quant import Quantized
+from tidemill.kernels.aot import Variant
+from tidemill.kernels.device import H100, device_class, num_sms
+from tidemill.kernels.fp8_gemm.configs import Tile, choose_tile
+from tidemill.kernels.fp8_gemm.kernel import count_splits, multiply, place_in_group, sum_splits
+from tidemill.kernels.grouped_gemm.configs import DOWN_TILES, GATE_UP_TILES, Tiles
+
+_COMBINE_BLOCK = 1024
+
+
+@triton.jit
+def _last_tiles(
+    counts_ptr, num_experts, column_tiles, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """How many tiles the experts up to each have in all, [EXPERTS], a power of two."""
+    expert = tl.arange(0, EXPERTS)
+    counts = tl.load(counts_ptr + expert, mask=expert < num_experts, other=0)
+    return tl.cumsum(tl.cdiv(counts, BLOCK_M) * column_tiles, 0)
+
+
+@triton.jit
+def _find_tile(
+    tile,
+    ends,
+    starts_ptr,
+    counts_ptr,
+    column_tiles,
+    BLOCK_M: tl.constexpr,
+    ROW_GROUP: tl.constexpr,
+):
+    """Expert, column tile, BLOCK_M places and which of them are the expert's.
+
+    The others are its last place again: loads need no mask, only the store does.
+    """
+    done = ends <= tile
+    expert = tl.sum(done.to(tl.int32), 0)
+    within_expert = tile - tl.max(tl.where(done, ends, 0), 0)
+    count = tl.load(counts_ptr + expert)
+    row_tile, column_tile = place_in_group(
+        within_expert, tl.cdiv(count, BLOCK_M), column_tiles, ROW_GROUP
+    )
+    m = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    place = tl.load(starts_ptr + expert) + tl.minimum(m, count - 1)
+    return expert.to(tl.int64), column_tile, place, m < count
+
+
+@triton.jit
+def _gate_up_kernel(
+    x_ptr,  # [T, D]
+    x_scale_ptr,  # [T, D / 128] where SCALED
+    w_ptr,  # [E, 2 * I, D]; where TMA a descriptor of [E * 2 * I, D]
+    w_scale_ptr,  # [E, 2 * I / 128, D / 128] where SCALED
+    out_ptr,  # [R, I]; of several splits [splits, R, 2 * I] fp32: each split's sums
+    out_scale_ptr,  # [R, I / 128] where SCALED, next to each other the scales of a column
+    rows_ptr,  # [R] flat choices where GATHER
+    starts_ptr,  # [E]
+    counts_ptr,  # [E]
+    num_experts,
+    num_places,
+    width,  # I
+    depth,  # D
+    top_k,
+    stride_xt,
+    stride_xst,
+    stride_xsk,
+    SCALED: tl.constexpr,
+    GATHER: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    SWAP: tl.constexpr,
+    TMA: tl.constexpr,
+    ROW_GROUP: tl.constexpr,
+):
+    column_tiles = tl.cdiv(width, BLOCK_N)
+    ends = _last_tiles(counts_ptr, num_experts, column_tiles, EXPERTS, BLOCK_M)
+    steps = tl.cdiv(depth, BLOCK_K)
+    share = tl.cdiv(steps, SPLITS)
+    for item in range(tl.program_id(0), tl.max(ends, 0) * SPLITS, tl.num_programs(0)):
+        split = item % SPLITS
+        expert, column_tile, place, valid = _find_tile(
+            item // SPLITS, ends, starts_ptr, counts_ptr, column_tiles, BLOCK_M, ROW_GROUP
+        )
+        source = place.to(tl.int64)
+        if GATHER:
+            source = (tl.load(rows_ptr + place) // top_k).to(tl.int64)
+        n = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        if TMA:
+            gate_rows = (expert * 2 * width + column_tile * BLOCK_N).to(tl.int32)
+            up_rows = gate_rows + width
+        else:
+            columns = expert * 2 * width + tl.minimum(n, width - 1)
+            gate_rows = w_ptr + columns * depth
+            up_rows = w_ptr + (columns + width) * depth
+        x_scales = x_ptr
+        gate_scales = x_ptr
+        up_scales = x_ptr
+        if SCALED:
+            x_scales = x_scale_ptr + source * stride_xst
+            scale_tile = expert * 2 * (width // BLOCK_N) + column_tile
+            gate_scales = w_scale_ptr + scale_tile * steps
+            up_scales = gate_scales + width // BLOCK_N * steps
+        gate, up = multiply(
+            x_ptr + source * stride_xt,
+            x_scales,
+            stride_xsk,
+            w_ptr,
+            gate_rows,
+            gate_scales,
+            up_rows,
+            up_scales,
+            depth,
+            split * share,
+            tl.minimum((split + 1) * share, steps),
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            SCALED,
+            PAIR=True,
+            SWAP=SWAP,
+            TMA=TMA,
+            EVEN_K=EVEN_K,
+        )
+        if SPLITS == 1:
+            hidden = gate * tl.sigmoid(gate) * up
+            if SWAP:
+                hidden = hidden.T
+            if SCALED:
+                amax = tl.maximum(tl.max(tl.abs(hidden), 1), 1e-4)
+                tl.store(out_scale_ptr + column_tile * num_places + place, amax / 448, mask=valid)
+                hidden *= (448 / amax)[:, None]
+            out_ptrs = out_ptr + place.to(tl.int64)[:, None] * width + n[None, :]
+            within = valid[:, None] & (n < width)[None, :]
+            tl.store(out_ptrs, hidden.to(out_ptr.dtype.element_ty), mask=within)
+        else:
+            if SWAP:
+                gate = gate.T
+                up = up.T
+            row = split.to(tl.int64) * num_places + place
+            out_ptrs = out_ptr + row[:, None] * 2 * width + n[None, :]
+            within = valid[:, None] & (n < width)[None, :]
+            tl.store(out_ptrs, gate, mask=within)
+            tl.store(out_ptrs + width, up, mask=within)
+
+
+@triton.jit
+def _swiglu_splits_kernel(
+    parts_ptr,  # [SPLITS, R, 2 * I] fp32
+    out_ptr,  # [R, I]
+    out_scale_ptr,  # [R, I / 128] where SCALED
+    width,
+    stride_part,
+    SPLITS: tl.constexpr,
+    SCALED: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # 128 where SCALED
+):
+    place = tl.program_id(0).to(tl.int64)
+    column_tile = tl.program_id(1)
+    n = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    within = n < width
+    gate_ptrs = parts_ptr + place * 2 * width + n
+    gate = tl.zeros((BLOCK_N,), tl.float32)
+    up = tl.zeros((BLOCK_N,), tl.float32)
+    for split in tl.static_range(SPLITS):
+        gate += tl.load(gate_ptrs + split * stride_part, mask=within, other=0.0)
+        up += tl.load(gate_ptrs + split * stride_part + width, mask=within, other=0.0)
+    hidden = gate * tl.sigmoid(gate) * up
+    if SCALED:
+        amax = tl.maximum(tl.max(tl.abs(hidden), 0), 1e-4)
+        tl.store(out_scale_ptr + column_tile * tl.num_programs(0) + place, amax / 448)
+        hidden *= 448 / amax
+    tl.store(out_ptr + place * width + n, hidden.to(out_ptr.dtype.element_ty), mask=within)
+
+
+@triton.jit
+def _down_kernel(
+    x_ptr,  # [R, I]
+    x_scale_ptr,  # [R, I / 128] where SCALED
+    w_ptr,  # [E, D, I]; where TMA a descriptor of [E * D, I]
+    w_scale_ptr,  # [E, ceil(D / 128), I / 128] where SCALED
+    out_ptr,  # [R, D]; of several splits [splits, R, D] fp32: each split's sums
+    rows_ptr,  # [R] flat choices where SCATTER
+    weights_ptr,  # [R] of flat choices, or None
+    starts_ptr,  # [E]
+    counts_ptr,  # [E]
+    num_experts,
+    num_places,
+    width,  # D
+    depth,  # I
+    stride_xr,
+    stride_xsr,
+    stride_xsk,
+    SCALED: tl.constexpr,
+    SCATTER: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PAIR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    SWAP: tl.constexpr,
+    TMA: tl.constexpr,
+    ROW_GROUP: tl.constexpr,
+):
+    TILES: tl.constexpr = 2 if PAIR else 1
+    column_tiles = tl.cdiv(width, BLOCK_N * TILES)
+    ends = _last_tiles(counts_ptr, num_experts, column_tiles, EXPERTS, BLOCK_M)
+    steps = tl.cdiv(depth, BLOCK_K)
+    share = tl.cdiv(steps, SPLITS)
+    for item in range(tl.program_id(0), tl.max(ends, 0) * SPLITS, tl.num_programs(0)):
+        split = item % SPLITS
+        expert, column_tile, place, valid = _find_tile(
+            item // SPLITS, ends, starts_ptr, counts_ptr, column_tiles, BLOCK_M, ROW_GROUP
+        )
+        first = column_tile * BLOCK_N * TILES
+        n = first + tl.arange(0, BLOCK_N)
+        n2 = n + BLOCK_N
+        if TMA:
+            w_rows = (expert * width + first).to(tl.int32)
+            w2_rows = w_rows + BLOCK_N
+        else:
+            w_rows = w_ptr + (expert * width + tl.minimum(n, width - 1)) * depth
+            w2_rows = w_ptr + (expert * width + tl.minimum(n2, width - 1)) * depth
+        x_scales = x_ptr
+        w_scales = x_ptr
+        w2_scales = x_ptr
+        if SCALED:
+            x_scales = x_scale_ptr + place.to(tl.int64) * stride_xsr
+            scale_tiles = tl.cdiv(width, BLOCK_K)
+            w_scales = w_scale_ptr + (expert * scale_tiles + first // BLOCK_K) * steps
+            second = tl.minimum((first + BLOCK_N) // BLOCK_K, scale_tiles - 1)
+            w2_scales = w_scale_ptr + (expert * scale_tiles + second) * steps
+        sums, sums2 = multiply(
+            x_ptr + place.to(tl.int64) * stride_xr,
+            x_scales,
+            stride_xsk,
+            w_ptr,
+            w_rows,
+            w_scales,
+            w2_rows,
+            w2_scales,
+            depth,
+            split * share,
+            tl.minimum((split + 1) * share, steps),
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            SCALED,
+            PAIR=PAIR,
+            SWAP=SWAP,
+            TMA=TMA,
+            EVEN_K=EVEN_K,
+        )
+        choice = place
+        if SCATTER:
+            choice = tl.load(rows_ptr + place)
+        out_rows = out_ptr + (split.to(tl.int64) * num_places + choice) * width
+        factor = tl.full((BLOCK_M,), 1.0, tl.float32)
+        if weights_ptr is not None:
+            factor = tl.load(weights_ptr + choice)
+        _store_tile(out_rows, sums, factor, n, valid, width, SWAP)
+        if PAIR:
+            _store_tile(out_rows, sums2, factor, n2, valid, width, SWAP)
+
+
+@triton.jit
+def _store_tile(out_rows, sums, factor, n, valid, width, SWAP: tl.constexpr):
+    if SWAP:
+        sums = sums.T
+    out_ptrs = out_rows[:, None] + n[None, :]
+    within = valid[:, None] & (n < width)[None, :]
+    weighted = sums * factor[:, None]
+    tl.store(out_ptrs, weighted.to(out_rows.dtype.element_ty), mask=within)
+
+
+@triton.jit
+def _combine_kernel(
+    routed_ptr,  # [T * TOP_K, D]
+    shared_ptr,  # [T, D] or None
+    residual_ptr,  # [T, D]
+    out_ptr,  # [T, D]
+    width,
+    stride_rt,
+    stride_st,
+    stride_et,
+    TOP_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    within = n < width
+    routed_ptrs = routed_ptr + token * TOP_K * stride_rt + n
+    sums = tl.zeros((BLOCK_N,), tl.float32)
+    for choice in tl.static_range(TOP_K):
+        sums += tl.load(routed_ptrs + choice * stride_rt, mask=within, other=0.0).to(tl.float32)
+    if shared_ptr is not None:
+        sums += tl.load(shared_ptr + token * stride_st + n, mask=within, other=0.0).to(tl.float32)
+    sums += tl.load(residual_ptr + token * stride_et + n, mask=within, other=0.0).to(tl.float32)
+    tl.store(out_ptr + token * width + n, sums.to(out_ptr.dtype.element_ty), mask=within)
+
+
+def gate_up(
+    x: Tensor | Quantized,
+    weight: Tensor,
+    scale_inv: Tensor | None,
+    *,
+    starts: Tensor,
+    counts: Tensor,
+    rows: Tensor | None,
+    top_k: int,
+    tile: Tile | None = None,
+    values_dtype: torch.dtype = torch.float8_e4m3fn,
+) -> Tensor | Quantized:
+    """`tidemill.kernels.grouped_gemm.gate_up`, with a tile of the caller's choice.
+
+    values_dtype fp32 keeps quantised values as they are before they are rounded to e4m3.
+    """
+    values, scales = _parts(x)
+    scaled = scales is not None
+    num_places = len(values if rows is None else rows)
+    num_experts, width, depth = weight.shape[0], weight.shape[1] // 2, weight.shape[2]
+    out = weight.new_empty(num_places, width, dtype=values_dtype if scaled else values.dtype)
+    out_scales = None
+    if scaled:
+        out_scales = starts.new_empty(width // 128, num_places, dtype=torch.float32).t()
+    if tile is None:
+        tile = _choose(GATE_UP_TILES, values, num_experts, num_places)
+    column_tiles = triton.cdiv(width, tile.columns)
+    splits = _splits(tile, num_experts, num_places, column_tiles, depth, weight.device)
+    sums = out
+    if splits > 1:
+        sums = weight.new_empty(splits, num_places, 2 * width, dtype=torch.float32)
+    _gate_up_kernel[_grid(tile, num_experts, num_places, column_tiles * splits, weight.device)](
+        values,
+        scales,
+        _weight_argument(tile, weight),
+        scale_inv,
+        sums,
+        out_scales,
+        rows,
+        starts,
+        counts,
+        num_experts,
+        num_places,
+        width,
+        depth,
+        top_k,
+        values.stride(0),
+        *((0, 0) if scales is None else scales.stride()),
+        SCALED=scaled,
+        GATHER=rows is not None,
+        EXPERTS=triton.next_power_of_2(num_experts),
+        SPLITS=splits,
+        **_blocks(tile, depth),
+    )
+    if splits > 1:
+        _swiglu_splits_kernel[num_places, triton.cdiv(width, 128)](
+            sums,
+            out,
+            out_scales,
+            width,
+            sums.stride(0),
+            SPLITS=splits,
+            SCALED=scaled,
+            BLOCK_N=128,
+        )
+    return out if out_scales is None else Quantized(out, out_scales)
+
+
+def down(
+    hidden: Tensor | Quantized,
+    weight: Tensor,
+    scale_inv: Tensor | None,
+    *,
+    starts: Tensor,
+    counts: Tensor,
+    rows: Tensor | None,
+    weights: Tensor | None,
+    out_dtype: torch.dtype,
+    tile: Tile | None = None,
+) -> Tensor:
+    """`tidemill.kernels.grouped_gemm.down`, with a tile of the caller's choice."""
+    values, scales = _parts(hidden)
+    num_places = len(values)
+    num_experts, width, depth = weight.shape
+    out = weight.new_empty(num_places, width, dtype=out_dtype)
+    if tile is None:
+        tile = _choose(DOWN_TILES, values, num_experts, num_places)
+    column_tiles = triton.cdiv(width, tile.columns * (2 if tile.pair else 1))
+    splits = _splits(tile, num_experts, num_places, column_tiles, depth, weight.device)
+    sums = out if splits == 1 else out.new_empty(splits, *out.shape, dtype=torch.float32)
+    _down_kernel[_grid(tile, num_experts, num_places, column_tiles * splits, weight.device)](
+        values,
+        scales,
+        _weight_argument(tile, weight),
+        scale_inv,
+        sums,
+        rows,
+        weights,
+        starts,
+        counts,
+        num_experts,
+        num_places,
+        width,
+        depth,
+        values.stride(0),
+        *((0, 0) if scales is None else scales.stride()),
+        SCALED=scales is not None,
+        SCATTER=rows is not None,
+        EXPERTS=triton.next_power_of_2(num_experts),
+        SPLITS=splits,
+        PAIR=tile.pair,
+        **_blocks(tile, depth),
+    )
+    if splits > 1:
+        sum_splits(sums, out, None, None)
+    return out
+
+
+def combine(routed: Tensor, residual: Tensor, shared: Tensor | None) -> Tensor:
+    """`tidemill.kernels.grouped_gemm.combine`."""
+    num_tokens, width = residual.shape
+    out = residual.new_empty(num_tokens, width)
+    if num_tokens:
+        _combine_kernel[num_tokens, triton.cdiv(width, _COMBINE_BLOCK)](
+            routed,
+            shared,
+            residual,
+            out,
+            width,
+            routed.stride(0),
+            0 if shared is None else shared.stride(0),
+            residual.stride(0),
+            TOP_K=len(routed) // num_tokens,
+            BLOCK_N=_COMBINE_BLOCK,
+        )
+    return out
+
+
+def _parts(x: Tensor | Quantized) -> tuple[Tensor, Tensor | None]:
+    return (x.values, x.scales) if isinstance(x, Quantized) else (x, None)
+
+
+def _weight_argument(tile: Tile, weight: Tensor) -> Tensor | TensorDescriptor:
+    if not tile.tma:
+        return weight
+    return TensorDescriptor.from_tensor(weight.flatten(0, 1), [tile.columns, tile.depth])
+
+
+def _choose(table: Tiles, values: Tensor, num_experts: int, num_places: int) -> Tile:
+    """By the rows that an expert has if those that can have any share them alike."""
+    per_expert = num_places // max(1, min(num_experts, num_places))
+    size = values.dtype.itemsize
+    tile = choose_tile(table[size], device_class(values.device), per_expert)
+    # The accelerator steps from row to row in units of 16 bytes; operands have the same depth.
+    return tile if values.shape[1] * size % 16 == 0 else replace(tile, tma=False)
+
+
+def _splits(
+    tile: Tile,
+    num_experts: int,
+    num_places: int,
+    column_tiles: int,
+    depth: int,
+    device: torch.device,
+) -> int:
+    tiles = _most_row_tiles(tile, num_experts, num_places) * column_tiles
+    return count_splits(tile, tiles, triton.cdiv(depth, tile.depth), num_sms(device))
+
+
+def _most_row_tiles(tile: Tile, num_experts: int, num_places: int) -> int:
+    """However the places are shared out, there are no more."""
+    return min(num_experts, num_places) + num_places // tile.rows
+
+
+def _grid(
+    tile: Tile, num_experts: int, num_places: int, items: int, device: torch.device
+) -> tuple[int]:
+    """Programs for `items` pieces of work a row tile: known here without asking the device."""
+    most = _most_row_tiles(tile, num_experts, num_places) * items
+    return (max(1, min(most, tile.per_sm * num_sms(device))),)
+
+
+def _blocks(tile: Tile, depth: int) -> dict[str, int | bool]:
+    """What a tile is to a kernel."""
+    return {
+        "BLOCK_M": tile.rows,
+        "BLOCK_N": tile.columns,
+        "BLOCK_K": tile.depth,
+        "EVEN_K": depth % tile.depth == 0,
+        "SWAP": tile.swap,
+        "TMA": tile.tma,
+        "ROW_GROUP": tile.row_group,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+def variants() -> list[Variant]:
+    """Every kernel at every tile of the tables, for DeepSeek-V3's 256 experts."""
+    found = []
+    for size, element in ((1, "*fp8e4nv"), (2, "*bf16")):
+        for _, tile in GATE_UP_TILES[size][H100]:
+            found.append(_gate_up_variant(tile, element))
+        for _, tile in DOWN_TILES[size][H100]:
+            found.append(_down_variant(tile, element))
+    few_rows = GATE_UP_TILES[1][H100][0][1]
+    found.append(_gate_up_variant(few_rows, "*fp8e4nv", splits=2))
+    found.append(_down_variant(DOWN_TILES[1][H100][0][1], "*fp8e4nv", splits=2))
+    found.append(_gate_up_variant(few_rows, "*fp8e4nv", gather=False))
+    found.append(
+        Variant(
+            _swiglu_splits_kernel,
+            {
+                **dict.fromkeys(("parts_ptr", "out_scale_ptr"), "*fp32"),
+                "out_ptr": "*fp8e4nv",
+                **dict.fromkeys(("width", "stride_part"), "i32"),
+                **dict.fromkeys(("SPLITS", "SCALED", "BLOCK_N"), "constexpr"),
+            },
+            {"SPLITS": 2, "SCALED": True, "BLOCK_N": 128},
+        )
+    )
+    found.append(
+        Variant(
+            _combine_kernel,
+            {
+                **dict.fromkeys(("routed_ptr", "shared_ptr", "residual_ptr", "out_ptr"), "*bf16"),
+                **dict.fromkeys(("width", "stride_rt", "stride_st", "stride_et"), "i32"),
+                **dict.fromkeys(("TOP_K", "BLOCK_N"), "constexpr"),
+            },
+            {"TOP_K": 8, "BLOCK_N": _COMBINE_BLOCK},
+        )
+    )
+    return found
+
+
+def _gate_up_variant(tile: Tile, element: str, *, splits: int = 1, gather: bool = True) -> Variant:
+    flags = {"SCALED": element == "*fp8e4nv", "GATHER": gather, "SPLITS": splits}
+    return _variant(_gate_up_kernel, tile, element, flags, {"rows_ptr": gather})
+
+
+def _down_variant(tile: Tile, element: str, *, splits: int = 1) -> Variant:
+    flags = {"SCALED": element == "*fp8e4nv", "SCATTER": True, "SPLITS": splits, "PAIR": tile.pair}
+    return _variant(_down_kernel, tile, element, flags, {"rows_ptr": True, "weights_ptr": True})
+
+
+def _variant(
+    kernel: Any, tile: Tile, element: str, flags: dict[str, Any], given: dict[str, bool]
+) -> Variant:
+    blocks = _blocks(tile, depth=tile.depth)
+    warps, stages = blocks.pop("num_warps"), blocks.pop("num_stages")
+    scaled = flags["SCALED"]
+    given |= {"x_scale_ptr": scaled, "w_scale_ptr": scaled, "out_scale_ptr": scaled}
+    constants: dict[str, Any] = {**flags, "EXPERTS": 256, **blocks}
+    types = {"x_ptr": element, "w_ptr": element, "weights_ptr": "*fp32"}
+    types |= dict.fromkeys(("x_scale_ptr", "w_scale_ptr", "out_scale_ptr"), "*fp32")
+    types |= dict.fromkeys(("rows_ptr", "starts_ptr", "counts_ptr"), "*i32")
+    types["out_ptr"] = element if kernel is _gate_up_kernel else "*bf16"
+    if flags["SPLITS"] > 1:
+        types["out_ptr"] = "*fp32"
+    if tile.tma:
+        types["w_ptr"] = f"tensordesc<{element[1:]}[{tile.columns}, {tile.depth}]>"
+    constants |= {name: None for name in kernel.arg_names if not given.get(name, True)}
+    constants |= {name: 1 for name in kernel.arg_names if name in ("stride_xst", "stride_xsr")}
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "i32")
+        for name in kernel.arg_names
+    }
+    aligned = [name for name, kind in signature.items() if kind.startswith("*")]
+    aligned += [name for name in ("width", "depth", "stride_xt", "stride_xr") if name in signature]
+    return Variant(kernel, signature, constants, warps, stages, tuple(aligned), matrix=True)
