@@ -98,6 +98,7 @@ ROUTE_CASES = (
     RouteCase(4, 8, 8, 3, 1, "softmax"),
     RouteCase(3, 1, 1, 1, 1, "softmax"),
 )
+ROUTE_GPU_CASES = tuple(RouteCase(tokens, 256, 8, 4, 8) for tokens in (1, 16, 256, 4096))
 ROPE_CASES = (
     RopeCase(1, 4, 32, 16, 16),
     RopeCase(7, 5, 48, 24, 8),

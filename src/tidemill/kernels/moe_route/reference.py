@@ -1,7 +1,35 @@
 """Routing in plain torch: softmax or sigmoid scores, free or limited to the best groups."""
 
+from dataclasses import dataclass
+from typing import TypedDict, Unpack
+
 import torch
 from torch import Tensor
+
+
+class Rule(TypedDict):
+    """How experts are chosen and weighed; what each does is told at `moe_route`."""
+
+    scoring_func: str
+    n_group: int
+    topk_group: int
+    top_k: int
+    normalize: bool
+    scale: float
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Each token's experts, and all choices in the order of their experts.
+
+    A choice's number is t * K + k. Expert e has rows[starts[e] : starts[e] + counts[e]], ascending.
+    """
+
+    weights: Tensor  # [T, K] fp32
+    ids: Tensor  # [T, K] int32
+    rows: Tensor  # [T * K] int32, the number of the choice at each place
+    starts: Tensor  # [E] int32
+    counts: Tensor  # [E] int32
 
 
 def moe_route(
@@ -40,3 +68,13 @@ def moe_route(
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return weights * scale if sigmoid else weights, ids
     return weights * scale, ids
+
+
+def route_and_sort(logits: Tensor, bias: Tensor | None, **rule: Unpack[Rule]) -> Routed:
+    """`moe_route`, and the choices in the order of their experts."""
+    weights, ids = moe_route(logits, bias, **rule)
+    flat = ids.flatten()
+    counts = flat.bincount(minlength=logits.shape[1])
+    starts = counts.cumsum(0) - counts
+    rows = flat.argsort(stable=True)
+    return Routed(weights, ids.int(), rows.int(), starts.int(), counts.int())
