@@ -45,6 +45,17 @@ class GemmCase:
 
 
 @dataclass(frozen=True)
+class MlaDecodeCase:
+    """num_tokens newest tokens of each sequence; context_lens counts them too."""
+
+    num_heads: int
+    kv_lora_rank: int
+    rope_dim: int
+    num_tokens: int
+    context_lens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class ExpertCase:
     """num_tokens tokens, each to top_k of num_experts SwiGLU experts of hidden x width."""
 
@@ -110,6 +121,20 @@ MLA_CASES = (
     MlaCase(4, 32, 16, 16, 16, (64, 65, 1, 200)),
     MlaCase(8, 64, 32, 16, 24, (130, 63)),
     MlaCase(16, 512, 128, 64, 128, (192,)),  # DeepSeek-V3's widths, an eighth of its heads
+)
+MLA_DECODE_CASES = (
+    MlaDecodeCase(4, 32, 16, 1, (1,)),
+    MlaDecodeCase(4, 32, 16, 1, (200, 64, 65, 1)),
+    MlaDecodeCase(5, 32, 16, 2, (130, 2, 129)),  # a row that sees one token less: a block less
+    MlaDecodeCase(24, 64, 32, 1, (100, 321)),  # more rows than the narrowest tile
+)
+MLA_DECODE_GPU_CASES = (  # DeepSeek-V3's widths, its heads whole and split over ranks
+    MlaDecodeCase(16, 512, 64, 1, (4096,) * 8),
+    MlaDecodeCase(32, 512, 64, 1, (4097, 1, 63, 64, 65, 8000)),
+    MlaDecodeCase(64, 512, 64, 2, (4096, 2, 64, 65, 1023)),
+    MlaDecodeCase(128, 512, 64, 1, (4096, 1, 777)),
+    MlaDecodeCase(128, 512, 64, 2, (16384,)),
+    MlaDecodeCase(20, 512, 64, 1, tuple(range(1, 400, 3))),
 )
 EXPERT_CASES = (
     ExpertCase(1, 16, 4, 64, 32),

@@ -16,13 +16,23 @@ def mla_decode(
     """Attend from one position per sequence to its first context_lens positions.
 
     query [B, H, D] already absorbed (W_UK applied), D = kv_lora + rope; latents [blocks, 64, D],
-    one layer's pool; block_tables [B, M] int64, padded with any valid block; context_lens [B].
+    one layer's pool; block_tables [B, M], padded with any valid block; context_lens [B].
     Returns the attended latents [B, H, kv_lora], to which the caller applies W_UV.
     (DeepSeek-V2 report 2.1.2; FlashMLA's paged layout.)
+
+    Or from the last S positions (a drafted token rides along): query [B, S, H, D] gives
+    [B, S, H, kv_lora], and token s sees context_lens - (S - 1 - s) positions, at least one.
 
     Two batched products with a padded copy of the context: on a CPU twice as fast as
     `scaled_dot_product_attention`, whose tiles suit long queries.
     """
+    if query.ndim == 4:
+        later = range(query.shape[1] - 1, -1, -1)
+        outputs = [
+            mla_decode(token, latents, block_tables, lens, kv_lora_rank=kv_lora_rank, scale=scale)
+            for token, lens in zip(query.unbind(1), (context_lens - n for n in later), strict=True)
+        ]
+        return torch.stack(outputs, dim=1)
     num_sequences = query.shape[0]
     context = _rows(latents, block_tables).view(num_sequences, -1, latents.shape[-1])
     # In fp32: rounding scores of bf16 once cost half again the error of the whole model. Keys times
