@@ -17,7 +17,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     `DeepseekV3RMSNorm` in transformers rounds to x's dtype before the weight, this after it.
     """
     num_elements = x.numel()
-    if num_elements == x.shape[-1] and x.dtype == torch.bfloat16:  # a row: its scale is a number
+    # A row: its scale is a number, for which a GPU would have to be waited for.
+    if num_elements == x.shape[-1] and x.dtype == torch.bfloat16 and not x.is_cuda:
         norm = float(torch.linalg.vector_norm(x, dtype=torch.float32))
         scale = (norm * norm / num_elements + eps) ** -0.5
         return torch.addcmul(_ZERO, x, weight, value=scale)
