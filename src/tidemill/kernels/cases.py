@@ -56,6 +56,17 @@ class MlaDecodeCase:
 
 
 @dataclass(frozen=True)
+class MlaPrefillCase:
+    """Prompts, each with the tokens that are cached and those that are new."""
+
+    num_heads: int
+    nope_dim: int
+    rope_dim: int
+    v_head_dim: int
+    prompts: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
 class ExpertCase:
     """num_tokens tokens, each to top_k of num_experts SwiGLU experts of hidden x width."""
 
@@ -121,6 +132,15 @@ MLA_CASES = (
     MlaCase(4, 32, 16, 16, 16, (64, 65, 1, 200)),
     MlaCase(8, 64, 32, 16, 24, (130, 63)),
     MlaCase(16, 512, 128, 64, 128, (192,)),  # DeepSeek-V3's widths, an eighth of its heads
+)
+MLA_PREFILL_CASES = (
+    MlaPrefillCase(2, 16, 16, 16, ((0, 1),)),
+    MlaPrefillCase(2, 16, 16, 24, ((0, 130), (64, 1), (127, 65), (300, 129))),
+    MlaPrefillCase(1, 32, 16, 16, ((128, 128), (0, 257))),
+)
+MLA_PREFILL_GPU_CASES = (  # DeepSeek-V3's widths, its heads whole and split over ranks
+    MlaPrefillCase(128, 128, 64, 128, ((0, 1024),)),
+    MlaPrefillCase(16, 128, 64, 128, ((0, 4096), (1, 1), (4095, 129), (1000, 777))),
 )
 MLA_DECODE_CASES = (
     MlaDecodeCase(4, 32, 16, 1, (1,)),

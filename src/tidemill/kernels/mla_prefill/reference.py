@@ -1,6 +1,7 @@
 """Prefill attention in plain torch: expand latents to keys and values, then masked attention."""
 
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -19,18 +20,55 @@ def mla_prefill(
 
     query [T, H, nope + rope]; latents [start + T, kv_lora + rope], cached prefix and this chunk;
     kv_b maps kv_lora -> H * (nope + v). Returns [T, H, v]. (DeepSeek-V2 report 2.1.)
+    """
+    latent, k_rope = latents.tensor_split([kv_lora_rank], dim=-1)
+    expanded = kv_b(latent.contiguous()).view(len(latents), query.shape[1], -1)
+    return _attend(query, expanded, k_rope, start=start, scale=scale)
+
+
+def mla_prefill_ragged(
+    query: Tensor,
+    expanded: Tensor,
+    k_rope: Tensor,
+    query_starts: Tensor,
+    context_starts: Tensor,
+    *,
+    longest: int,
+    scale: float,
+) -> Tensor:
+    """`mla_prefill` for N prompts that lie one after the other, their keys expanded already.
+
+    query [T, H, nope + rope]; expanded [C, H, nope + v], what kv_b gives for the latents of all
+    contexts, cached prefixes included; k_rope [C, rope]. Prompt n has the rows from
+    query_starts[n] to query_starts[n + 1] and the context from context_starts[n] to
+    context_starts[n + 1], of which its rows are the last: both [N + 1], on the tensors' device.
+    `longest` (host): at least the most rows of one prompt. Returns [T, H, v].
+    """
+    bounds = zip(pairwise(query_starts.tolist()), pairwise(context_starts.tolist()), strict=True)
+    parts = []
+    for (first, last), (context, end) in bounds:
+        if last - first > longest:
+            raise ValueError(f"mla_prefill: a prompt of {last - first} rows; longest={longest}")
+        start = end - context - (last - first)
+        keys, ropes = expanded[context:end], k_rope[context:end]
+        parts.append(_attend(query[first:last], keys, ropes, start=start, scale=scale))
+    return torch.cat(parts)
+
+
+def _attend(query: Tensor, expanded: Tensor, k_rope: Tensor, *, start: int, scale: float) -> Tensor:
+    """One prompt's query, with start positions before it, over its keys and values.
 
     In blocks of queries, each over the keys that it may see, with the keys of a head together: on a
     CPU quicker than `scaled_dot_product_attention`, and like it with scores in fp32.
     """
     num_tokens, num_heads, head_dim = query.shape
-    latent, k_rope = latents.tensor_split([kv_lora_rank], dim=-1)
-    expanded = kv_b(latent.contiguous()).view(len(latents), num_heads, -1).transpose(0, 1)
+    length = len(expanded)
+    expanded = expanded.transpose(0, 1)
     k_nope, value = expanded.tensor_split([head_dim - k_rope.shape[-1]], dim=-1)
     key = torch.cat((k_nope, k_rope.expand(num_heads, -1, -1)), dim=-1).float().transpose(1, 2)
     rounded, query = query.dtype, query.transpose(0, 1).float()
 
-    rows = min(_MOST_ROWS, max(1, _MOST_SCORES // (num_heads * len(latents))))
+    rows = min(_MOST_ROWS, max(1, _MOST_SCORES // (num_heads * length)))
     unseen = _unseen(rows, query.device)
     parts = []
     for first in range(0, num_tokens, rows):
