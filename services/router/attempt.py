@@ -29,7 +29,8 @@ from tidemill.rpc.interceptors import REQUEST_ID_KEY
 from tidemill.rpc.status import from_rpc_error
 from tidemill.rpc.tracing import outgoing
 
-_ACK_TIMEOUT_S = 2.0
+_ACK_TIMEOUT_S = 30.0  # nobody waits for it, and what hangs up all at once is settled late
+_GET_TIMEOUT_S = 2.0
 _STILL_RUNNING_S = 0.1
 _RUNNING = decode_pb2.Final()
 _GRAMMAR_INVALID = "GRAMMAR_INVALID"
@@ -212,7 +213,7 @@ class Attempt:
     async def _get_final(self, request: decode_pb2.GetFinalRequest) -> decode_pb2.Final | None:
         """None if there is none and never will be, _RUNNING while the worker still stops."""
         try:
-            return (await self.worker.decode.GetFinal(request, timeout=_ACK_TIMEOUT_S)).final
+            return (await self.worker.decode.GetFinal(request, timeout=_GET_TIMEOUT_S)).final
         except grpc.aio.AioRpcError as error:
             return _RUNNING if from_rpc_error(error).reason == "ATTEMPT_RUNNING" else None
 
