@@ -200,7 +200,7 @@ class EngineMachine(RuleBasedStateMachine):
         pool = self.engine.pool
         assert {b: n for b in range(pool.num_blocks) if (n := pool.num_holders(b))} == expected
         pool.check_integrity()
-        assert self.engine._tables.swap.num_used <= self.engine.config.num_swap_blocks
+        assert self.engine._tables.swap.num_used <= self.engine.num_swap_blocks
 
     @invariant()
     def findable_blocks_hold_what_their_hashes_promise(self) -> None:

@@ -12,22 +12,18 @@ from torch.nn.functional import linear
 
 from tests.engine_harness import generated, make_sequence, run_all
 from tests.family import VARIANTS, Variant, pairwise_variants
+from tests.model_probe import Probe
 from tests.reference_model import load_reference
 from tests.tiny_model import YARN, make_tiny_checkpoint
 from tests.x1 import E_LOGIT, E_ROUTE, expert_choices, reference_gaps
 from tidemill.engine import Engine, EngineConfig, SamplingParams
-from tidemill.models.checkpoint import Checkpoint
 from tidemill.models.config import ModelConfig
 from tidemill.models.deepseek import (
-    Batch,
-    DecodeRows,
     DeepseekModel,
     Dispatched,
     MoeMlp,
-    PromptSpan,
 )
 from tidemill.models.parameters import num_parameters
-from tidemill.models.weights import load_model
 
 # Of the reference's logit range: maximum minus minimum over the vocabulary.
 TOLERANCE = 1e-4
@@ -35,35 +31,6 @@ LENGTHS = (1, 63, 64, 65, 300)
 GREEDY = SamplingParams(temperature=0, max_tokens=64)
 # Of all tokens drawn, those that must be the same, excused or not: so the rule keeps its teeth.
 LEAST_EQUAL_SHARE = 0.98
-
-
-class Probe:
-    """Our model of a folder and latents for one sequence, in blocks 1 to 6 of a small pool."""
-
-    def __init__(self, path: Path, dtype: torch.dtype) -> None:
-        config = ModelConfig.load(path)
-        self.model = load_model(Checkpoint(path), config, dtype, max_context=512)
-        self.latents = torch.zeros(config.num_hidden_layers, 7, 64, config.latent_dim, dtype=dtype)
-
-    def prefill(self, token_ids: Tensor, start: int = 0) -> Tensor:
-        """Logits [T - start, V] of positions from `start` on, in one chunk."""
-        positions, blocks = self._place(token_ids, start)
-        span = PromptSpan(0, len(positions), start, blocks)
-        return self._forward(token_ids[start:], Batch(positions, positions + 64, spans=[span]))
-
-    def absorbed(self, token_ids: Tensor, start: int = 0) -> Tensor:
-        """As `prefill` by decode attention: every position is a row of one batch."""
-        positions, blocks = self._place(token_ids, start)
-        rows = DecodeRows(blocks.expand(len(positions), -1), positions + 1)
-        return self._forward(token_ids[start:], Batch(positions, positions + 64, rows))
-
-    def _place(self, token_ids: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Positions from `start` on and the blocks of all: position p lies at row p + 64."""
-        return torch.arange(start, len(token_ids)), torch.arange(1, -(-len(token_ids) // 64) + 1)
-
-    @torch.inference_mode()
-    def _forward(self, token_ids: Tensor, batch: Batch) -> Tensor:
-        return self.model.logits(self.model.forward(token_ids, batch, self.latents))
 
 
 @dataclass(frozen=True)

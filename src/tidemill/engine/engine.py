@@ -14,6 +14,8 @@ from tidemill.apportion import apportion
 from tidemill.engine.admission import Admission, blocks_for, blocks_of
 from tidemill.engine.block_pool import BlockPool
 from tidemill.engine.config import EngineConfig
+from tidemill.engine.decode_graphs import DecodeGraphs
+from tidemill.engine.device import blocks_that_fit, find_device
 from tidemill.engine.layout import KvLayout
 from tidemill.engine.logprobs import prompt_logprobs
 from tidemill.engine.outputs import (
@@ -33,6 +35,7 @@ from tidemill.engine.swap import SwapSpace
 from tidemill.engine.tables import BlockTables
 from tidemill.engine.validate import validate
 from tidemill.errors import AlreadyExists, ConfigError, PoolCorrupted, PoolExhausted
+from tidemill.kernels import choice
 from tidemill.models.checkpoint import Checkpoint
 from tidemill.models.config import ModelConfig, load_eos_token_ids
 from tidemill.models.source import Progress
@@ -75,13 +78,16 @@ class Engine:
         self.busy = BusyTime()
         self.cost = cost
         self._runner = runner
-        swap = SwapSpace(config.num_swap_blocks, self.pool.latents)
+        self.num_swap_blocks = (
+            self.pool.num_blocks if config.swap_blocks is None else config.swap_blocks
+        )
+        swap = SwapSpace(self.num_swap_blocks, self.pool.latents)
         self._tables = BlockTables(self.pool, swap)
         self._scheduler = Scheduler(
             self._tables, max_batch=config.max_batch, step_tokens=config.step_tokens
         )
         self._admission = Admission(
-            device_blocks=self.pool.num_blocks, swap_blocks=config.num_swap_blocks
+            device_blocks=self.pool.num_blocks, swap_blocks=self.num_swap_blocks
         )
         self._lock = threading.Lock()
         self._numbers = itertools.count()
@@ -105,15 +111,18 @@ class Engine:
             torch.set_num_threads(config.num_threads)
         model_config = ModelConfig.load(model_dir)
         dtype = _dtype(config.dtype, model_config.dtype)
+        device = find_device(config.device)
+        choice.force(config.kernels)
         checkpoint = Checkpoint(model_dir)
         max_context = _max_context(config, model_config)
-        model = load_model(checkpoint, model_config, dtype, max_context, on_progress)
-        pool = BlockPool(
-            num_layers=model_config.num_hidden_layers,
-            num_blocks=config.num_blocks,
-            latent_dim=model_config.latent_dim,
-            dtype=dtype,
-            host_blocks=config.host_cache_blocks,
+        model = load_model(
+            checkpoint,
+            model_config,
+            dtype,
+            max_context,
+            on_progress,
+            device=device,
+            stacked=choice.takes_triton(torch.empty(0, device=device)),
         )
         layout = KvLayout(
             dtype=str(dtype).removeprefix("torch."),
@@ -121,11 +130,22 @@ class Engine:
             latent_dim=model_config.latent_dim,
             model_digest=checkpoint.digest(),
         )
+        pool = BlockPool(
+            num_layers=model_config.num_hidden_layers,
+            num_blocks=_num_blocks(config, device, layout.block_bytes),
+            latent_dim=model_config.latent_dim,
+            dtype=dtype,
+            device=str(device),
+            host_blocks=config.host_cache_blocks,
+        )
+        graphs = None
+        if device.type == "cuda" and choice.takes_triton(pool.latents):
+            graphs = DecodeGraphs(model, pool, max_batch=config.max_batch, max_context=max_context)
         return cls(
             config=config,
             model_config=model_config,
             eos_token_ids=load_eos_token_ids(model_dir),
-            runner=ModelRunner(model, pool),
+            runner=ModelRunner(model, pool, graphs),
             layout=layout,
             cost=StepCost(model_config, value_bytes=dtype.itemsize),
         )
@@ -399,7 +419,7 @@ class Engine:
         if not self._admission.admits(each=each, together=together):
             raise PoolExhausted(
                 f"{together} blocks may be needed, {self._admission.num_promised} are promised to "
-                f"others, {self.pool.num_blocks} and {self.config.num_swap_blocks} to swap exist"
+                f"others, {self.pool.num_blocks} and {self.num_swap_blocks} to swap exist"
             )
         self._admission.promise(seq.seq_id, together)
 
@@ -418,6 +438,20 @@ def _max_context(config: EngineConfig, model_config: ModelConfig) -> int:
     if not 1 < config.max_context <= limit:
         raise ConfigError(f"max_context is {config.max_context}, the model allows 2 to {limit}")
     return config.max_context
+
+
+def _num_blocks(config: EngineConfig, device: torch.device, block_bytes: int) -> int:
+    if config.num_blocks is not None:
+        return config.num_blocks
+    if device.type == "cpu":
+        raise ConfigError("num_blocks must be given for an engine on the CPU")
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    return blocks_that_fit(
+        total_bytes=total_bytes,
+        free_bytes=free_bytes,
+        memory_share=config.memory_share,
+        block_bytes=block_bytes,
+    )
 
 
 def _dtype(wanted: str, of_checkpoint: str) -> torch.dtype:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tidemill.blocks import BLOCK_TOKENS
 from tidemill.engine.block_pool import BlockPool
+from tidemill.engine.decode_graphs import DecodeGraphs
 from tidemill.engine.scheduler import Step
 from tidemill.engine.sequence import Sequence
 from tidemill.models.deepseek import Batch, DecodeRows, DeepseekModel, PromptSpan
@@ -29,15 +30,21 @@ class Runner(Protocol):
 
 
 class ModelRunner:
-    """The model and the pool that it reads and writes."""
+    """The model and the pool that it reads and writes; `graphs` take steps that only decode."""
 
-    def __init__(self, model: DeepseekModel, pool: BlockPool) -> None:
+    def __init__(
+        self, model: DeepseekModel, pool: BlockPool, graphs: DecodeGraphs | None = None
+    ) -> None:
         self.model = model
         self.pool = pool
+        self._graphs = graphs
+        self._device = pool.latents.device
 
     @torch.inference_mode()
     def forward(self, step: Step) -> Tensor:
         """As Runner.forward."""
+        if self._graphs is not None and step.decodes and not step.chunks:
+            return self._graphs.forward(step.decodes)
         token_ids = [seq.token_ids[-1] for seq in step.decodes]
         positions = [len(seq.token_ids) - 1 for seq in step.decodes]
         slots = [seq.slot(len(seq.token_ids) - 1) for seq in step.decodes]
@@ -50,18 +57,16 @@ class ModelRunner:
             slots += [chunk.seq.slot(position) for position in range(chunk.write_start, chunk.end)]
             written += range(row + chunk.write_start - chunk.start, len(token_ids))
             blocks = chunk.seq.block_table[: -(-chunk.end // BLOCK_TOKENS)]
-            spans.append(PromptSpan(row, len(token_ids), chunk.start, torch.tensor(blocks)))
+            spans.append(PromptSpan(row, len(token_ids), chunk.start, self._ids(blocks)))
         batch = Batch(
-            positions=torch.tensor(positions),
-            slots=torch.tensor(slots, dtype=torch.int64),
-            written=None
-            if len(written) == len(token_ids)
-            else torch.tensor(written, dtype=torch.int64),
-            decodes=_decode_rows(step.decodes) if step.decodes else None,
+            positions=self._ids(positions),
+            slots=self._ids(slots),
+            written=None if len(written) == len(token_ids) else self._ids(written),
+            decodes=self._decode_rows(step.decodes) if step.decodes else None,
             spans=spans,
         )
         return self.model.forward(
-            torch.tensor(token_ids), batch, self.pool.latents, _layer_callback(step)
+            self._ids(token_ids), batch, self.pool.latents, _layer_callback(step)
         )
 
     @torch.inference_mode()
@@ -69,16 +74,18 @@ class ModelRunner:
         """As Runner.logits."""
         return self.model.logits(hidden)
 
+    def _decode_rows(self, seqs: list[Sequence]) -> DecodeRows:
+        lengths = [len(seq.token_ids) for seq in seqs]
+        tables = [
+            seq.block_table[: -(-length // BLOCK_TOKENS)]
+            for seq, length in zip(seqs, lengths, strict=True)
+        ]
+        width = max(map(len, tables))
+        padded = [table + table[:1] * (width - len(table)) for table in tables]
+        return DecodeRows(self._ids(padded), self._ids(lengths))
 
-def _decode_rows(seqs: list[Sequence]) -> DecodeRows:
-    lengths = [len(seq.token_ids) for seq in seqs]
-    tables = [
-        seq.block_table[: -(-length // BLOCK_TOKENS)]
-        for seq, length in zip(seqs, lengths, strict=True)
-    ]
-    width = max(map(len, tables))
-    padded = [table + table[:1] * (width - len(table)) for table in tables]
-    return DecodeRows(torch.tensor(padded), torch.tensor(lengths))
+    def _ids(self, values: list[int] | list[list[int]]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)
 
 
 def _layer_callback(step: Step) -> Callable[[int], None] | None:

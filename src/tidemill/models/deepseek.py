@@ -20,7 +20,7 @@ from tidemill.kernels.mla_decode import mla_decode
 from tidemill.kernels.mla_prefill import mla_prefill
 from tidemill.kernels.moe_route import moe_route
 from tidemill.kernels.rms_norm import rms_norm
-from tidemill.kernels.rope import apply_rope
+from tidemill.kernels.rope_kv_write import rope_kv_write
 from tidemill.models.config import ModelConfig
 
 # The norms inside attention keep this whatever the config says (DeepSeek's `RMSNorm` default).
@@ -90,27 +90,24 @@ class Attention:
 
     def write(self, hidden: Tensor, rotation: Tensor, batch: Batch, latents: Tensor) -> Tensor:
         """As AttentionStage.write."""
-        query, latent = self._project(self.norm(hidden), rotation)
-        if batch.written is not None:
-            latent = latent[batch.written]
-        latents.view(-1, latents.shape[-1]).index_copy_(0, batch.slots, latent)
-        return query
-
-    def _project(self, normed: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
-        """normed [T, D] -> query [T, H, nope + rope], latent [T, kv_lora + rope], both rotated."""
         config = self.config
-        query, latent, k_rope = self.qkv_a(normed).tensor_split(
-            [-config.latent_dim, -config.qk_rope_head_dim], dim=-1
+        query, kv_a = self.qkv_a.of_norm(hidden, self.norm.weight, self.norm.eps).tensor_split(
+            [-config.latent_dim], dim=-1
         )
         if self.q_b is not None and self.q_a_norm is not None:
-            query = self.q_b(rms_norm(query, self.q_a_norm, LATENT_NORM_EPS))
-        query = query.view(len(normed), config.num_attention_heads, config.qk_head_dim)
-        q_rope = query[..., config.qk_nope_head_dim :]
-        # The shared key turns as one more head.
-        turned = apply_rope(torch.cat((q_rope, k_rope.unsqueeze(1)), dim=1), rotation.unsqueeze(1))
-        q_rope.copy_(turned[:, :-1])
-        latent = rms_norm(latent, self.kv_a_norm, LATENT_NORM_EPS)
-        return query, torch.cat((latent, turned[:, -1]), dim=-1)
+            query = self.q_b.of_norm(query, self.q_a_norm, LATENT_NORM_EPS)
+        query = query.view(len(hidden), config.num_attention_heads, config.qk_head_dim)
+        rope_kv_write(
+            query,
+            kv_a,
+            self.kv_a_norm,
+            LATENT_NORM_EPS,
+            rotation,
+            latents,
+            batch.slots,
+            batch.written,
+        )
+        return query
 
     def attend(self, query: Tensor, batch: Batch, latents: Tensor) -> Tensor:
         """As AttentionStage.attend."""

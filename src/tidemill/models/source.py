@@ -9,7 +9,7 @@ from torch import Tensor
 from tidemill.errors import CheckpointError
 from tidemill.models.checkpoint import PLAIN_DTYPES, Checkpoint
 from tidemill.models.config import ModelConfig
-from tidemill.models.fp8 import dequantize, scale_shape
+from tidemill.models.fp8 import BLOCK, Fp8Matrix, dequantize, scale_shape
 
 # (bytes read so far, bytes to read in all)
 Progress = Callable[[int, int], None]
@@ -33,11 +33,16 @@ class WeightSource:
         config: ModelConfig,
         dtype: torch.dtype,
         on_progress: Progress | None = None,
+        *,
+        device: torch.device,
+        keep_fp8: bool,
     ) -> None:
         self._checkpoint = checkpoint
         self._config = config
-        self._dtype = dtype
+        self.dtype = dtype
         self._on_progress = on_progress
+        self.device = device
+        self._keep_fp8 = keep_fp8 and config.weight_block_size == (BLOCK, BLOCK)
         self._left = {
             name
             for name in checkpoint.names
@@ -48,23 +53,43 @@ class WeightSource:
 
     def vector(self, name: str, size: int) -> Tensor:
         """A norm's weight or a bias, [size] in the engine's dtype."""
-        return self._take(name, (size,)).to(self._dtype)
+        return self._take(name, (size,)).to(self.device, self.dtype)
 
     def table(self, name: str, rows: int, columns: int) -> Tensor:
         """A matrix that is never quantised, [rows, columns] in the engine's dtype."""
-        return self._take(name, (rows, columns)).to(self._dtype)
+        return self._take(name, (rows, columns)).to(self.device, self.dtype)
 
     def exact(self, name: str, *shape: int) -> Tensor:
         """A tensor that the model computes with in fp32."""
-        return self._take(name, shape).float()
+        return self._take(name, shape).to(self.device, torch.float32)
 
     def matrix(self, name: str, rows: int, columns: int) -> Tensor:
         """A layer's weight [rows, columns] in the engine's dtype, dequantised if it was FP8."""
         block = self._config.weight_block_size
-        scale_name = name + SCALE_SUFFIX
-        quantised = self._checkpoint.dtype(name) == torch.float8_e4m3fn
-        if block is None or not (quantised or scale_name in self._checkpoint):
+        if block is None or not self._is_quantised(name):
             return self.table(name, rows, columns)
+        values, scales = self._quantised(name, rows, columns, block)
+        return dequantize(values, scales, block, self.dtype).to(self.device)
+
+    def stored(self, name: str, rows: int, columns: int) -> Tensor | Fp8Matrix:
+        """A layer's weight as `keeps_fp8` says: in FP8 or else as `matrix` gives it."""
+        if not self.keeps_fp8(name, columns):
+            return self.matrix(name, rows, columns)
+        values, scales = self._quantised(name, rows, columns, (BLOCK, BLOCK))
+        return Fp8Matrix(values, scales.float()).to(self.device)
+
+    def keeps_fp8(self, name: str, columns: int) -> bool:
+        """Whether the weight is stored in blocks that kernels multiply, and is to stay so."""
+        return self._keep_fp8 and columns % BLOCK == 0 and self._is_quantised(name)
+
+    def _is_quantised(self, name: str) -> bool:
+        quantised = self._checkpoint.dtype(name) == torch.float8_e4m3fn
+        return quantised or name + SCALE_SUFFIX in self._checkpoint
+
+    def _quantised(
+        self, name: str, rows: int, columns: int, block: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        scale_name = name + SCALE_SUFFIX
         weight = self._take(name, (rows, columns), (torch.float8_e4m3fn,))
         scales = self._take(scale_name, scale_shape((rows, columns), block), _SCALE_DTYPES)
         if not scales.float().isfinite().all():
@@ -74,7 +99,7 @@ class WeightSource:
                 tensor=scale_name,
                 shape=tuple(scales.shape),
             )
-        return dequantize(weight, scales, block, self._dtype)
+        return weight, scales
 
     def finish(self) -> None:
         """After the last: CheckpointError names a tensor that no layer took."""

@@ -3,11 +3,12 @@
 from torch import Tensor
 
 from tidemill.kernels.linear import onednn, reference
+from tidemill.kernels.linear.block_scaled import BlockScaledLinear
 
-Linear = reference.PlainLinear | onednn.PackedLinear
+Linear = reference.PlainLinear | onednn.PackedLinear | BlockScaledLinear
 HeadLinear = reference.PlainHeads | onednn.PackedHeads
 
-__all__ = ["HeadLinear", "Linear", "make_head_linear", "make_linear"]
+__all__ = ["BlockScaledLinear", "HeadLinear", "Linear", "make_head_linear", "make_linear"]
 
 
 def make_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from tidemill.kernels.rms_norm import rms_norm
+
 # Rows that the layout is chosen for: decode batches; larger products lose nothing by it.
 PACK_ROWS = 16
 # A product of one or two rows takes longer than one of four, which hides more of memory's latency.
@@ -45,6 +47,10 @@ class PackedLinear:
             return self(self.filled(x))[:num_rows]
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return out
+
+    def of_norm(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
+        """The product with `rms_norm(x, norm, eps)` [T, N]."""
+        return self(rms_norm(x, norm, eps))
 
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
         """(x @ weight.T + bias) + other [T, N]."""

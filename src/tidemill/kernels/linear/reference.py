@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from tidemill.kernels.rms_norm import rms_norm
+
 
 class PlainLinear:
     """weight [N, K] and bias [N], used as they are."""
@@ -15,6 +17,10 @@ class PlainLinear:
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, K] -> x @ weight.T + bias [T, N]."""
         return linear(x, self.weight, self.bias)
+
+    def of_norm(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
+        """The product with `rms_norm(x, norm, eps)` [T, N]."""
+        return self(rms_norm(x, norm, eps))
 
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
         """(x @ weight.T + bias) + other [T, N]."""

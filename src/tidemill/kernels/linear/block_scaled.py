@@ -1,0 +1,48 @@
+"""Products with a weight that stays FP8: activations are quantised on the fly, as in training."""
+
+from torch import Tensor
+
+from tidemill.kernels.act_quant import act_quant
+from tidemill.kernels.fp8_gemm import fp8_gemm
+from tidemill.kernels.rms_norm import rms_norm_quant
+
+
+class BlockScaledLinear:
+    """weight [N, K] e4m3, scale_inv [ceil(N / 128), K / 128] fp32, bias [N]; K a multiple of 128.
+
+    The product of 1x128 and 128x128 scaled blocks of DeepSeek-V3's report, 3.3.
+    """
+
+    def __init__(self, weight: Tensor, scale_inv: Tensor, bias: Tensor | None = None) -> None:
+        self.weight = weight
+        self.scale_inv = scale_inv
+        self.bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, K] -> x @ weight.T + bias [T, N]."""
+        quantised = act_quant(x)
+        return fp8_gemm(quantised, self.weight, self.scale_inv, out_dtype=x.dtype, bias=self.bias)
+
+    def of_norm(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
+        """The product with `rms_norm(x, norm, eps)` [T, N], quantised before it is rounded."""
+        quantised = rms_norm_quant(x, norm, eps)
+        return fp8_gemm(quantised, self.weight, self.scale_inv, out_dtype=x.dtype, bias=self.bias)
+
+    def plus(self, x: Tensor, other: Tensor) -> Tensor:
+        """(x @ weight.T + bias) + other [T, N]."""
+        return fp8_gemm(
+            act_quant(x),
+            self.weight,
+            self.scale_inv,
+            out_dtype=x.dtype,
+            bias=self.bias,
+            residual=other,
+        )
+
+    def filled(self, x: Tensor) -> Tensor:
+        """x [T, D] as it is: any number of rows will do."""
+        return x
+
+    def enough(self, num_rows: int) -> int:
+        """num_rows as it is."""
+        return num_rows
