@@ -9,6 +9,7 @@ one position and store nothing.
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class Recording:
 
 def record_graph(run: Callable[[], Tensor]) -> Recording:
     """Record `run` as a CUDA graph, after it has run once: kernels are compiled on first use."""
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         run()
@@ -72,11 +73,9 @@ class DecodeGraphs:
         self._tables = self._tables_here.to(device)
         self._sizes = graph_sizes(max_batch)
         self._recordings = {
-            size: record(lambda size=size: self._run(model, pool, size))  # type: ignore[misc] - a default binds the loop's value
-            for size in reversed(self._sizes)
+            size: record(partial(self._run, model, pool, size)) for size in reversed(self._sizes)
         }
 
-    @torch.inference_mode()
     def forward(self, seqs: list[Sequence]) -> Tensor:
         """Hidden states [B, D] of each sequence's last token, valid until the next call."""
         size = self._sizes[bisect_left(self._sizes, len(seqs))]
@@ -85,6 +84,7 @@ class DecodeGraphs:
         recording.replay()
         return recording.output[: len(seqs)]
 
+    @torch.inference_mode()
     def _run(self, model: DeepseekModel, pool: BlockPool, size: int) -> Tensor:
         rows = self._rows[:, :size]
         decodes = DecodeRows(self._tables[:size], rows[_LENGTH])
