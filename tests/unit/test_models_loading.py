@@ -15,9 +15,10 @@ from tests.family import RAGGED, Variant
 from tests.fp8_checkpoint import make_fp8_checkpoint
 from tests.tiny_model import make_tiny_checkpoint
 from tidemill.errors import CheckpointError
+from tidemill.kernels.linear.reference import PlainLinear
 from tidemill.models.checkpoint import Checkpoint
 from tidemill.models.config import ModelConfig
-from tidemill.models.deepseek import DeepseekModel
+from tidemill.models.deepseek import DeepseekModel, MoeMlp
 from tidemill.models.fp8 import dequantize, scale_shape
 from tidemill.models.weights import load_model
 
@@ -153,7 +154,10 @@ def test_weights_left_wide_in_an_fp8_folder_are_taken_as_they_are(fp8_dir: Path)
     wide = torch.randn(136, 192)
     edit_tensors(fp8_dir, **{SCALE: None, WEIGHT: wide})
     moe = load(fp8_dir).layers[1].mlp
-    assert torch.equal(moe.routed[3].gate_up.weight[136:], wide)  # type: ignore[union-attr]
+    assert isinstance(moe, MoeMlp)
+    gate_up = moe.routed[3].gate_up
+    assert isinstance(gate_up, PlainLinear)
+    assert torch.equal(gate_up.weight[136:], wide)
 
 
 def test_fp8_weights_without_their_config_are_refused(fp8_dir: Path) -> None:
