@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "src/tidemill/kernels"
 ON_GPUS = ROOT / ".venv-triton36/bin/python"
+SHARED_BYTES = 232_448  # that a block may have on sm_90
 
 
 @pytest.fixture(scope="module", params=[Path(sys.executable), ON_GPUS], ids=["here", "3.6"])
@@ -41,6 +42,12 @@ def rows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.timeout(600)  # cold; a minute and seconds when Triton's cache knows the sources
 def test_no_kernel_spills(rows: list[dict[str, Any]]) -> None:
     assert {row["variant"]: row["spilled_bytes"] for row in rows if row["spilled_bytes"]} == {}
+
+
+@pytest.mark.timeout(600)
+def test_shared_memory_is_what_a_block_may_have(rows: list[dict[str, Any]]) -> None:
+    asked = {row["variant"]: row["shared_bytes"] for row in rows}
+    assert {name: size for name, size in asked.items() if size > SHARED_BYTES} == {}
 
 
 @pytest.mark.timeout(600)
