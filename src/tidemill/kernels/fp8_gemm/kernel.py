@@ -54,6 +54,12 @@ def multiply(
     else:
         sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     sums2 = sums
+    if SCALED:
+        # A step ahead: a scale is then there when its product is.
+        start = tl.minimum(first, last - 1)  # a split may have no step
+        scales = tl.load(x_scales + start * stride_xs)
+        w_scale = tl.load(w_scales + start)
+        w2_scale = tl.load(w2_scales + start)
     for step in range(first, last):
         x = _load_step(x_rows, step, depth, BLOCK_K, EVEN_K)
         if TMA:
@@ -66,10 +72,14 @@ def multiply(
             else:
                 weights2 = _load_step(w2_rows, step, depth, BLOCK_K, EVEN_K)
         if SCALED:
-            scales = tl.load(x_scales + step * stride_xs)
-            sums += _scaled(x, weights, scales * tl.load(w_scales + step), SWAP)
+            step_scales, step_w_scale, step_w2_scale = scales, w_scale, w2_scale
+            ahead = tl.minimum(step + 1, last - 1)
+            scales = tl.load(x_scales + ahead * stride_xs)
+            w_scale = tl.load(w_scales + ahead)
+            w2_scale = tl.load(w2_scales + ahead)
+            sums += _scaled(x, weights, step_scales * step_w_scale, SWAP)
             if PAIR:
-                sums2 += _scaled(x, weights2, scales * tl.load(w2_scales + step), SWAP)
+                sums2 += _scaled(x, weights2, step_scales * step_w2_scale, SWAP)
         elif SWAP:
             sums = tl.dot(weights, x.T, sums, input_precision="ieee")
             if PAIR:
