@@ -14,17 +14,17 @@ Tiles = dict[int, dict[DeviceClass, Classes]]
 GATE_UP_TILES: Tiles = {
     1: {
         H100: (
-            (4, Tile(16, 128, 128, swap=True, stages=3, splits=0, tma=True)),
-            (16, Tile(32, 128, 128, swap=True, stages=3, splits=0, tma=True)),
-            (48, Tile(64, 128, 128, swap=True, warps=8, stages=4, per_sm=1, tma=True)),
-            (1 << 62, Tile(64, 128, 128, warps=8, stages=3, per_sm=1, tma=True)),
+            (4, Tile(16, 128, 128, swap=True, tma=True, splits=0)),
+            (16, Tile(32, 128, 128, swap=True, tma=True, splits=0)),
+            # Two sums of 128 rows and the product between them take more registers than there are.
+            (1 << 62, Tile(64, 128, 128, tma=True, warps=8, stages=4, per_sm=1, splits=0)),
         )
     },
     2: {
         H100: (
-            (16, Tile(16, 128, 64, swap=True, stages=3, splits=0, tma=True)),
-            (48, Tile(64, 128, 64, swap=True, warps=8, stages=4, per_sm=1, tma=True)),
-            (1 << 62, Tile(128, 128, 64, warps=8, stages=4, per_sm=1, tma=True)),
+            (16, Tile(16, 128, 64, swap=True, tma=True, splits=0)),
+            (48, Tile(64, 128, 64, tma=True, warps=8, stages=4, per_sm=1, splits=0)),
+            (1 << 62, Tile(128, 128, 64, tma=True, warps=8, stages=4, per_sm=1, splits=0)),
         )
     },
     4: {H100: ((1 << 62, Tile(16, 32, 32)),)},
@@ -33,17 +33,20 @@ GATE_UP_TILES: Tiles = {
 DOWN_TILES: Tiles = {
     1: {
         H100: (
-            (4, Tile(16, 128, 128, pair=True, swap=True, stages=3, splits=0, tma=True)),
-            (16, Tile(32, 128, 128, pair=True, swap=True, stages=3, splits=0, tma=True)),
-            (48, Tile(64, 128, 128, pair=True, swap=True, warps=8, stages=4, per_sm=1, tma=True)),
-            (1 << 62, Tile(128, 128, 128, warps=8, stages=4, per_sm=1, tma=True)),
+            (4, Tile(16, 128, 128, pair=True, swap=True, tma=True, splits=0)),
+            (16, Tile(32, 128, 128, pair=True, swap=True, tma=True, splits=0)),
+            (64, Tile(64, 128, 128, pair=True, tma=True, warps=8, stages=4, per_sm=1, splits=0)),
+            (1 << 62, Tile(128, 128, 128, tma=True, warps=8, stages=4, per_sm=1, splits=0)),
         )
     },
     2: {
         H100: (
-            (16, Tile(16, 128, 64, pair=True, swap=True, stages=3, splits=0, tma=True)),
-            (48, Tile(64, 128, 64, pair=True, swap=True, warps=8, stages=4, per_sm=1, tma=True)),
-            (1 << 62, Tile(128, 128, 64, pair=True, warps=8, stages=4, per_sm=1, tma=True)),
+            (16, Tile(16, 128, 64, pair=True, swap=True, tma=True, splits=0)),
+            (48, Tile(64, 128, 64, pair=True, tma=True, warps=8, stages=4, per_sm=1, splits=0)),
+            (
+                1 << 62,
+                Tile(128, 128, 64, pair=True, tma=True, warps=8, stages=4, per_sm=1, splits=0),
+            ),
         )
     },
     4: {H100: ((1 << 62, Tile(16, 32, 32)),)},

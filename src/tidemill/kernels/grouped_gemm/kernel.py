@@ -6,6 +6,7 @@ tile after column tile, so that each is read from memory once.
 """
 
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -490,7 +491,7 @@ def _splits(
 
 def _most_row_tiles(tile: Tile, num_experts: int, num_places: int) -> int:
     """However the places are shared out, there are no more."""
-    return min(num_experts, num_places) + num_places // tile.rows
+    return (num_places + min(num_experts, num_places) * (tile.rows - 1)) // tile.rows
 
 
 def _grid(
@@ -519,15 +520,12 @@ def _blocks(tile: Tile, depth: int) -> dict[str, int | bool]:
 def variants() -> list[Variant]:
     """Every kernel at every tile of the tables, for DeepSeek-V3's 256 experts."""
     found = []
-    for size, element in ((1, "*fp8e4nv"), (2, "*bf16")):
+    for (size, element), splits in product(((1, "*fp8e4nv"), (2, "*bf16")), (1, 2)):
         for _, tile in GATE_UP_TILES[size][H100]:
-            found.append(_gate_up_variant(tile, element))
+            found.append(_gate_up_variant(tile, element, splits=splits))
         for _, tile in DOWN_TILES[size][H100]:
-            found.append(_down_variant(tile, element))
-    few_rows = GATE_UP_TILES[1][H100][0][1]
-    found.append(_gate_up_variant(few_rows, "*fp8e4nv", splits=2))
-    found.append(_down_variant(DOWN_TILES[1][H100][0][1], "*fp8e4nv", splits=2))
-    found.append(_gate_up_variant(few_rows, "*fp8e4nv", gather=False))
+            found.append(_down_variant(tile, element, splits=splits))
+    found.append(_gate_up_variant(GATE_UP_TILES[1][H100][-1][1], "*fp8e4nv", gather=False))
     found.append(
         Variant(
             _swiglu_splits_kernel,
