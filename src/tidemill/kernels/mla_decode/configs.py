@@ -1,12 +1,14 @@
 """Tiles of decode attention by what the host knows: rows, batch, the device. None is timed yet."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import triton
 
+from tidemill.kernels.device import H100, DeviceClass, device_class, num_sms
+
 _MOST_MERGED = 8192  # fp32 values that a merging program holds: 64 registers a thread
-_PARTS_WITHOUT_A_GPU = 5  # in the interpreter: enough that sequences are cut
 
 
 @dataclass(frozen=True)
@@ -36,22 +38,21 @@ _WIDE = Tile(64, swap=False, num_warps=8, num_stages=2)
 _FITS_WIDE = tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 6)
 
 
-def tiles() -> tuple[Tile, ...]:
-    """Every tile that may be chosen under the installed Triton, narrowest first."""
-    return (_NARROW, _MIDDLE, _WIDE) if _FITS_WIDE else (_NARROW,)
+# Narrowest first; a class that is not here takes an H100's.
+TILES: Mapping[DeviceClass, tuple[Tile, ...]] = {
+    H100: (_NARROW, _MIDDLE, _WIDE) if _FITS_WIDE else (_NARROW,),
+}
 
 
-def tile_of(num_rows: int) -> Tile:
+def tile_of(num_rows: int, device: torch.device) -> Tile:
     """The narrowest tile that holds all of a sequence's rows, else the widest there is."""
-    return next((tile for tile in tiles() if tile.rows >= num_rows), tiles()[-1])
+    tiles = TILES.get(device_class(device), TILES[H100])
+    return next((tile for tile in tiles if tile.rows >= num_rows), tiles[-1])
 
 
 def num_parts(device: torch.device, num_tiles: int) -> int:
     """Parts that run at once beside each other: a program fills a multiprocessor's memory."""
-    if device.type != "cuda":
-        return _PARTS_WITHOUT_A_GPU
-    count = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, int(count) // num_tiles)
+    return max(1, num_sms(device) // num_tiles)
 
 
 def sequences_held(num_sequences: int) -> int:

@@ -221,7 +221,7 @@ def mla_decode(
     num_sequences, num_tokens, num_heads, width = query.shape
     rows = num_tokens * num_heads
     rope = width - kv_lora_rank
-    tile = configs.tile_of(rows)
+    tile = configs.tile_of(rows, query.device)
     num_tiles = triton.cdiv(rows, tile.rows)
     if num_parts is None:
         num_parts = configs.num_parts(query.device, num_tiles)
@@ -277,7 +277,8 @@ def _check(
 
 def variants() -> list[Variant]:
     """Every tile at DeepSeek-V3's widths in bf16, for one and two query tokens; every merge."""
-    attending = [_attending(tile, num_tokens) for tile in configs.tiles() for num_tokens in (1, 2)]
+    tiles = dict.fromkeys(tile for chosen in configs.TILES.values() for tile in chosen)
+    attending = [_attending(tile, num_tokens) for tile in tiles for num_tokens in (1, 2)]
     return attending + [_merging(tile) for tile in configs.merge_tiles(_V3_C)]
 
 

@@ -1,5 +1,7 @@
 """Multi-head latent attention for chunks of prompts, in multi-head form."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -20,10 +22,15 @@ def mla_prefill(
         )
     latent, k_rope = latents.tensor_split([kv_lora_rank], dim=-1)
     expanded = kv_b(latent.contiguous()).view(len(latents), query.shape[1], -1)
-    starts = torch.tensor(
-        [[0, len(query)], [0, len(latents)]], dtype=torch.int32, device=query.device
-    )
+    starts = _bounds(len(query), query.device), _bounds(len(latents), query.device)
     return mla_prefill_ragged(query, expanded, k_rope, *starts, longest=len(query), scale=scale)
+
+
+@lru_cache(maxsize=64)
+def _bounds(count: int, device: torch.device) -> Tensor:
+    """[0, count] on the device: copied there once for all layers, since each copy waits."""
+    with torch.inference_mode(False):
+        return torch.tensor([0, count], dtype=torch.int32, device=device)
 
 
 def mla_prefill_ragged(
