@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -9,7 +10,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def commit() -> str:
-    """The checked-out commit, short; "" outside a repository."""
+    """The checked-out commit, short; "" outside a repository or where there is no git."""
+    if shutil.which("git") is None:
+        return ""
     run = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],  # noqa: S607 - whatever git is on PATH
         cwd=ROOT,

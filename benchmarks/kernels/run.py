@@ -138,7 +138,10 @@ def time_one(name: str, ceilings: harness.Ceilings, file: Path) -> None:
     module = importlib.import_module(f"benchmarks.kernels.{name}")
     rows: list[dict[str, Any]] = []
     for work in module.works():
-        rows.append(harness.run(work, ceilings))
+        try:
+            rows.append(harness.run(work, ceilings))
+        except Exception as error:  # a finding of this work; the next ones may do better
+            rows.append({"case": work.case, "refused": f"failed: {error!r}"[:300]})
         file.write_text(json.dumps(rows), encoding="utf-8")
 
 

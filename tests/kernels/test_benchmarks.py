@@ -1,5 +1,6 @@
 """What benchmarks/kernels does without a GPU: who may be timed, and what a row says."""
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,15 @@ def test_line_tells_a_peer_that_computed_something_else() -> None:
     assert "one 3.00 us, 1.50x |" in line
     assert "other 1.00 us, 0.50x DIFFERS" in line
     assert "third: none" in line
+
+
+@pytest.mark.parametrize("name", run.benchmarks_here([]))
+def test_works_are_told_without_a_gpu_each_under_its_own_name(name: str) -> None:
+    works = list(importlib.import_module(f"benchmarks.kernels.{name}").works())
+    cases = [work.case for work in works]
+    assert works
+    assert len(set(cases)) == len(cases)
+    assert min(work.num_bytes for work in works) > 0
 
 
 def test_every_benchmark_of_an_op_names_tests_that_exist() -> None:
