@@ -1,5 +1,6 @@
 """The model on its kernels, on a GPU, against plain torch."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -7,11 +8,12 @@ import torch
 from torch import Tensor
 
 from tests.model_probe import Probe
+from tests.random_v3 import RandomWeights, launches, random_moe, random_v3
 from tidemill.engine.decode_graphs import record_graph
 from tidemill.kernels import choice
-from tidemill.models.deepseek import Norm
+from tidemill.models.deepseek import Batch, DecodeRows
 from tidemill.models.presets import load_preset
-from tidemill.models.stacked import StackedExperts, StackedMoe
+from tidemill.models.stacked import StackedMoe
 
 pytestmark = pytest.mark.gpu
 
@@ -36,7 +38,7 @@ def test_x1c_the_demo_models_logits_err_as_little_as_on_a_cpu() -> None:
 @pytest.mark.parametrize("num_tokens", [1, 16, 100])
 def test_a_full_width_v3_layer_in_fp8_is_that_of_plain_torch(num_tokens: int) -> None:
     """256 experts, 7168 wide: the kernels and plain torch on the same device and the same bytes."""
-    moe = v3_layer()
+    moe = v3_moe()
     hidden = torch.randn(num_tokens, 7168, device="cuda").bfloat16()
     ours = moe(hidden) - hidden
     with choice.forced("reference"):
@@ -46,7 +48,7 @@ def test_a_full_width_v3_layer_in_fp8_is_that_of_plain_torch(num_tokens: int) ->
 
 
 def test_a_recorded_layer_gives_what_it_gives_eagerly() -> None:
-    moe = v3_layer()
+    moe = v3_moe()
     hidden = torch.randn(8, 7168, device="cuda").bfloat16()
     place = hidden.clone()
     with torch.inference_mode():
@@ -57,35 +59,22 @@ def test_a_recorded_layer_gives_what_it_gives_eagerly() -> None:
             assert torch.equal(recording.output, moe(place))
 
 
-def v3_layer() -> StackedMoe:
-    """A routed layer of DeepSeek-V3 with random FP8 weights: 11 GB."""
-    config = load_preset("deepseek-v3")
-    width, hidden, experts = (
-        config.moe_intermediate_size,
-        config.hidden_size,
-        config.n_routed_experts,
-    )
-    generator = torch.Generator("cuda").manual_seed(0)
+def test_a_decode_step_launches_at_most_twenty_kernels_a_layer() -> None:
+    model = random_v3(num_layers=1, max_context=512)
+    layer = model.layers[0]
+    latents = torch.zeros(1, 64, 64, model.config.latent_dim, device="cuda").bfloat16()
+    rows = torch.arange(32, device="cuda")
+    tables = (2 * rows.unsqueeze(1) + torch.arange(2, device="cuda")).int()
+    batch = Batch(rows + 70, tables[:, 1] * 64 + 6 + rows, DecodeRows(tables, rows + 71))
 
-    def plain(*shape: int) -> Tensor:
-        return torch.randn(*shape, device="cuda", generator=generator)
+    def run(layers: int) -> None:
+        model.layers = [layer] * layers
+        model.forward(rows, batch, latents.expand(layers, -1, -1, -1))
 
-    def stack(count: int) -> StackedExperts:
-        def fp8(rows: int, columns: int) -> tuple[Tensor, Tensor]:
-            values = torch.empty(count, rows, columns, device="cuda", dtype=torch.float8_e4m3fn)
-            for index in range(count):
-                values[index] = plain(rows, columns).mul_(64).to(torch.float8_e4m3fn)
-            scales = plain(count, rows // 128, columns // 128).abs_().add_(0.5)
-            return values, scales.mul_(1 / 64 / columns**0.5)
+    with torch.inference_mode():
+        one, two = (launches(partial(run, count)) for count in (1, 2))
+    assert two - one <= 20
 
-        (gate_up, gate_up_scale), (down, down_scale) = fp8(2 * width, hidden), fp8(hidden, width)
-        return StackedExperts(gate_up, down, gate_up_scale, down_scale)
 
-    return StackedMoe(
-        norm=Norm(torch.ones(hidden, device="cuda", dtype=torch.bfloat16), 1e-6),
-        gate=plain(experts, hidden).mul_(hidden**-0.5),
-        gate_bias=plain(experts).mul_(0.1),
-        routed=stack(experts),
-        shared=stack(1),
-        config=config,
-    )
+def v3_moe() -> StackedMoe:
+    return random_moe(load_preset("deepseek-v3"), RandomWeights(0))
