@@ -15,13 +15,17 @@ from math import sqrt
 from statistics import NormalDist, fmean
 
 NUM_BATCHES = 24
+_LATE = slice(NUM_BATCHES // 2, None)
 
 
 @dataclass(frozen=True, slots=True)
 class Slope:
     """Units an hour, with a confidence interval around it; `mean` is the series' own.
 
-    `rise` is the line's in all, `step` the least by which the series changes.
+    `rise` is the line's in all, `late_rise` that of a line through the second half alone: half of
+    `rise` where something leaks, next to nothing where it levels off; told, and no part of the
+    verdict, since half the samples are too few to tell a small leak from none. `step` is the least
+    by which the series changes.
     """
 
     mean: float
@@ -29,6 +33,7 @@ class Slope:
     low: float
     high: float
     rise: float
+    late_rise: float
     step: float
 
     @property
@@ -44,9 +49,7 @@ def slope(
     if len(times_s) < NUM_BATCHES:
         raise ValueError(f"{len(times_s)} samples are too few for {NUM_BATCHES} batches")
     xs, ys = _batch_means(times_s, values)
-    mean_x, mean_y = fmean(xs), fmean(ys)
-    spread = sum((x - mean_x) ** 2 for x in xs)
-    tilt = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True)) / spread
+    mean_x, mean_y, spread, tilt = _line(xs, ys)
     rest = sum((y - mean_y - tilt * (x - mean_x)) ** 2 for x, y in zip(xs, ys, strict=True))
     freedom = NUM_BATCHES - 2
     reach = student(0.5 + confidence / 2, freedom) * sqrt(rest / freedom / spread)
@@ -56,6 +59,7 @@ def slope(
         low=(tilt - reach) * 3600,
         high=(tilt + reach) * 3600,
         rise=tilt * (times_s[-1] - times_s[0]),
+        late_rise=_line(xs[_LATE], ys[_LATE])[-1] * (times_s[-1] - times_s[len(times_s) // 2]),
         step=step,
     )
 
@@ -73,6 +77,14 @@ def student(share: float, freedom: int) -> float:
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
     return z + sum(term / float(freedom**power) for power, term in enumerate(terms, start=1))
+
+
+def _line(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float, float, float]:
+    """Least squares: mean x, mean y, the xs' sum of squares about their mean, the slope."""
+    mean_x, mean_y = fmean(xs), fmean(ys)
+    spread = sum((x - mean_x) ** 2 for x in xs)
+    tilt = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True)) / spread
+    return mean_x, mean_y, spread, tilt
 
 
 def _batch_means(

@@ -11,6 +11,7 @@ from loadtest.report import Run, books_of, columns, origin, plot
 from loadtest.watch import SLOTS, Watch
 
 _MIB = 1 << 20
+_HEADS = ["process", "what", "mean", "slope", "from", "to", "rose", "late", "grows"]
 
 
 def write_soak(
@@ -64,9 +65,11 @@ def _page(found: Mapping[str, Any], run: Run | None, source: Mapping[str, Any]) 
         "",
         "Slopes after the warm-up, an hour, with intervals that hold together at 95 % "
         "(RSS in KiB); a series grows if its interval lies above zero and it rose by more than two "
-        "steps: of 256 KiB, of one. The ledger's Redis keeps every receipt and is not judged.",
+        "steps: of 256 KiB, of one. The ledger's Redis keeps every receipt and is not judged. What "
+        "rose late did so in the second half: half of it all where something leaks, next to "
+        "nothing where it levels off.",
         "",
-        *columns(["process", "what", "mean", "slope", "from", "to", "rose", "grows"], _rows(found)),
+        *columns(_HEADS, _rows(found)),
         "",
         *(_of_run(run) if run else []),
     ]
@@ -79,7 +82,7 @@ def _rows(found: Mapping[str, Any]) -> list[list[str]]:
         found["slopes"].items(), key=lambda item: (order.index(item[0][1]), item[0][0])
     ):
         unit = 1024 if what == "RSS" else 1
-        figures = (slope.mean, slope.per_hour, slope.low, slope.high, slope.rise)
+        figures = [slope.mean, slope.per_hour, slope.low, slope.high, slope.rise, slope.late_rise]
         cells = [f"{figure / unit:,.1f}" for figure in figures]
         rows.append([name, what, *cells, "yes" if slope.grows else "no"])
     return rows

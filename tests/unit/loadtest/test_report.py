@@ -116,8 +116,10 @@ def test_a_soak_s_page_names_what_grew(tmp_path: Path) -> None:
     watch.times_s = [0.0, 60.0]
     watch.series = {("router", "RSS"): [1e8, 1.1e8], ("router", "holds"): [1.0, 2.0]}
     slopes = {
-        ("router", "RSS"): Slope(mean=1e8, per_hour=10240, low=5120, high=15360, rise=4096, step=0),
-        ("router", "holds"): Slope(mean=1.5, per_hour=0.5, low=-1, high=2, rise=1, step=1),
+        ("router", "RSS"): Slope(
+            1e8, per_hour=10240, low=5120, high=15360, rise=4096, late_rise=2048, step=0
+        ),
+        ("router", "holds"): Slope(1.5, per_hour=0.5, low=-1, high=2, rise=1, late_rise=0, step=1),
     }
     found = {
         "capacity": 3.0,
@@ -128,5 +130,5 @@ def test_a_soak_s_page_names_what_grew(tmp_path: Path) -> None:
     }
     text = write_soak(found, watch, run_of(records()), SOURCE, tmp_path).read_text(encoding="utf-8")
     assert "- **router RSS grows**" in text
-    assert "| router | RSS | 97,656.2 | 10.0 | 5.0 | 15.0 | 4.0 | yes |" in text
-    assert "| router | holds | 1.5 | 0.5 | -1.0 | 2.0 | 1.0 | no |" in text
+    assert "| router | RSS | 97,656.2 | 10.0 | 5.0 | 15.0 | 4.0 | 2.0 | yes |" in text
+    assert "| router | holds | 1.5 | 0.5 | -1.0 | 2.0 | 1.0 | 0.0 | no |" in text

@@ -1,3 +1,4 @@
+from math import exp
 from random import Random
 
 import pytest
@@ -38,6 +39,19 @@ def test_a_leak_is_told_from_zero_and_its_size_is_near() -> None:
 def test_noise_about_a_level_grows_no_oftener_than_the_interval_allows() -> None:
     runs = [slope(*noisy(0, seed=seed), confidence=0.9, step=0) for seed in range(400)]
     assert sum(run.grows for run in runs) / len(runs) == pytest.approx(0.05, abs=0.03)
+
+
+def test_the_late_rise_tells_what_levels_off_from_what_leaks() -> None:
+    times, leak = noisy(3600, seed=3)
+    found = slope(times, leak, confidence=0.99, step=1)
+    assert found.late_rise == pytest.approx(found.rise / 2, rel=0.1)
+    level = [
+        value - at_s + 1800 * (1 - exp(-at_s / 300))
+        for at_s, value in zip(times, leak, strict=True)
+    ]
+    levels_off = slope(times, level, confidence=0.99, step=1)
+    assert levels_off.grows  # still: a longer run shows more, a looser rule would hide leaks
+    assert levels_off.late_rise < levels_off.rise / 10
 
 
 def test_what_shrinks_or_stands_still_does_not_grow() -> None:
