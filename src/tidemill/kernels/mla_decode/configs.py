@@ -30,9 +30,10 @@ class MergeTile:
     columns: int
 
 
-_NARROW = Tile(16, swap=True, num_warps=8, num_stages=2)
-_MIDDLE = Tile(32, swap=True, num_warps=8, num_stages=2)
-_WIDE = Tile(64, swap=False, num_warps=8, num_stages=2)
+# Four warps: with eight, both warpgroups would compute the same scores.
+NARROW = Tile(16, swap=True, num_warps=4, num_stages=2)
+MIDDLE = Tile(32, swap=True, num_warps=8, num_stages=2)
+WIDE = Tile(64, swap=False, num_warps=8, num_stages=2)
 # The wider ones keep to their registers under Triton 3.6, the target's; 3.9 spills 72 and 336
 # bytes a thread.
 _FITS_WIDE = tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 6)
@@ -40,7 +41,7 @@ _FITS_WIDE = tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 6)
 
 # Narrowest first; a class that is not here takes an H100's.
 TILES: Mapping[DeviceClass, tuple[Tile, ...]] = {
-    H100: (_NARROW, _MIDDLE, _WIDE) if _FITS_WIDE else (_NARROW,),
+    H100: (NARROW, MIDDLE, WIDE) if _FITS_WIDE else (NARROW,),
 }
 
 
