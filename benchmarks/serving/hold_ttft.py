@@ -8,7 +8,8 @@ it is, one with a stand-in that grants at once and settles nowhere, and one INCR
 server. Figures are p50; the first tenth is left out.
 
 Floor: a request is let in by one script in the ledger, a round trip with an fsync, as an INCR is;
-no other command stands before the first token.
+no other command stands before the first token. What the client and the router, in this one process,
+have to do meanwhile hides a part of it: `open` is the whole.
 """
 
 import argparse
