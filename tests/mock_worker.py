@@ -199,7 +199,10 @@ class MockWorker(DecodeServiceServicer, PrefillServiceServicer, WorkerServiceSer
     async def Decode(  # type: ignore[override]  # writes to the context
         self, request_iterator: AsyncIterator[decode_pb2.DecodeRequest], context: Context
     ) -> None:
-        attempt = _Attempt((await anext(request_iterator)).start)
+        first = await anext(request_iterator, None)
+        if first is None:
+            return
+        attempt = _Attempt(first.start)
         self._admit(attempt)
         following = asyncio.create_task(_follow(request_iterator, attempt))
         reason = lifecycle_pb2.FINISH_REASON_SERVER_FAULT

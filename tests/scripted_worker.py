@@ -193,6 +193,7 @@ class ScriptedWorker(DecodeServiceServicer, WorkerServiceServicer):
         self.draining = False
         self.reporting = True
         self.starts: list[decode_pb2.Start] = []
+        self.closed_before_start = 0
         self.stops: list[decode_pb2.Stop] = []
         self.finals: dict[int, decode_pb2.Final] = {}
         self.acknowledged: list[lifecycle_pb2.AttemptId] = []
@@ -230,7 +231,10 @@ class ScriptedWorker(DecodeServiceServicer, WorkerServiceServicer):
     async def Decode(  # type: ignore[override]  # writes to the context
         self, request_iterator: AsyncIterator[decode_pb2.DecodeRequest], context: Context
     ) -> None:
-        first = await anext(request_iterator)
+        first = await anext(request_iterator, None)
+        if first is None:
+            self.closed_before_start += 1
+            return
         self.starts.append(first.start)
         script = self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0]
         talk = Talk(self, first.start, context)

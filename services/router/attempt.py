@@ -32,6 +32,7 @@ from tidemill.rpc.tracing import outgoing
 _ACK_TIMEOUT_S = 30.0  # nobody waits for it, and what hangs up all at once is settled late
 _GET_TIMEOUT_S = 2.0
 _STILL_RUNNING_S = 0.1
+_DROP_S = 2.0
 _RUNNING = decode_pb2.Final()
 _GRAMMAR_INVALID = "GRAMMAR_INVALID"
 # No worker here follows formats; the format with the rest of the sampling leaves no token to draw;
@@ -44,19 +45,41 @@ _FAILED = frozenset({grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN})
 logger = logging.getLogger(__name__)
 
 
+class OpenCall:
+    """A Decode call to a worker, in which nothing begins before Start; `drop` it if none comes.
+
+    `wire_id` is the request's name among workers.
+    """
+
+    def __init__(self, worker: Worker, wire_id: str) -> None:
+        self.worker = worker
+        metadata = ((REQUEST_ID_KEY, wire_id), *outgoing())
+        self.stream: Any = worker.decode.Decode(metadata=metadata)
+
+    async def drop(self) -> None:
+        """Close it: to the worker it was nothing."""
+        try:
+            async with asyncio.timeout(_DROP_S):
+                await self.stream.done_writing()
+                await self.stream.code()
+        except (TimeoutError, grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+            logger.info("a call to %s was not closed well: %r", self.worker.id, error)
+        finally:
+            self.stream.cancel()
+
+
 class Attempt:
-    """Talks to one decode worker about one attempt.
+    """Talks to one decode worker about one attempt, in `call`.
 
     `close` it in any case, and `acknowledge` it once its Ended has been settled, or `leave` it.
     """
 
-    def __init__(self, worker: Worker, start: decode_pb2.Start, *, final_wait_s: float) -> None:
-        self.worker = worker
+    def __init__(self, call: OpenCall, start: decode_pb2.Start, *, final_wait_s: float) -> None:
+        self.worker = worker = call.worker
         self._start = start
         self._final_wait_s = final_wait_s
         self._id = start.task.id
-        metadata = ((REQUEST_ID_KEY, self._id.request_id), *outgoing())
-        self._call = worker.decode.Decode(metadata=metadata)
+        self._call = call.stream
         worker.open_attempts.count += 1
         self._writing = asyncio.Lock()
         self._started = asyncio.Event()

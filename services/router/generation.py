@@ -8,9 +8,11 @@ import asyncio
 import logging
 import uuid
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 from services.router.admission import Admitted
+from services.router.attempt import OpenCall
 from services.router.config import LimitsConfig
 from services.router.crash_points import crash_point
 from services.router.dispatch import Dispatcher
@@ -24,7 +26,8 @@ from services.router.requests import RequestBook
 from services.router.serving import Serving
 from services.router.tally import Prefilled
 from services.router.tasks import OwnedTasks
-from services.router.ticket import Ticket
+from services.router.ticket import Placed, Ticket
+from services.router.worker_task import wire_id
 from tidemill.billing import Usage
 from tidemill.errors import Aborted, DeadlineExceeded, Internal, TidemillError, Unavailable
 
@@ -62,6 +65,7 @@ class Generation:
         self._started = self._over = False
         self._ending: Finish | None = None
         self._why: TidemillError | None = None
+        self._ahead: OpenCall | None = None
 
     async def start(self) -> Completed | None:
         """Take a place in the queue, have the money held and run.
@@ -86,6 +90,8 @@ class Generation:
         let_in = loop.create_future()
         try:
             opening = self._treasury.open(self.admitted)
+            if self._treasury.pays(ticket.tenant_id):
+                ticket.placed.add_done_callback(partial(self._call_ahead, let_in))
             self._tasks.spawn(self._run(opening, ticket, let_in), name=f"generation {ticket.key}")
             settled: Completed | None = await let_in
         except BaseException:
@@ -115,6 +121,18 @@ class Generation:
         """Give up a place in the queue, or at workers, before anything began there."""
         self._dispatcher.withdraw(ticket)
         self._dispatcher.release(ticket.key)
+        if self._ahead is not None:
+            self._tasks.spawn(self._ahead.drop(), name="drop call")
+
+    def _call_ahead(
+        self, let_in: "asyncio.Future[Any]", placing: "asyncio.Future[Placed | None]"
+    ) -> None:
+        """Open the call to the worker while the ledger still writes the hold; nothing begins."""
+        placed = None if let_in.done() or placing.cancelled() else placing.result()
+        if placed is not None:
+            admitted = self.admitted
+            name = wire_id(admitted.tenant.id, admitted.ask.request_id)
+            self._ahead = OpenCall(placed.decode, name)
 
     def _begin(self, hold: Hold, ticket: Ticket) -> None:
         """Now that the money is there."""
@@ -129,6 +147,7 @@ class Generation:
             hold,
             ticket,
             self._relay,
+            ahead=self._ahead,
             dispatcher=self._dispatcher,
             tasks=self._tasks,
             limits=self._limits,

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from services.router.attempt import Attempt
+from services.router.attempt import Attempt, OpenCall
 from services.router.config import LimitsConfig
 from services.router.crash_points import crash_point
 from services.router.dispatch import Dispatcher
@@ -37,6 +37,7 @@ _FUND_AGAIN_S = 0.2
 class Serving:
     """Places, attempts and relays within what `hold` pays for; `ticket` is the place in the queue.
 
+    `ahead` is a call that was opened when the ticket was placed, if one was.
     `finals` are the attempts whose Final is to be acknowledged once it is settled. Instants are
     the clock's: of the placement that led to the first token, and of that token; None before.
     `accelerators` are those of the workers that took part, by id.
@@ -48,6 +49,7 @@ class Serving:
         ticket: Ticket,
         relay: Relay,
         *,
+        ahead: OpenCall | None,
         dispatcher: Dispatcher,
         tasks: OwnedTasks,
         limits: LimitsConfig,
@@ -66,6 +68,7 @@ class Serving:
         self._tasks = tasks
         self._limits = limits
         self._clock = clock
+        self._ahead = ahead
         self._failure: TidemillError | None = None
         self._last_number = hold.next_attempt - 1
         self._unused_numbers: list[int] = []
@@ -96,7 +99,11 @@ class Serving:
 
     async def run(self) -> None:
         """Until every choice has ended or `end` was obeyed. Raises why the request fails."""
-        await self._carry(self._lanes[0])
+        try:
+            await self._carry(self._lanes[0])
+        finally:
+            if (unused := self._ahead) is not None:
+                self._tasks.spawn(unused.drop(), name="drop call")
         await asyncio.gather(*self._recoveries)
         if self._failure is not None:
             raise self._failure
@@ -227,8 +234,15 @@ class Serving:
             fence=self._hold.fence,
             funded_tokens=None if lane.funded_tokens >= most else lane.funded_tokens,
         )
-        attempt = Attempt(placed.decode, start, final_wait_s=self._limits.final_wait_s)
-        return lane.run, attempt
+        call = self._call_to(placed.decode, start.task.id.request_id)
+        return lane.run, Attempt(call, start, final_wait_s=self._limits.final_wait_s)
+
+    def _call_to(self, worker: Worker, wire_id: str) -> OpenCall:
+        ahead = self._ahead
+        if ahead is None or ahead.worker is not worker:
+            return OpenCall(worker, wire_id)
+        self._ahead = None
+        return ahead
 
     def _next_number(self) -> int:
         """A worker that refuses an attempt forgets it, so its number may be used again."""

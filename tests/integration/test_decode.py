@@ -385,9 +385,17 @@ async def test_bad_starts_are_refused_by_field(model_dir: Path, tls_files: Tls) 
         attempt = router.stub.Decode()
         await attempt.write(pb.DecodeRequest(fund=pb.Fund(total_tokens=3)))
         assert isinstance(await error_of(attempt.read()), InvalidRequest)
-        silent = router.stub.Decode()
-        await silent.done_writing()
-        assert isinstance(await error_of(silent.read()), InvalidRequest)
+
+
+async def test_a_call_that_is_closed_before_start_has_begun_nothing(
+    model_dir: Path, tls_files: Tls
+) -> None:
+    async with both_roles(model_dir, tls_files) as (worker, router):
+        call = router.stub.Decode()
+        await call.done_writing()
+        assert await call.read() is grpc.aio.EOF
+        assert await call.code() is grpc.StatusCode.OK
+        assert worker.attempts.num_running == 0
 
 
 async def test_a_second_start_ends_the_attempt_with_a_final(

@@ -28,6 +28,7 @@ from tidemill.errors import (
 )
 
 _MIN_RETRY_S = 0.5
+_MOST_PAYING = 10_000  # tenants that are remembered to
 
 
 class Treasury:
@@ -37,6 +38,11 @@ class Treasury:
         self._bank = bank
         self._books = books
         self._watch = watch
+        self._paying: set[str] = set()
+
+    def pays(self, tenant_id: str) -> bool:
+        """Whether a hold is to be expected: the tenant's last was granted."""
+        return tenant_id in self._paying
 
     def open(self, admitted: Admitted) -> Coroutine[Any, Any, Hold | Completed]:
         """Hold what the request may cost, or say how the same request was settled before.
@@ -95,6 +101,9 @@ class Treasury:
         crash_point("hold.after")
         match answer:
             case rules.Held():
+                if len(self._paying) >= _MOST_PAYING:
+                    self._paying.clear()
+                self._paying.add(admitted.tenant.id)
                 if answer.fence == answer.first_fence:
                     return Hold(
                         admitted,
@@ -116,6 +125,7 @@ class Treasury:
             case rules.OtherBody():
                 raise _other_body()
             case rules.Refused():
+                self._paying.discard(admitted.tenant.id)
                 self._bank.metrics.refused(answer.reason.value)
                 raise refusal(answer, admitted.tenant, admitted.admitted_at_ms)
 

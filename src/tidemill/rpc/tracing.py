@@ -73,7 +73,7 @@ class Tracing:
 
 def outgoing() -> Metadata:
     """What a call must carry to belong to the trace that runs here; () if none does."""
-    if not _INSTALLED:
+    if not _INSTALLED or not trace.get_current_span().get_span_context().is_valid:
         return ()
     carried: dict[str, str] = {}
     propagate.inject(carried)

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
 
 from tidemill.api.common.v1.lifecycle_pb2 import FinishReason
 from tidemill.api.decode.v1 import decode_service_pb2 as pb
@@ -39,8 +38,13 @@ class DecodeService(DecodeServiceServicer):
     async def Decode(
         self, request_iterator: AsyncIterator[pb.DecodeRequest], context: Context
     ) -> AsyncIterator[pb.DecodeResponse]:
-        """One attempt; a stream that breaks stops it, and its Final is kept."""
+        """One attempt; a stream that breaks stops it, and its Final is kept.
+
+        A router may open it before it knows whether there will be an attempt.
+        """
         start = await _first(request_iterator)
+        if start is None:
+            return
         attempt = await self._begin(start, context)
         commands = asyncio.create_task(_follow(request_iterator, attempt))
         try:
@@ -176,12 +180,14 @@ class DecodeService(DecodeServiceServicer):
             self._attempts.finish(attempt.start.task.id, final)
 
 
-async def _first(requests: AsyncIterator[pb.DecodeRequest]) -> pb.Start:
-    with suppress(StopAsyncIteration):
-        request = await anext(requests)
-        validate(request)
-        if request.HasField("start"):
-            return request.start
+async def _first(requests: AsyncIterator[pb.DecodeRequest]) -> pb.Start | None:
+    """None where the stream was closed first."""
+    request = await anext(requests, None)
+    if request is None:
+        return None
+    validate(request)
+    if request.HasField("start"):
+        return request.start
     problem = "the first message must be Start"
     raise InvalidRequest(problem, violations=[("start", problem)])
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 import grpc
 import pytest
 
-from services.router.attempt import Attempt
+from services.router.attempt import Attempt, OpenCall
 from services.router.finish import Finish
 from services.router.fleet import Worker
 from tests.redis_process import RedisProcess
@@ -411,7 +411,7 @@ async def test_a_stop_of_an_attempt_that_could_not_start_waits_for_nobody(
         worker = Worker(
             cast(Any, SimpleNamespace(worker_id="w")), cast(Any, DecodeServiceStub(channel))
         )
-        attempt = Attempt(worker, decode_pb2.Start(), final_wait_s=1.0)
+        attempt = Attempt(OpenCall(worker, "r1"), decode_pb2.Start(), final_wait_s=1.0)
         stopping = asyncio.create_task(attempt.stop(Finish.CANCELLED))
         with pytest.raises(WorkerLost):
             await attempt.follow(lambda _: None)

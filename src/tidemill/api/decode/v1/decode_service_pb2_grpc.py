@@ -72,6 +72,7 @@ class DecodeServiceServicer(object):
         Decode answers at most one PrefillDone, Chunks, and exactly one Final, after which it closes the
         stream. It refuses Start with DECODE_FULL or PREFILL_FULL (RESOURCE_EXHAUSTED, RetryInfo) when a
         worker has no room. Never end an attempt by a gRPC cancel: no Final would arrive.
+        A call that is closed before Start ends with OK: nothing has begun.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -30,6 +30,7 @@ class DecodeServiceStub:
     Decode answers at most one PrefillDone, Chunks, and exactly one Final, after which it closes the
     stream. It refuses Start with DECODE_FULL or PREFILL_FULL (RESOURCE_EXHAUSTED, RetryInfo) when a
     worker has no room. Never end an attempt by a gRPC cancel: no Final would arrive.
+    A call that is closed before Start ends with OK: nothing has begun.
     """
 
     WatchChunks: grpc.UnaryStreamMultiCallable[
@@ -71,6 +72,7 @@ class DecodeServiceAsyncStub:
     Decode answers at most one PrefillDone, Chunks, and exactly one Final, after which it closes the
     stream. It refuses Start with DECODE_FULL or PREFILL_FULL (RESOURCE_EXHAUSTED, RetryInfo) when a
     worker has no room. Never end an attempt by a gRPC cancel: no Final would arrive.
+    A call that is closed before Start ends with OK: nothing has begun.
     """
 
     WatchChunks: grpc.aio.UnaryStreamMultiCallable[
@@ -114,6 +116,7 @@ class DecodeServiceServicer(metaclass=abc.ABCMeta):
         Decode answers at most one PrefillDone, Chunks, and exactly one Final, after which it closes the
         stream. It refuses Start with DECODE_FULL or PREFILL_FULL (RESOURCE_EXHAUSTED, RetryInfo) when a
         worker has no room. Never end an attempt by a gRPC cancel: no Final would arrive.
+        A call that is closed before Start ends with OK: nothing has begun.
         """
 
     @abc.abstractmethod
