@@ -30,7 +30,6 @@ _POLL_S = 1.0
 _RETRY_POLL_S = 0.05
 _SOON_S = 0.001
 _MOST_PEERS = 2
-_LATER = 2  # turns of the event loop: a hold is then on its way, and placing goes on meanwhile
 
 
 class Dispatcher:
@@ -153,8 +152,6 @@ class Dispatcher:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._patience_s):
                     await self._wake.wait()
-            for _ in range(_LATER):
-                await asyncio.sleep(0)
             self._wake.clear()
             self._place_all()
             self._line.tell(others_first=len(self._returned))
