@@ -82,8 +82,11 @@ class Hold:
         return self._size.funded_tokens(held)
 
     def fund_due(self, generated_tokens: int) -> bool:
-        """Whether to call `fund`: half of what was funded last, or of what is left, is used."""
-        if generated_tokens < self._due_at or self._turn.locked() or self._ended:
+        """Whether to call `fund`: half of what was funded last, or of what is left, is used.
+
+        While a checkpoint is being written too: this may be the last token that anybody hears of.
+        """
+        if generated_tokens < self._due_at or self._ended:
             return False
         if self._size.step_nano(self._held_nano) > 0:
             return True

@@ -158,6 +158,17 @@ async def test_a_hold_grows_by_steps_when_half_of_the_last_is_used(own: Desk) ->
     await own.account()
 
 
+async def test_funds_are_due_while_a_checkpoint_is_being_written_too(own: Desk) -> None:
+    await own.top_up(await full_nano(own, max_tokens=STEP_TOKENS))
+    hold = await own.hold("r1", max_tokens=2000)
+    await own.top_up(10**9)
+    hold.checkpoint(lambda: progress(1))
+    await asyncio.sleep(0)
+    assert hold.fund_due(STEP_TOKENS), "a worker without funds says nothing more"
+    assert await hold.fund(progress(STEP_TOKENS)) == 2 * STEP_TOKENS
+    await settle(hold, STEP_TOKENS)
+
+
 async def test_a_hold_grows_by_what_is_left_where_that_is_no_whole_step(own: Desk) -> None:
     await own.top_up(await full_nano(own, max_tokens=STEP_TOKENS + 40))
     hold = await own.hold("r1", max_tokens=2000)
