@@ -10,6 +10,7 @@ from benchmarks.kernels.harness import Ceilings, Work
 from benchmarks.provenance import ROOT
 
 H100 = Ceilings(copy=3000.0, bf16=800.0, fp8=1600.0)
+NEED_A_GPU = {"v3_slice"}  # its floor is counted on the model itself
 REPORT = "<testsuites><testsuite>{}</testsuite></testsuites>"
 PASSED = "<testcase name='a'/>"
 FAILED = "<testcase name='b'><failure/></testcase>"
@@ -77,7 +78,7 @@ def test_line_tells_a_peer_that_computed_something_else() -> None:
     assert "third: none" in line
 
 
-@pytest.mark.parametrize("name", run.benchmarks_here([]))
+@pytest.mark.parametrize("name", sorted({*run.benchmarks_here([])} - NEED_A_GPU))
 def test_works_are_told_without_a_gpu_each_under_its_own_name(name: str) -> None:
     works = list(importlib.import_module(f"benchmarks.kernels.{name}").works())
     cases = [work.case for work in works]
