@@ -32,7 +32,7 @@ HERE = Path(__file__).resolve().parent
 NO_BENCHMARKS = {"aot", "harness", "peers", "run"}
 TEST_PROCESSES = 3  # they share one GPU's memory
 TESTS_SHARE = 0.5  # of the whole time, at the most
-OP_SECONDS = 75.0  # one op, imports, compiling and peers included
+OP_SHARE = 2.0  # of an even share of what is left, at the most: what one leaves is for the next
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def run_all(only: Sequence[str], out: Path, seconds: float, commit_id: str) -> i
         "tests": {file: str(verdict) for file, verdict in verdicts.items()},
         "ops": {},
     }
-    for name in names:
+    for at, name in enumerate(names):
         red = red_among(tests_of(name), verdicts)
         left = ends - time.monotonic()
         if red:
@@ -199,7 +199,8 @@ def run_all(only: Sequence[str], out: Path, seconds: float, commit_id: str) -> i
         elif left < 10:
             rows = [{"case": "", "refused": "not timed: no time left"}]
         else:
-            rows = time_op(name, ceilings, out, min(OP_SECONDS, left))
+            seconds_for_it = min(left, OP_SHARE * left / (len(names) - at))
+            rows = time_op(name, ceilings, out, seconds_for_it)
         result["ops"][name] = rows
         (out / "gpu.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         print(f"{name}: {len(rows)} rows, {ends - time.monotonic():.0f} s left", flush=True)
