@@ -18,7 +18,7 @@ from tidemill.kernels.expert_mlp import (
 from tidemill.kernels.linear import HeadLinear, Linear
 from tidemill.kernels.mla_decode import mla_decode
 from tidemill.kernels.mla_prefill import mla_prefill
-from tidemill.kernels.moe_route import moe_route
+from tidemill.kernels.moe_route import Rule, moe_route
 from tidemill.kernels.rms_norm import rms_norm
 from tidemill.kernels.rope_kv_write import rope_kv_write
 from tidemill.models.config import ModelConfig
@@ -181,6 +181,18 @@ class DenseMlp:
         return residual + outputs
 
 
+def routing_rule(config: ModelConfig) -> Rule:
+    """How the config has experts chosen and weighed."""
+    return Rule(
+        scoring_func=config.scoring_func,
+        n_group=config.n_group,
+        topk_group=config.topk_group,
+        top_k=config.num_experts_per_tok,
+        normalize=config.norm_topk_prob,
+        scale=config.routed_scaling_factor,
+    )
+
+
 @dataclass(frozen=True)
 class MoeMlp:
     """Routed experts and perhaps a shared one (DeepSeek-V3 report 2.1.2)."""
@@ -199,17 +211,9 @@ class MoeMlp:
 
     def dispatch(self, hidden: Tensor) -> Dispatched:
         """hidden [T, D] -> one row per chosen expert, sorted by expert."""
-        config, tokens = self.config, self.norm(hidden)
-        weights, ids = moe_route(
-            linear(tokens.float(), self.gate),
-            self.gate_bias,
-            scoring_func=config.scoring_func,
-            n_group=config.n_group,
-            topk_group=config.topk_group,
-            top_k=config.num_experts_per_tok,
-            normalize=config.norm_topk_prob,
-            scale=config.routed_scaling_factor,
-        )
+        tokens = self.norm(hidden)
+        logits = linear(tokens.float(), self.gate)
+        weights, ids = moe_route(logits, self.gate_bias, **routing_rule(self.config))
         return Dispatched(tokens, gather_rows(tokens, ids, len(self.routed)), weights)
 
     def experts(self, dispatched: Dispatched) -> tuple[Tensor, Tensor | None]:

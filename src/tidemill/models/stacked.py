@@ -1,6 +1,7 @@
 """MLP stages on stacked experts: a layer's weights in one tensor, few launches, FP8 as it is."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from tidemill.kernels.grouped_gemm import combine, down, gate_up
 from tidemill.kernels.moe_route import Routed, route_and_sort
 from tidemill.kernels.rms_norm import rms_norm_quant
 from tidemill.models.config import ModelConfig
-from tidemill.models.deepseek import Norm
+from tidemill.models.deepseek import Norm, routing_rule
 
 Rows = Tensor | Quantized  # [T, D], as the experts' weights want them
 
@@ -57,27 +58,13 @@ class StackedExperts:
             out_dtype=dtype,
         )
 
-    def for_all(self, rows: Rows, every: "EveryRow", dtype: torch.dtype) -> Tensor:
-        """The only expert's output for all T rows, [T, D]."""
-        starts, counts = every.start, every.count
+    def for_all(self, rows: Rows, hidden: Tensor) -> Tensor:
+        """The only expert's output for all T rows, [T, D] in the dtype of hidden [T, D]."""
+        starts, counts = _every_row(len(hidden), hidden.device)
         inner = gate_up(rows, self.gate_up, self.gate_up_scale, starts=starts, counts=counts)
         return down(
-            inner, self.down, self.down_scale, starts=starts, counts=counts, out_dtype=dtype
+            inner, self.down, self.down_scale, starts=starts, counts=counts, out_dtype=hidden.dtype
         )
-
-
-@dataclass(frozen=True)
-class EveryRow:
-    """One run of all T rows, on the device, for experts that nobody chooses."""
-
-    start: Tensor  # [1] int32, 0
-    count: Tensor  # [1] int32, T
-
-    @classmethod
-    def of(cls, hidden: Tensor) -> "EveryRow":
-        """All rows of hidden [T, D]."""
-        start = torch.zeros(1, dtype=torch.int32, device=hidden.device)
-        return cls(start, start + len(hidden))
 
 
 @dataclass(frozen=True)
@@ -90,7 +77,7 @@ class StackedDense:
     def __call__(self, hidden: Tensor) -> Tensor:
         """As MlpStage."""
         _, rows = self.mlp.normed(hidden, self.norm)
-        return hidden + self.mlp.for_all(rows, EveryRow.of(hidden), hidden.dtype)
+        return hidden + self.mlp.for_all(rows, hidden)
 
 
 @dataclass(frozen=True)
@@ -119,18 +106,9 @@ class StackedMoe:
 
     def dispatch(self, hidden: Tensor) -> StackedDispatch:
         """hidden [T, D] -> its rows and the order in which experts read them."""
-        config = self.config
         tokens, rows = self.routed.normed(hidden, self.norm)
-        routed = route_and_sort(
-            linear(tokens.float(), self.gate),
-            self.gate_bias,
-            scoring_func=config.scoring_func,
-            n_group=config.n_group,
-            topk_group=config.topk_group,
-            top_k=config.num_experts_per_tok,
-            normalize=config.norm_topk_prob,
-            scale=config.routed_scaling_factor,
-        )
+        logits = linear(tokens.float(), self.gate)
+        routed = route_and_sort(logits, self.gate_bias, **routing_rule(self.config))
         return StackedDispatch(rows, routed)
 
     def experts(self, dispatched: StackedDispatch, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -138,9 +116,20 @@ class StackedMoe:
         routed = self.routed.by_route(dispatched.rows, dispatched.routed, hidden.dtype)
         if self.shared is None:
             return routed, None
-        return routed, self.shared.for_all(dispatched.rows, EveryRow.of(hidden), hidden.dtype)
+        return routed, self.shared.for_all(dispatched.rows, hidden)
 
     def combine(self, hidden: Tensor, outputs: tuple[Tensor, Tensor | None]) -> Tensor:
         """hidden [T, D] plus the sum of each token's rows plus the shared expert."""
         routed, shared = outputs
         return combine(routed, hidden, shared)
+
+
+@cache
+def _every_row(num_rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """starts [1] = 0 and counts [1] = num_rows, int32: one run of all rows, for all layers.
+
+    Never forgotten: recorded steps read them where they lie.
+    """
+    with torch.inference_mode(False):
+        starts = torch.zeros(1, dtype=torch.int32, device=device)
+        return starts, starts + num_rows

@@ -203,9 +203,8 @@ def _expert(source: WeightSource, prefix: str, config: ModelConfig, width: int) 
 
 def _moe(source: WeightSource, prefix: str, config: ModelConfig, norm: Norm) -> MoeMlp:
     width, num_experts = config.moe_intermediate_size, config.n_routed_experts
-    bias = shared = None
-    if config.topk_method == "noaux_tc":
-        bias = source.exact(f"{prefix}.gate.e_score_correction_bias", num_experts)
+    gate, bias = _gate(source, prefix, config)
+    shared = None
     if config.n_shared_experts:
         # One product for all of them: their sum is one wide expert.
         shared = _expert(
@@ -213,7 +212,7 @@ def _moe(source: WeightSource, prefix: str, config: ModelConfig, norm: Norm) -> 
         )
     return MoeMlp(
         norm=norm,
-        gate=source.exact(f"{prefix}.gate.weight", num_experts, config.hidden_size),
+        gate=gate,
         gate_bias=bias,
         routed=[
             _expert(source, f"{prefix}.experts.{index}", config, width)
@@ -224,11 +223,17 @@ def _moe(source: WeightSource, prefix: str, config: ModelConfig, norm: Norm) -> 
     )
 
 
-def _stacked_moe(source: WeightSource, prefix: str, config: ModelConfig, norm: Norm) -> StackedMoe:
-    width, num_experts = config.moe_intermediate_size, config.n_routed_experts
-    bias = shared = None
+def _gate(source: WeightSource, prefix: str, config: ModelConfig) -> tuple[Tensor, Tensor | None]:
+    num_experts, bias = config.n_routed_experts, None
     if config.topk_method == "noaux_tc":
         bias = source.exact(f"{prefix}.gate.e_score_correction_bias", num_experts)
+    return source.exact(f"{prefix}.gate.weight", num_experts, config.hidden_size), bias
+
+
+def _stacked_moe(source: WeightSource, prefix: str, config: ModelConfig, norm: Norm) -> StackedMoe:
+    width, num_experts = config.moe_intermediate_size, config.n_routed_experts
+    gate, bias = _gate(source, prefix, config)
+    shared = None
     if config.n_shared_experts:
         shared = _stack(
             source, [f"{prefix}.shared_experts"], config, width * config.n_shared_experts
@@ -236,7 +241,7 @@ def _stacked_moe(source: WeightSource, prefix: str, config: ModelConfig, norm: N
     names = [f"{prefix}.experts.{index}" for index in range(num_experts)]
     return StackedMoe(
         norm=norm,
-        gate=source.exact(f"{prefix}.gate.weight", num_experts, config.hidden_size),
+        gate=gate,
         gate_bias=bias,
         routed=_stack(source, names, config, width),
         shared=shared,

@@ -1,8 +1,9 @@
 """Products with a weight that stays FP8: activations are quantised on the fly, as in training."""
 
+import torch
 from torch import Tensor
 
-from tidemill.kernels.act_quant import act_quant
+from tidemill.kernels.act_quant import Quantized, act_quant
 from tidemill.kernels.fp8_gemm import fp8_gemm
 from tidemill.kernels.rms_norm import rms_norm_quant
 
@@ -20,24 +21,15 @@ class BlockScaledLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, K] -> x @ weight.T + bias [T, N]."""
-        quantised = act_quant(x)
-        return fp8_gemm(quantised, self.weight, self.scale_inv, out_dtype=x.dtype, bias=self.bias)
+        return self._times(act_quant(x), x.dtype)
 
     def of_norm(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
-        """The product with `rms_norm(x, norm, eps)` [T, N], quantised before it is rounded."""
-        quantised = rms_norm_quant(x, norm, eps)
-        return fp8_gemm(quantised, self.weight, self.scale_inv, out_dtype=x.dtype, bias=self.bias)
+        """The product with `rms_norm(x, norm, eps)` [T, N], quantised in the same launch."""
+        return self._times(rms_norm_quant(x, norm, eps), x.dtype)
 
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
         """(x @ weight.T + bias) + other [T, N]."""
-        return fp8_gemm(
-            act_quant(x),
-            self.weight,
-            self.scale_inv,
-            out_dtype=x.dtype,
-            bias=self.bias,
-            residual=other,
-        )
+        return self._times(act_quant(x), x.dtype, residual=other)
 
     def filled(self, x: Tensor) -> Tensor:
         """x [T, D] as it is: any number of rows will do."""
@@ -46,3 +38,13 @@ class BlockScaledLinear:
     def enough(self, num_rows: int) -> int:
         """num_rows as it is."""
         return num_rows
+
+    def _times(self, rows: Quantized, dtype: torch.dtype, residual: Tensor | None = None) -> Tensor:
+        return fp8_gemm(
+            rows,
+            self.weight,
+            self.scale_inv,
+            out_dtype=dtype,
+            bias=self.bias,
+            residual=residual,
+        )
