@@ -6,11 +6,11 @@ from torch import Tensor
 
 from tidemill.kernels import choice
 from tidemill.kernels.cases import MLA_DECODE_CASES, MLA_DECODE_GPU_CASES, MlaDecodeCase
-from tidemill.kernels.device import H100
 from tidemill.kernels.mla_decode import mla_decode, reference
 
 pytest.importorskip("triton")
 from tidemill.kernels.mla_decode import configs, kernel
+from tidemill.kernels.tiles import all_tiles
 
 SCALE = 0.11
 # dtype -> absolute and relative
@@ -77,14 +77,11 @@ def test_mla_decode_matches_reference_on_gpu(case: MlaDecodeCase) -> None:
     assert_near(out, expected(inputs, case))
 
 
-@pytest.mark.parametrize("tile", [configs.NARROW, configs.MIDDLE, configs.WIDE], ids=str)
-def test_mla_decode_matches_reference_by_every_tile(
-    tile: configs.Tile, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(configs, "TILES", {H100: (tile,)})
+@pytest.mark.parametrize("tile", all_tiles(configs.ALL_TILES), ids=str)
+def test_mla_decode_matches_reference_by_every_tile(tile: configs.Tile) -> None:
     for case in (MLA_DECODE_CASES[2], MLA_DECODE_CASES[3]):
         inputs = make_inputs(case, torch.float32)
-        assert_near(attend(kernel.mla_decode, inputs, case), expected(inputs, case))
+        assert_near(attend(kernel.mla_decode, inputs, case, tile=tile), expected(inputs, case))
 
 
 @pytest.mark.parametrize("num_parts", [1, 2, 3, 7, 40])

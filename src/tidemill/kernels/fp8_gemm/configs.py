@@ -1,11 +1,8 @@
-"""Tiles of dense block-scaled products, by device class and number of rows.
-
-Untimed: first choices, after DeepGEMM's and vLLM's published ones for Hopper.
-"""
+"""Tiles of dense block-scaled products, by device class and number of rows."""
 
 from dataclasses import dataclass
 
-from tidemill.kernels.device import H100, DeviceClass
+from tidemill.kernels.tiles import tables_of
 
 
 @dataclass(frozen=True)
@@ -25,21 +22,4 @@ class Tile:
     splits: int = 1  # of K; 0: as many as fill the device
 
 
-# Most rows -> tile, in ascending order; the last serves all above.
-Classes = tuple[tuple[int, Tile], ...]
-
-TILES: dict[DeviceClass, Classes] = {
-    H100: (
-        (16, Tile(16, 64, 128, swap=True, stages=6, splits=0, tma=True)),
-        (32, Tile(32, 64, 128, swap=True, stages=6, splits=0, tma=True)),
-        (64, Tile(64, 64, 128, swap=True, stages=5, splits=0, tma=True)),
-        (128, Tile(64, 128, 128, stages=4, splits=0, tma=True)),
-        (1 << 62, Tile(128, 128, 128, warps=8, stages=4, tma=True)),
-    ),
-}
-
-
-def choose_tile(tiles: dict[DeviceClass, Classes], device: DeviceClass, num_rows: int) -> Tile:
-    """The tile for num_rows rows; a device that nobody timed takes an H100's."""
-    classes = tiles.get(device, tiles[H100])
-    return next(tile for most_rows, tile in classes if num_rows <= most_rows)
+TILES = tables_of("fp8_gemm", Tile)

@@ -16,7 +16,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from tidemill.kernels.act_quant import Quantized
 from tidemill.kernels.aot import Variant
 from tidemill.kernels.device import H100, device_class, num_sms
-from tidemill.kernels.fp8_gemm.configs import TILES, Tile, choose_tile
+from tidemill.kernels.fp8_gemm.configs import TILES, Tile
+from tidemill.kernels.tiles import all_tiles, choose_tile
 
 _SUM_BLOCK = 1024
 _FEWEST_STEPS = 4  # of a split: less is not worth the sum
@@ -303,7 +304,7 @@ def count_splits(tile: Tile, num_tiles: int, num_steps: int, sms: int) -> int:
 
 def variants() -> list[Variant]:
     """Every kernel at every tile of the table, with and without what may be added."""
-    found = [_variant(tile, split=tile.splits != 1) for _, tile in TILES[H100]]
+    found = [_variant(tile, split=tile.splits != 1) for tile in all_tiles(TILES)]
     found.append(_variant(TILES[H100][0][1], split=False))
     names = ("num_columns", "stride_part", "stride_rm")
     pointers = dict.fromkeys(("bias_ptr", "residual_ptr", "out_ptr"), "*bf16")

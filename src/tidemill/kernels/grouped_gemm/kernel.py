@@ -18,9 +18,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from tidemill.kernels.act_quant import Quantized
 from tidemill.kernels.aot import Variant
 from tidemill.kernels.device import H100, device_class, num_sms
-from tidemill.kernels.fp8_gemm.configs import Tile, choose_tile
+from tidemill.kernels.fp8_gemm.configs import Tile
 from tidemill.kernels.fp8_gemm.kernel import count_splits, multiply, place_in_group, sum_splits
 from tidemill.kernels.grouped_gemm.configs import DOWN_TILES, GATE_UP_TILES, Tiles
+from tidemill.kernels.tiles import all_tiles, choose_tile
 
 _COMBINE_BLOCK = 1024
 
@@ -521,10 +522,9 @@ def variants() -> list[Variant]:
     """Every kernel at every tile of the tables, for DeepSeek-V3's 256 experts."""
     found = []
     for (size, element), splits in product(((1, "*fp8e4nv"), (2, "*bf16")), (1, 2)):
-        for _, tile in GATE_UP_TILES[size][H100]:
-            found.append(_gate_up_variant(tile, element, splits=splits))
-        for _, tile in DOWN_TILES[size][H100]:
-            found.append(_down_variant(tile, element, splits=splits))
+        gate_up_tiles, down_tiles = all_tiles(GATE_UP_TILES[size]), all_tiles(DOWN_TILES[size])
+        found += [_gate_up_variant(tile, element, splits=splits) for tile in gate_up_tiles]
+        found += [_down_variant(tile, element, splits=splits) for tile in down_tiles]
     found.append(_gate_up_variant(GATE_UP_TILES[1][H100][-1][1], "*fp8e4nv", gather=False))
     found.append(
         Variant(

@@ -1,12 +1,12 @@
-"""Tiles of decode attention by what the host knows: rows, batch, the device. None is timed yet."""
+"""Tiles of decode attention by what the host knows: rows, batch, the device."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import triton
 
-from tidemill.kernels.device import H100, DeviceClass, device_class, num_sms
+from tidemill.kernels.device import device_class, num_sms
+from tidemill.kernels.tiles import choose_tile, fits_triton, tables_of
 
 _MOST_MERGED = 8192  # fp32 values that a merging program holds: 64 registers a thread
 
@@ -19,6 +19,7 @@ class Tile:
     swap: bool
     num_warps: int
     num_stages: int
+    newest_triton: str = ""  # with newer ones it spills; empty: any
 
 
 @dataclass(frozen=True)
@@ -30,25 +31,16 @@ class MergeTile:
     columns: int
 
 
-# Four warps: with eight, both warpgroups would compute the same scores.
-NARROW = Tile(16, swap=True, num_warps=4, num_stages=2)
-MIDDLE = Tile(32, swap=True, num_warps=8, num_stages=2)
-WIDE = Tile(64, swap=False, num_warps=8, num_stages=2)
-# The wider ones keep to their registers under Triton 3.6, the target's; 3.9 spills 72 and 336
-# bytes a thread.
-_FITS_WIDE = tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 6)
-
-
-# Narrowest first; a class that is not here takes an H100's.
-TILES: Mapping[DeviceClass, tuple[Tile, ...]] = {
-    H100: (NARROW, MIDDLE, WIDE) if _FITS_WIDE else (NARROW,),
+ALL_TILES = tables_of("mla_decode", Tile)
+TILES = {
+    device: tuple(row for row in classes if fits_triton(row[1].newest_triton, triton.__version__))
+    for device, classes in ALL_TILES.items()
 }
 
 
 def tile_of(num_rows: int, device: torch.device) -> Tile:
-    """The narrowest tile that holds all of a sequence's rows, else the widest there is."""
-    tiles = TILES.get(device_class(device), TILES[H100])
-    return next((tile for tile in tiles if tile.rows >= num_rows), tiles[-1])
+    """The tile for so many rows of a sequence."""
+    return choose_tile(TILES, device_class(device), num_rows)
 
 
 def num_parts(device: torch.device, num_tiles: int) -> int:

@@ -16,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from tidemill.kernels.aot import Variant
 from tidemill.kernels.check import Arguments
 from tidemill.kernels.mla_decode import configs
+from tidemill.kernels.tiles import all_tiles
 
 TOKENS = tl.constexpr(64)  # of a block
 NEVER = tl.constexpr(2**30)  # a position that no row sees
@@ -209,10 +210,12 @@ def mla_decode(
     kv_lora_rank: int,
     scale: float,
     num_parts: int | None = None,
+    tile: configs.Tile | None = None,
 ) -> Tensor:
     """As the reference; ValueError for arguments it does not take.
 
-    `num_parts` (default: as many as the device runs at once) is for tests.
+    `num_parts` (default: as many as the device runs at once) is for tests, `tile` (default: the
+    table's) for timing others.
     """
     shape = query.shape
     if query.ndim == 3:
@@ -221,7 +224,8 @@ def mla_decode(
     num_sequences, num_tokens, num_heads, width = query.shape
     rows = num_tokens * num_heads
     rope = width - kv_lora_rank
-    tile = configs.tile_of(rows, query.device)
+    if tile is None:
+        tile = configs.tile_of(rows, query.device)
     num_tiles = triton.cdiv(rows, tile.rows)
     if num_parts is None:
         num_parts = configs.num_parts(query.device, num_tiles)
@@ -277,7 +281,7 @@ def _check(
 
 def variants() -> list[Variant]:
     """Every tile at DeepSeek-V3's widths in bf16, for one and two query tokens; every merge."""
-    tiles = dict.fromkeys(tile for chosen in configs.TILES.values() for tile in chosen)
+    tiles = all_tiles(configs.TILES)
     attending = [_attending(tile, num_tokens) for tile in tiles for num_tokens in (1, 2)]
     return attending + [_merging(tile) for tile in configs.merge_tiles(_V3_C)]
 

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from tidemill.kernels.aot import Variant
 from tidemill.kernels.check import Arguments
+from tidemill.kernels.device import device_class
+from tidemill.kernels.mla_prefill.configs import TILES, Tile
+from tidemill.kernels.tiles import all_tiles, choose_tile
 
 LOG2_E = 1.4426950408889634
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # the last for the interpreter alone
-# Untimed: 48 KB of queries and two stages of 80 KB fill a multiprocessor with one program.
-_BLOCK_M, _BLOCK_N, _NUM_WARPS, _NUM_STAGES = 128, 128, 8, 2
 
 
 @triton.jit
@@ -118,21 +119,25 @@ def mla_prefill_ragged(
     *,
     longest: int,
     scale: float,
+    tile: Tile | None = None,
 ) -> Tensor:
     """As the reference; ValueError for arguments it does not take.
 
     Of `longest` only what the grid needs is checked: the rows of each prompt are on the device.
+    `tile` (default: the table's) is for timing others.
     """
     nope, rope, v_dim = _check(query, expanded, k_rope, query_starts, context_starts)
     num_rows, num_heads, _ = query.shape
     out = torch.empty(num_rows, num_heads, v_dim, dtype=query.dtype, device=query.device)
-    grid = (triton.cdiv(longest, _BLOCK_M), num_heads, len(query_starts) - 1)
+    if tile is None:
+        tile = choose_tile(TILES, device_class(query.device), longest)
+    grid = (triton.cdiv(longest, tile.rows), num_heads, len(query_starts) - 1)
     _mla_prefill_kernel[grid](
         query, expanded, k_rope, out, query_starts, context_starts,
         query.stride(0), query.stride(1), expanded.stride(0), expanded.stride(1),
         k_rope.stride(0), out.stride(0), scale * LOG2_E,
         NOPE=nope, ROPE=rope, V=v_dim, BLOCK_V=max(16, triton.next_power_of_2(v_dim)),
-        BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, num_warps=_NUM_WARPS, num_stages=_NUM_STAGES,
+        BLOCK_M=tile.rows, BLOCK_N=tile.keys, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return out
 
@@ -158,28 +163,27 @@ def _check(
 
 
 def variants() -> list[Variant]:
-    """The one tile, at DeepSeek-V3's widths in bf16."""
+    """Every tile of the tables, at DeepSeek-V3's widths in bf16."""
+    return [_variant(tile) for tile in all_tiles(TILES)]
+
+
+def _variant(tile: Tile) -> Variant:
     pointers = dict.fromkeys(("q_ptr", "kv_ptr", "rope_ptr", "out_ptr"), "*bf16") | {
         "query_starts_ptr": "*i32",
         "context_starts_ptr": "*i32",
     }
     strides = ("stride_qt", "stride_qh", "stride_kt", "stride_kh", "stride_rt", "stride_ot")
     constants = {
-        "NOPE": 128, "ROPE": 64, "V": 128, "BLOCK_V": 128, "BLOCK_M": _BLOCK_M, "BLOCK_N": _BLOCK_N,
+        "NOPE": 128, "ROPE": 64, "V": 128, "BLOCK_V": 128,
+        "BLOCK_M": tile.rows, "BLOCK_N": tile.keys,
     }  # fmt: skip
-    return [
-        Variant(
-            _mla_prefill_kernel,
-            {
-                **pointers,
-                **dict.fromkeys(strides, "i32"),
-                "scale": "fp32",
-                **dict.fromkeys(constants, "constexpr"),
-            },
-            constants,
-            num_warps=_NUM_WARPS,
-            num_stages=_NUM_STAGES,
-            aligned=(*pointers, *strides),
-            matrix=True,
-        )
-    ]
+    types = {**pointers, **dict.fromkeys(strides, "i32"), "scale": "fp32"}
+    return Variant(
+        _mla_prefill_kernel,
+        types | dict.fromkeys(constants, "constexpr"),
+        constants,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        aligned=(*pointers, *strides),
+        matrix=True,
+    )
