@@ -7,7 +7,8 @@ from torch import Tensor
 
 from tidemill.models.checkpoint import Checkpoint
 from tidemill.models.config import ModelConfig
-from tidemill.models.deepseek import Batch, DecodeRows, PromptSpan
+from tidemill.models.deepseek import Batch, DecodeRows
+from tidemill.models.prompt_rows import PromptSpan, prompt_rows
 from tidemill.models.weights import load_model
 
 
@@ -33,8 +34,9 @@ class Probe:
     def prefill(self, token_ids: Tensor, start: int = 0) -> Tensor:
         """Logits [T - start, V] of positions from `start` on, in one chunk."""
         positions, blocks = self._place(token_ids, start)
-        span = PromptSpan(0, len(positions), start, blocks)
-        return self._forward(token_ids[start:], Batch(positions, positions + 64, spans=[span]))
+        span = PromptSpan(start, len(token_ids), blocks.tolist())
+        batch = Batch(positions, positions + 64, prompts=prompt_rows(0, [span], self._device))
+        return self._forward(token_ids[start:], batch)
 
     def absorbed(self, token_ids: Tensor, start: int = 0) -> Tensor:
         """As `prefill` by decode attention: every position is a row of one batch."""

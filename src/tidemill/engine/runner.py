@@ -11,7 +11,8 @@ from tidemill.engine.block_pool import BlockPool
 from tidemill.engine.decode_graphs import DecodeGraphs
 from tidemill.engine.scheduler import Step
 from tidemill.engine.sequence import Sequence
-from tidemill.models.deepseek import Batch, DecodeRows, DeepseekModel, PromptSpan
+from tidemill.models.deepseek import Batch, DecodeRows, DeepseekModel
+from tidemill.models.prompt_rows import PromptSpan, prompt_rows
 
 
 class Runner(Protocol):
@@ -49,21 +50,20 @@ class ModelRunner:
         positions = [len(seq.token_ids) - 1 for seq in step.decodes]
         slots = [seq.slot(len(seq.token_ids) - 1) for seq in step.decodes]
         written = list(range(len(slots)))
-        spans: list[PromptSpan] = []
+        spans = []
         for chunk in step.chunks:
             row = len(token_ids)
             token_ids += chunk.seq.token_ids[chunk.start : chunk.end]
             positions += range(chunk.start, chunk.end)
             slots += [chunk.seq.slot(position) for position in range(chunk.write_start, chunk.end)]
             written += range(row + chunk.write_start - chunk.start, len(token_ids))
-            blocks = chunk.seq.block_table[: -(-chunk.end // BLOCK_TOKENS)]
-            spans.append(PromptSpan(row, len(token_ids), chunk.start, self._ids(blocks)))
+            spans.append(PromptSpan(chunk.start, chunk.end, chunk.seq.block_table))
         batch = Batch(
             positions=self._ids(positions),
             slots=self._ids(slots),
             written=None if len(written) == len(token_ids) else self._ids(written),
             decodes=self._decode_rows(step.decodes) if step.decodes else None,
-            spans=spans,
+            prompts=prompt_rows(len(step.decodes), spans, self._device),
         )
         return self.model.forward(
             self._ids(token_ids), batch, self.pool.latents, _layer_callback(step)

@@ -22,19 +22,10 @@ from tidemill.kernels.moe_route import Rule, moe_route
 from tidemill.kernels.rms_norm import rms_norm
 from tidemill.kernels.rope_kv_write import rope_kv_write
 from tidemill.models.config import ModelConfig
+from tidemill.models.prompt_rows import PromptRows
 
 # The norms inside attention keep this whatever the config says (DeepSeek's `RMSNorm` default).
 LATENT_NORM_EPS = 1e-6
-
-
-@dataclass(frozen=True)
-class PromptSpan:
-    """Rows [row_start, row_end) of a batch: positions from `start` on of one prompt."""
-
-    row_start: int
-    row_end: int
-    start: int
-    blocks: Tensor  # [M] int64, the prompt's blocks up to its last row
 
 
 @dataclass(frozen=True)
@@ -47,16 +38,16 @@ class DecodeRows:
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's T rows: first `decodes`, then the chunks of prompts that `spans` describes.
+    """One step's T rows: first `decodes`, then the chunks of prompts that `prompts` describes.
 
     All but attention runs over all rows at once. Attention is absorbed over the decode rows, and
-    in multi-head form over each prompt's chunk.
+    in multi-head form over the prompts' chunks.
     """
 
     positions: Tensor  # [T] int64, absolute
     slots: Tensor  # [W] int64, block * 64 + offset where each written row's latent goes
     decodes: DecodeRows | None = None
-    spans: Sequence[PromptSpan] = ()
+    prompts: Sequence[PromptRows] = ()
     written: Tensor | None = None  # [W] int64 rows whose latents are stored; None: all T
 
 
@@ -111,7 +102,7 @@ class Attention:
 
     def attend(self, query: Tensor, batch: Batch, latents: Tensor) -> Tensor:
         """As AttentionStage.attend."""
-        parts = [self._attend_span(query, span, latents) for span in batch.spans]
+        parts = [self._attend_prompts(query, rows, latents) for rows in batch.prompts]
         if batch.decodes is not None:
             parts.insert(0, self._attend_absorbed(query, batch.decodes, latents))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -120,15 +111,14 @@ class Attention:
         """As AttentionStage.close."""
         return self.out.plus(attended, hidden)
 
-    def _attend_span(self, query: Tensor, span: PromptSpan, latents: Tensor) -> Tensor:
-        length = span.start + span.row_end - span.row_start
-        context = latents.index_select(0, span.blocks).flatten(0, 1)[:length]
+    def _attend_prompts(self, query: Tensor, rows: PromptRows, latents: Tensor) -> Tensor:
         attended = mla_prefill(
-            query[span.row_start : span.row_end],
-            context,
+            query[rows.first : rows.end],
+            latents.flatten(0, 1).index_select(0, rows.context),
             self.kv_b,
+            rows.query_starts,
+            rows.context_starts,
             kv_lora_rank=self.config.kv_lora_rank,
-            start=span.start,
             scale=self.scale,
         )
         return attended.flatten(1)

@@ -1,4 +1,4 @@
-"""Tiles of prefill attention, by device class and the longest prompt's new rows."""
+"""Tiles of prefill attention, by device class and new rows a prompt, on average."""
 
 from dataclasses import dataclass
 

@@ -18,6 +18,7 @@ from tidemill.kernels.tiles import all_tiles, choose_tile
 
 LOG2_E = 1.4426950408889634
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # the last for the interpreter alone
+_SEARCH = tl.constexpr(64)  # prompts looked at in one load
 
 
 @triton.jit
@@ -60,25 +61,36 @@ def _attend_keys(
     return acc, top, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_prompts"])
 def _mla_prefill_kernel(
-    q_ptr, kv_ptr, rope_ptr, out_ptr, query_starts_ptr, context_starts_ptr,
+    q_ptr, kv_ptr, rope_ptr, out_ptr, query_starts_ptr, context_starts_ptr, num_prompts,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_rt, stride_ot, scale,
     NOPE: tl.constexpr, ROPE: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Program (query tile, head, prompt); the tiles that see most come first.
+    """Program (query tile, head); of a prompt's tiles those that see most come first.
+
+    Prompt n's tiles begin at place query_starts[n] // BLOCK_M + n: one more than the whole tiles
+    before it for each prompt before it leaves room for every prompt's last tile, and the host need
+    know only how many rows and prompts there are. Places that are left over have nothing to do.
 
     Keys that every row of the tile sees need no mask; tiles that none sees are not touched.
     """
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    place = tl.program_id(0)
     head = tl.program_id(1)
-    prompt = tl.program_id(2)
+    prompt = -1
+    for begin in range(0, num_prompts, _SEARCH):
+        n = begin + tl.arange(0, _SEARCH)
+        first = tl.load(query_starts_ptr + n, mask=n < num_prompts, other=0).to(tl.int32)
+        begun = (n < num_prompts) & (first // BLOCK_M + n <= place)
+        prompt += tl.sum(begun.to(tl.int32), axis=0)
     first_row = tl.load(query_starts_ptr + prompt).to(tl.int64)
     num_rows = (tl.load(query_starts_ptr + prompt + 1) - first_row).to(tl.int32)
     first_key = tl.load(context_starts_ptr + prompt).to(tl.int64)
     length = (tl.load(context_starts_ptr + prompt + 1) - first_key).to(tl.int32)
-    if tile * BLOCK_M >= num_rows:
+    before = first_row.to(tl.int32) // BLOCK_M + prompt
+    tile = tl.cdiv(num_rows, BLOCK_M) - 1 - (place - before)
+    if tile < 0:
         return
 
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -117,23 +129,22 @@ def mla_prefill_ragged(
     query_starts: Tensor,
     context_starts: Tensor,
     *,
-    longest: int,
     scale: float,
     tile: Tile | None = None,
 ) -> Tensor:
     """As the reference; ValueError for arguments it does not take.
 
-    Of `longest` only what the grid needs is checked: the rows of each prompt are on the device.
     `tile` (default: the table's) is for timing others.
     """
     nope, rope, v_dim = _check(query, expanded, k_rope, query_starts, context_starts)
     num_rows, num_heads, _ = query.shape
     out = torch.empty(num_rows, num_heads, v_dim, dtype=query.dtype, device=query.device)
+    num_prompts = len(query_starts) - 1
     if tile is None:
-        tile = choose_tile(TILES, device_class(query.device), longest)
-    grid = (triton.cdiv(longest, tile.rows), num_heads, len(query_starts) - 1)
+        tile = choose_tile(TILES, device_class(query.device), num_rows // num_prompts)
+    grid = (num_rows // tile.rows + num_prompts, num_heads)
     _mla_prefill_kernel[grid](
-        query, expanded, k_rope, out, query_starts, context_starts,
+        query, expanded, k_rope, out, query_starts, context_starts, num_prompts,
         query.stride(0), query.stride(1), expanded.stride(0), expanded.stride(1),
         k_rope.stride(0), out.stride(0), scale * LOG2_E,
         NOPE=nope, ROPE=rope, V=v_dim, BLOCK_V=max(16, triton.next_power_of_2(v_dim)),
@@ -177,7 +188,7 @@ def _variant(tile: Tile) -> Variant:
         "NOPE": 128, "ROPE": 64, "V": 128, "BLOCK_V": 128,
         "BLOCK_M": tile.rows, "BLOCK_N": tile.keys,
     }  # fmt: skip
-    types = {**pointers, **dict.fromkeys(strides, "i32"), "scale": "fp32"}
+    types = {**pointers, "num_prompts": "i32", **dict.fromkeys(strides, "i32"), "scale": "fp32"}
     return Variant(
         _mla_prefill_kernel,
         types | dict.fromkeys(constants, "constexpr"),

@@ -1,4 +1,4 @@
-"""Prefill attention in plain torch: expand latents to keys and values, then masked attention."""
+"""Prefill attention in plain torch: masked attention, prompt after prompt."""
 
 from functools import cache
 from itertools import pairwise
@@ -6,24 +6,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from tidemill.kernels.linear import Linear
-
 # Scores held at once, H * rows * keys: 32 MiB in fp32. Smaller blocks read the keys too often.
 _MOST_SCORES = 1 << 23
 _MOST_ROWS = 128  # a block computes scores past the diagonal in vain, half of this a row
-
-
-def mla_prefill(
-    query: Tensor, latents: Tensor, kv_b: Linear, *, kv_lora_rank: int, start: int, scale: float
-) -> Tensor:
-    """Attend from positions [start, start + T) to all positions before and including each.
-
-    query [T, H, nope + rope]; latents [start + T, kv_lora + rope], cached prefix and this chunk;
-    kv_b maps kv_lora -> H * (nope + v). Returns [T, H, v]. (DeepSeek-V2 report 2.1.)
-    """
-    latent, k_rope = latents.tensor_split([kv_lora_rank], dim=-1)
-    expanded = kv_b(latent.contiguous()).view(len(latents), query.shape[1], -1)
-    return _attend(query, expanded, k_rope, start=start, scale=scale)
 
 
 def mla_prefill_ragged(
@@ -33,26 +18,28 @@ def mla_prefill_ragged(
     query_starts: Tensor,
     context_starts: Tensor,
     *,
-    longest: int,
     scale: float,
 ) -> Tensor:
-    """`mla_prefill` for N prompts that lie one after the other, their keys expanded already.
+    """Chunks of N prompts, each attending to its cached prefix and to itself, causally.
 
-    query [T, H, nope + rope]; expanded [C, H, nope + v], what kv_b gives for the latents of all
-    contexts, cached prefixes included; k_rope [C, rope]. Prompt n has the rows from
+    query [T, H, nope + rope]; expanded [C, H, nope + v], keys and values of all contexts; k_rope
+    [C, rope], the rotated part of the keys, which all heads share. Prompt n has the rows from
     query_starts[n] to query_starts[n + 1] and the context from context_starts[n] to
     context_starts[n + 1], of which its rows are the last: both [N + 1], on the tensors' device.
-    `longest` (host): at least the most rows of one prompt. Returns [T, H, v].
+    Returns [T, H, v].
     """
     bounds = zip(pairwise(query_starts.tolist()), pairwise(context_starts.tolist()), strict=True)
-    parts = []
-    for (first, last), (context, end) in bounds:
-        if last - first > longest:
-            raise ValueError(f"mla_prefill: a prompt of {last - first} rows; longest={longest}")
-        start = end - context - (last - first)
-        keys, ropes = expanded[context:end], k_rope[context:end]
-        parts.append(_attend(query[first:last], keys, ropes, start=start, scale=scale))
-    return torch.cat(parts)
+    parts = [
+        _attend(
+            query[first:last],
+            expanded[context:end],
+            k_rope[context:end],
+            start=end - context - (last - first),
+            scale=scale,
+        )
+        for (first, last), (context, end) in bounds
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _attend(query: Tensor, expanded: Tensor, k_rope: Tensor, *, start: int, scale: float) -> Tensor:
