@@ -40,8 +40,9 @@ from tidemill.engine import Engine
 from tidemill.engine import Sequence as Running
 from tidemill.engine.runner import ModelRunner
 from tidemill.engine.sampling import Drawn
-from tidemill.models.deepseek import Batch, PromptSpan
+from tidemill.models.deepseek import Batch
 from tidemill.models.fp8 import dequantize
+from tidemill.models.prompt_rows import PromptSpan, prompt_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "models/demo"
@@ -131,8 +132,8 @@ def truths(model_dir: Path, requests: Sequence[Request]) -> list[Truth]:
 def whole(engine: Engine, truth: Truth) -> Tensor:
     """Logits [NEW_TOKENS, V] of the path that all others are measured by: one prefill of all."""
     positions = torch.arange(len(truth.token_ids))
-    blocks = torch.arange(-(-len(positions) // 64))
-    batch = Batch(positions, positions, spans=[PromptSpan(0, len(positions), 0, blocks)])
+    span = PromptSpan(0, len(positions), range(-(-len(positions) // 64)))
+    batch = Batch(positions, positions, prompts=prompt_rows(0, [span], positions.device))
     assert isinstance(engine._runner, ModelRunner)
     model = engine._runner.model
     hidden = model.forward(torch.tensor(truth.token_ids), batch, engine.pool.latents)

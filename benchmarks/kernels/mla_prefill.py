@@ -61,10 +61,7 @@ def ours(seed: int, shape: Shape) -> Call:
             [cached + new for cached, new in shape.prompts],
         )
     )
-    longest = max(new for _, new in shape.prompts)
-    return lambda: mla_prefill_ragged(
-        query, expanded, k_rope, rows, keys, longest=longest, scale=SCALE
-    )
+    return lambda: mla_prefill_ragged(query, expanded, k_rope, rows, keys, scale=SCALE)
 
 
 def a_peer(seed: int, shape: Shape) -> Call:

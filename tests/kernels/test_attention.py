@@ -88,8 +88,9 @@ def test_prefill_attends_causally_to_prefix_and_chunk(case: MlaCase, share_cache
         query,
         context,
         make_linear(kv_b.flatten(0, 1)),
+        torch.tensor([0, len(query)]),
+        torch.tensor([0, len(context)]),
         kv_lora_rank=case.kv_lora_rank,
-        start=start,
         scale=SCALE,
     )
     assert out.shape == (len(query), case.num_heads, case.v_head_dim)
@@ -124,8 +125,9 @@ def test_prefill_tells_near_scores_apart_in_bf16() -> None:
         torch.tensor([[NEAR_QUERY]], dtype=torch.bfloat16),
         torch.tensor(NEAR_LATENTS[::-1], dtype=torch.bfloat16),
         make_linear(keys_then_values),
+        torch.tensor([0, 1]),
+        torch.tensor([0, 2]),
         kv_lora_rank=2,
-        start=1,
         scale=1.0,
     )
     assert attended.item() == pytest.approx(0.25 * NEAR_WEIGHT, rel=2**-7)

@@ -27,7 +27,6 @@ class Inputs:
     k_rope: Tensor
     query_starts: Tensor
     context_starts: Tensor
-    longest: int
 
     def run(self, attend: Callable[..., Tensor]) -> Tensor:
         return attend(
@@ -36,7 +35,6 @@ class Inputs:
             self.k_rope,
             self.query_starts,
             self.context_starts,
-            longest=self.longest,
             scale=SCALE,
         )
 
@@ -58,7 +56,6 @@ def make_inputs(case: MlaPrefillCase, dtype: torch.dtype, device: str = "cpu") -
         k_rope=latents[:, 16:],
         query_starts=rows.to(device),
         context_starts=keys.to(device),
-        longest=max(new for _, new in case.prompts),
     )
 
 
@@ -98,29 +95,22 @@ def test_mla_prefill_keeps_what_is_not_a_number_within_its_prompt() -> None:
     assert_matches(out[others], truth[others])
 
 
-def test_mla_prefill_of_one_prompt_is_the_same_by_either_path() -> None:
-    case = MLA_PREFILL_CASES[2]
-    cached, new = case.prompts[0]
-    generator = torch.manual_seed(3)
+def test_mla_prefill_expands_latents_alike_on_either_path() -> None:
+    case = MLA_PREFILL_CASES[1]
+    inputs = make_inputs(case, torch.float32)
     kv_lora = 32
-    heads, width = case.num_heads, case.nope_dim + case.rope_dim
-    query = torch.randn(new, heads, width, generator=generator)
-    latents = torch.randn(cached + new, kv_lora + case.rope_dim, generator=generator)
-    weight = torch.randn(heads * (case.nope_dim + case.v_head_dim), kv_lora, generator=generator)
-    kv_b = make_linear(weight * kv_lora**-0.5)
+    generator = torch.manual_seed(3)
+    latents = torch.randn(len(inputs.expanded), kv_lora + case.rope_dim, generator=generator)
+    rows = case.num_heads * (case.nope_dim + case.v_head_dim)
+    kv_b = make_linear(torch.randn(rows, kv_lora, generator=generator) * kv_lora**-0.5)
 
     def attend() -> Tensor:
-        return mla_prefill(query, latents, kv_b, kv_lora_rank=kv_lora, start=cached, scale=SCALE)
+        starts = inputs.query_starts, inputs.context_starts
+        return mla_prefill(inputs.query, latents, kv_b, *starts, kv_lora_rank=kv_lora, scale=SCALE)
 
     truth = attend()
     with choice.forced("triton"):
         assert_matches(attend(), truth)
-
-
-def test_mla_prefill_refuses_more_rows_than_it_was_told() -> None:
-    inputs = make_inputs(MLA_PREFILL_CASES[1], torch.float32)
-    with pytest.raises(ValueError, match="a prompt of 130 rows; longest=129"):
-        replace(inputs, longest=129).run(mla_prefill_ragged)
 
 
 @pytest.mark.parametrize(
@@ -141,4 +131,4 @@ def test_mla_prefill_refuses_what_it_would_misread(
 ) -> None:
     inputs = make_inputs(MLA_PREFILL_CASES[1], torch.float32)
     with choice.forced("triton"), pytest.raises(ValueError, match=complaint):
-        replace(inputs, **change).run(mla_prefill_ragged)  # type: ignore[arg-type]
+        replace(inputs, **change).run(mla_prefill_ragged)

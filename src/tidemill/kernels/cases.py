@@ -137,6 +137,7 @@ MLA_PREFILL_CASES = (
     MlaPrefillCase(2, 16, 16, 16, ((0, 1),)),
     MlaPrefillCase(2, 16, 16, 24, ((0, 130), (64, 1), (127, 65), (300, 129))),
     MlaPrefillCase(1, 32, 16, 16, ((128, 128), (0, 257))),
+    MlaPrefillCase(1, 16, 16, 16, ((0, 1), (0, 128), (3, 128), (0, 256)) + ((2, 3),) * 65),
 )
 MLA_PREFILL_GPU_CASES = (  # DeepSeek-V3's widths, its heads whole and split over ranks
     MlaPrefillCase(128, 128, 64, 128, ((0, 1024),)),

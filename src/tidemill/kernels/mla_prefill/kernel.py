@@ -34,8 +34,9 @@ def _attend_keys(
     )  # fmt: skip
     for begin in range(low, high, BLOCK_N):
         n = begin + keys
-        kv_rows = kv_ptr + n.to(tl.int64)[:, None] * stride_kt
-        rope_rows = rope_ptr + n.to(tl.int64)[:, None] * stride_rt
+        first = tl.cast(begin, tl.int64)
+        kv_rows = kv_ptr + first * stride_kt + keys[:, None] * stride_kt
+        rope_rows = rope_ptr + first * stride_rt + keys[:, None] * stride_rt
         if MASKED:
             inside = (n < length)[:, None]
             k = tl.load(kv_rows + d[None, :], mask=inside, other=0.0)
