@@ -9,7 +9,7 @@ and multiplied a moment before; the datasheet's are beside them.
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -65,6 +65,11 @@ def measure_ceilings() -> Ceilings:
     )
 
 
+def datasheet(device: str) -> Ceilings:
+    """What NVIDIA says of it, of an H100 where it says nothing here."""
+    return Ceilings(*DATASHEETS[next((name for name in DATASHEETS if name in device), "H100")])
+
+
 def _copy() -> Call:
     source = torch.randint(-(2**31), 2**31 - 1, (COPIED_WORDS,), dtype=torch.int32, device="cuda")
     target = torch.empty_like(source)
@@ -92,6 +97,7 @@ def num_sets(num_bytes: int, l2_bytes: int) -> int:
 
 def time_us(calls: Sequence[Call]) -> tuple[float, float]:
     """Median and least time of one call, in us, going through `calls` in turn."""
+    torch.cuda.synchronize()  # inputs are made on another stream
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's own lacks types
     with torch.cuda.stream(stream):  # compiles, and settles what a capture may not do
         for call in calls:
@@ -123,16 +129,21 @@ def _event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # as above
 
 
-def run(work: Work, ceilings: Ceilings) -> dict[str, Any]:
-    """Time ours, then each peer; the row of results."""
+def run(work: Work, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
+    """Time ours, then each peer: the row of results, after each of them.
+
+    RuntimeError where a call has broken the device's context, which no later call survives.
+    """
     sets = num_sets(work.num_bytes, torch.cuda.get_device_properties(0).L2_cache_size)
     result = first_result(work.build)
     median, least = timed(work.build, sets)
     row = figures(work, median, least, ceilings, torch.cuda.get_device_name())
-    row["peers"] = {
-        name: against(build, sets, median, result) for name, build in work.peers.items()
-    }
-    return row
+    row["peers"] = {}
+    yield row
+    for name, build in work.peers.items():
+        row["peers"][name] = against(build, sets, median, result)
+        yield row
+        torch.cuda.synchronize()
 
 
 def timed(build: Build, sets: int) -> tuple[float, float]:

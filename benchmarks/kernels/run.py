@@ -5,6 +5,7 @@
 
 An op whose gpu tests are red, or that has none, is not timed. Tests run file by file and benchmarks
 op by op in processes of their own, so that one that breaks its device context breaks no other.
+A process that dies in the midst of a benchmark is started again after what killed it.
 What was found is written as it is found: a run that is cut off leaves all that it had.
 """
 
@@ -18,8 +19,9 @@ import tempfile
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ HERE = Path(__file__).resolve().parent
 NO_BENCHMARKS = {"aot", "harness", "peers", "run"}
 TEST_PROCESSES = 3  # they share one GPU's memory
 TESTS_SHARE = 0.5  # of the whole time, at the most
+FILE_SHARE = 0.3  # one file's of the whole time: what hangs takes no more
 OP_SHARE = 2.0  # of an even share of what is left, at the most: what one leaves is for the next
 
 
@@ -75,24 +78,30 @@ def verdict_of(report: Path) -> Verdict:
 
 def run_tests(files: Sequence[str], out: Path, seconds: float) -> dict[str, Verdict]:
     """The gpu-marked tests of each file; the end of what is red is printed, all is in tests.log."""
-    ends = time.monotonic() + seconds
+    ends = time.monotonic() + seconds * TESTS_SHARE
+    found = {}
+    log_file = out / "tests.log"
+    log_file.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(TEST_PROCESSES) as pool:
-        runs = [
-            pool.submit(run_test_file, file, Path(folder, f"{at}.xml"), ends)
+        runs = {
+            pool.submit(
+                run_test_file, file, Path(folder, f"{at}.xml"), ends, seconds * FILE_SHARE
+            ): file
             for at, file in enumerate(files)
-        ]
-        found = {file: run.result() for file, run in zip(files, runs, strict=True)}
-    with (out / "tests.log").open("w", encoding="utf-8") as log:
-        for file, (verdict, output) in found.items():
-            log.write(f"== {file}\n{output}\n")
+        }
+        for run in as_completed(runs):
+            file, (verdict, output) = runs[run], run.result()
+            found[file] = verdict
+            with log_file.open("a", encoding="utf-8") as log:
+                log.write(f"== {file}\n{output}\n")
             print(f"{'green' if verdict.is_green else 'RED  '} {file}: {verdict}", flush=True)
             if not verdict.is_green:
                 print(output[-1500:], flush=True)
-    return {file: verdict for file, (verdict, _) in found.items()}
+    return found
 
 
-def run_test_file(file: str, report: Path, ends: float) -> tuple[Verdict, str]:
-    """One file's gpu-marked tests, by `ends` of the monotonic clock: verdict and output."""
+def run_test_file(file: str, report: Path, ends: float, seconds: float) -> tuple[Verdict, str]:
+    """One file's gpu-marked tests, in `seconds` and by `ends` of the monotonic clock."""
     flags = ["-c", str(HERE / "pytest.ini"), "--rootdir", str(ROOT), "-m", "gpu"]
     flags += ["--confcutdir", str(Path(file).parent), f"--junit-xml={report}"]
     with report.with_suffix(".log").open("w+", encoding="utf-8") as log:
@@ -103,7 +112,7 @@ def run_test_file(file: str, report: Path, ends: float) -> tuple[Verdict, str]:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 check=False,
-                timeout=max(1.0, ends - time.monotonic()),
+                timeout=max(1.0, min(seconds, ends - time.monotonic())),
             )
         except subprocess.TimeoutExpired:
             report.unlink(missing_ok=True)
@@ -134,63 +143,103 @@ def red_among(tests: Sequence[str], verdicts: Mapping[str, Verdict]) -> list[str
 
 
 def time_one(name: str, ceilings: harness.Ceilings, file: Path) -> None:
-    """In a process of its own: each of `name`'s works, written as soon as it is timed."""
+    """In a process of its own: `name`'s works after those in `file`, written as they are timed.
+
+    RuntimeError where a work has broken the device's context: its row is written, and the next
+    ones need another process.
+    """
     module = importlib.import_module(f"benchmarks.kernels.{name}")
-    rows: list[dict[str, Any]] = []
-    for work in module.works():
+    rows = rows_of(file)
+
+    def tell(row: dict[str, Any]) -> None:
+        file.write_text(json.dumps([*rows, row]), encoding="utf-8")
+
+    for work in islice(module.works(), len(rows), None):
+        row: dict[str, Any] = {"case": work.case, "refused": "its process died"}
+        tell(row)
         try:
-            rows.append(harness.run(work, ceilings))
+            for row in harness.run(work, ceilings):
+                tell(row)
         except Exception as error:  # a finding of this work; the next ones may do better
-            rows.append({"case": work.case, "refused": f"failed: {error!r}"[:300]})
-        file.write_text(json.dumps(rows), encoding="utf-8")
+            if "gb_s" not in row:
+                row = {"case": work.case, "refused": f"failed: {error!r}"[:300]}
+                tell(row)
+            torch.cuda.synchronize()
+        rows.append(row)
+
+
+def rows_of(file: Path) -> list[dict[str, Any]]:
+    """What `time_one` has written there; nothing if it has not begun."""
+    rows: list[dict[str, Any]] = []
+    if file.exists():
+        rows = json.loads(file.read_text(encoding="utf-8"))
+    return rows
 
 
 def time_op(
     name: str, ceilings: harness.Ceilings, out: Path, seconds: float
 ) -> list[dict[str, Any]]:
-    """`time_one` in a process; its rows, and one that says so where it did not come to its end."""
+    """`time_one` in processes, each going on after what killed the last one; the rows.
+
+    One more row says so where they did not come to their end.
+    """
+    ends = time.monotonic() + seconds
     file = out / f"{name}.rows.json"
     file.unlink(missing_ok=True)
+    why, num_rows = "", -1
+    while num_rows < len(rows_of(file)):
+        num_rows = len(rows_of(file))
+        why = in_a_process(name, ceilings, out, ends - time.monotonic())
+        if not why or time.monotonic() > ends:
+            break
+    rows = rows_of(file)
+    file.unlink(missing_ok=True)
+    return [*rows, {"case": "the rest", "refused": why}] if why else rows
+
+
+def in_a_process(name: str, ceilings: harness.Ceilings, out: Path, seconds: float) -> str:
+    """`time_one` in a process; why it did not come to its end, if so."""
     command = [sys.executable, "-m", "benchmarks.kernels.run", "--one", name, "--out", str(out)]
     command += ["--ceilings", json.dumps(asdict(ceilings))]
-    why = ""
     try:
         done = subprocess.run(
             command, cwd=ROOT, timeout=seconds, capture_output=True, text=True, check=False
         )
-        if done.returncode != 0:
-            why = f"failed: {done.stderr.strip()[-300:]}"
-            with (out / "benchmarks.log").open("a", encoding="utf-8") as log:
-                log.write(f"== {name}\n{done.stderr}\n")
     except subprocess.TimeoutExpired:
-        why = f"cut off after {seconds:.0f} s"
-    rows: list[dict[str, Any]] = []
-    if file.exists():
-        rows = json.loads(file.read_text(encoding="utf-8"))
-        file.unlink()
-    return [*rows, {"case": "the rest", "refused": why}] if why else rows
+        return "cut off: no time left"
+    if done.returncode == 0:
+        return ""
+    with (out / "benchmarks.log").open("a", encoding="utf-8") as log:
+        log.write(f"== {name}\n{done.stderr}\n")
+    return f"failed: {done.stderr.strip()[-300:] or f'exit code {done.returncode}'}"
 
 
 def run_all(only: Sequence[str], out: Path, seconds: float, commit_id: str) -> int:
-    """Tests, ceilings, benchmarks; the table last. 1 if anything was red or cut off."""
+    """Ceilings, tests, benchmarks; the table last. 1 if anything was red or cut off."""
     ends = time.monotonic() + seconds
     names = benchmarks_here(only)
     needed = {file for name in names for file in tests_of(name)}
     files = [file for file in gpu_test_files() if not only or file in needed]
-    verdicts = run_tests(files, out, seconds * TESTS_SHARE)
-    ceilings = harness.measure_ceilings()
-    torch.cuda.empty_cache()
-    device = torch.cuda.get_device_name()
+    ceilings, whose = ceilings_here()
     result: dict[str, Any] = {
         "benchmark": "kernels/run",
         "command": "benchmarks/kernels/gpu.sh",
         "commit": commit_id,
-        "device": device,
+        "device": torch.cuda.get_device_name(),
         "versions": versions(),
         "ceilings": {name: round(value, 1) for name, value in asdict(ceilings).items()},
-        "tests": {file: str(verdict) for file, verdict in verdicts.items()},
+        "ceilings_from": whose,
+        "tests": {},
         "ops": {},
     }
+
+    def write() -> None:
+        (out / "gpu.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+    write()
+    verdicts = run_tests(files, out, seconds)
+    result["tests"] = {file: str(verdict) for file, verdict in sorted(verdicts.items())}
+    write()
     for at, name in enumerate(names):
         red = red_among(tests_of(name), verdicts)
         left = ends - time.monotonic()
@@ -202,9 +251,20 @@ def run_all(only: Sequence[str], out: Path, seconds: float, commit_id: str) -> i
             seconds_for_it = min(left, OP_SHARE * left / (len(names) - at))
             rows = time_op(name, ceilings, out, seconds_for_it)
         result["ops"][name] = rows
-        (out / "gpu.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write()
         print(f"{name}: {len(rows)} rows, {ends - time.monotonic():.0f} s left", flush=True)
     return report(result, verdicts)
+
+
+def ceilings_here() -> tuple[harness.Ceilings, str]:
+    """What this device reaches, before anything else runs on it; else the datasheet's, and why."""
+    try:
+        return harness.measure_ceilings(), "measured"
+    except RuntimeError as error:  # torch cannot measure something; our own kernels may run
+        print(f"ceilings are the datasheet's: {error}", flush=True)
+        return harness.datasheet(torch.cuda.get_device_name()), f"datasheet: {error}"[:300]
+    finally:
+        torch.cuda.empty_cache()
 
 
 def report(result: Mapping[str, Any], verdicts: Mapping[str, Verdict]) -> int:

@@ -1,9 +1,15 @@
 """What benchmarks/kernels does without a GPU: who may be timed, and what a row says."""
 
 import importlib
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.kernels import harness, run
 from benchmarks.kernels.harness import Ceilings, Work
@@ -91,3 +97,117 @@ def test_every_benchmark_of_an_op_names_tests_that_exist() -> None:
     for name in run.benchmarks_here([]):
         for file in run.tests_of(name):
             assert (ROOT / file).exists(), file
+
+
+def test_a_process_that_dies_is_followed_by_one_that_goes_on_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second work breaks the device's context, the third kills its process at once."""
+    works = [Work(f"work {number}", lambda _: list, 1000) for number in range(5)]
+
+    def timed(work: Work, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
+        row: dict[str, Any] = {"case": work.case, "gb_s": 1.0, "peers": {}}
+        if work is works[2]:
+            raise SystemExit(139)
+        yield row
+        row["peers"]["theirs"] = {"us": 1.0}
+        yield row
+        if work is works[1]:
+            raise RuntimeError("illegal memory access")
+
+    num_processes = 0
+
+    def in_a_process(name: str, ceilings: Ceilings, out: Path, seconds: float) -> str:
+        nonlocal num_processes
+        num_processes += 1
+        try:
+            run.time_one(name, ceilings, out / f"{name}.rows.json")
+        except (RuntimeError, SystemExit) as error:
+            return f"failed: {error}"
+        return ""
+
+    module = SimpleNamespace(works=lambda: iter(works))
+    monkeypatch.setattr(importlib, "import_module", lambda _: module)
+    monkeypatch.setattr(harness, "run", timed)
+    monkeypatch.setattr(run, "in_a_process", in_a_process)
+    monkeypatch.setattr(torch.cuda, "synchronize", _raises_what_is_raised)
+    rows = run.time_op("some", H100, tmp_path, seconds=60)
+    assert num_processes == 3
+    assert [row["case"] for row in rows] == [work.case for work in works]
+    assert [row.get("peers") for row in rows] == [{"theirs": {"us": 1.0}}] * 2 + [None] + [
+        {"theirs": {"us": 1.0}}
+    ] * 2
+    assert rows[2]["refused"] == "its process died"
+    assert list(tmp_path.iterdir()) == []
+
+
+def _raises_what_is_raised() -> None:
+    """A broken context raises on every call, so also on the one that asks."""
+    error = sys.exc_info()[1]
+    if error is not None:
+        raise error
+
+
+def test_an_op_whose_processes_get_nowhere_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reasons = iter(["failed: no module", "never asked"])
+    monkeypatch.setattr(run, "in_a_process", lambda *_: next(reasons))
+    assert run.time_op("some", H100, tmp_path, seconds=60) == [
+        {"case": "the rest", "refused": "failed: no module"}
+    ]
+
+
+def test_a_work_that_fails_leaves_the_next_ones_to_be_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    works = [Work("too large", lambda _: list, 1), Work("small", lambda _: list, 1)]
+
+    def timed(work: Work, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
+        if work is works[0]:
+            raise MemoryError("out of memory")
+        yield {"case": work.case, "gb_s": 1.0, "peers": {}}
+
+    monkeypatch.setattr(
+        importlib, "import_module", lambda _: SimpleNamespace(works=lambda: iter(works))
+    )
+    monkeypatch.setattr(harness, "run", timed)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    run.time_one("some", H100, tmp_path / "rows.json")
+    first, second = run.rows_of(tmp_path / "rows.json")
+    assert first == {"case": "too large", "refused": "failed: MemoryError('out of memory')"}
+    assert second["gb_s"] == 1.0
+
+
+def test_what_a_file_of_tests_found_is_written_before_the_next_one_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "tests.log"
+    log.write_text("output of quick.py the last time")
+
+    def run_test_file(
+        file: str, report: Path, ends: float, seconds: float
+    ) -> tuple[run.Verdict, str]:
+        while file == "slow.py" and time.monotonic() < ends:
+            if log.exists() and "output of quick.py now" in log.read_text():
+                return run.Verdict(1), ""
+            time.sleep(0.01)
+        return run.Verdict(0, 1), f"output of {file} now"
+
+    monkeypatch.setattr(run, "run_test_file", run_test_file)
+    verdicts = run.run_tests(["slow.py", "quick.py"], tmp_path, 10)
+    assert verdicts == {"slow.py": run.Verdict(1), "quick.py": run.Verdict(0, 1)}
+    assert "the last time" not in log.read_text()
+
+
+def test_ceilings_that_torch_cannot_measure_are_the_datasheets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails() -> Ceilings:
+        raise RuntimeError("no FP8 product")
+
+    monkeypatch.setattr(harness, "measure_ceilings", fails)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    ceilings, whose = run.ceilings_here()
+    assert (ceilings.copy, ceilings.fp8) == (4800.0, 1979.0)
+    assert whose == "datasheet: no FP8 product"

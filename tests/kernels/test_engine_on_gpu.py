@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.engine_harness import generated, make_sequence, run_all
-from tidemill.engine import BlockPool, Engine, EngineConfig, KvLayout, SamplingParams
+from tests.engine_harness import GREEDY, generated, make_sequence, run_all
+from tidemill.engine import BlockPool, Engine, EngineConfig, KvLayout, SamplingParams, Sequence
 from tidemill.engine.runner import ModelRunner
+from tidemill.engine.scheduler import Step
 from tidemill.engine.swap import SwapSpace
 
 pytestmark = pytest.mark.gpu
@@ -29,30 +30,49 @@ def random_pool(seed: int) -> BlockPool:
     return pool
 
 
-def test_recorded_steps_generate_what_eager_ones_do() -> None:
+def test_recorded_steps_compute_what_eager_ones_do() -> None:
+    """Bit for bit, but for a batch that is padded: its sums are of another order."""
+    config = EngineConfig(device="cuda", max_batch=8, max_context=512, num_blocks=16)
+    runner = Engine.load(DEMO, config)._runner
+    assert isinstance(runner, ModelRunner)
+    assert runner._graphs is not None
+    eager = ModelRunner(runner.model, runner.pool)
+    runner.pool.latents.normal_()
+    seqs = [
+        Sequence(str(length), list(range(6, 6 + length)), block_table=table, sampling=GREEDY)
+        for length, table in ((1, [3]), (63, [9]), (200, [1, 8, 2, 12]))
+    ]
+    for batch in (1, 2, 3):
+        step = Step(decodes=seqs[:batch])
+        found, expected = runner.forward(step).clone(), eager.forward(step)
+        if batch < 3:
+            assert torch.equal(found, expected)
+        differences = (found - expected).float().norm(dim=-1) / expected.float().norm(dim=-1)
+        assert differences.median().item() < 0.02  # rounding may turn a choice of experts
+
+
+def test_an_engine_generates_on_a_gpu() -> None:
     config = EngineConfig(device="cuda", max_batch=8, max_context=512, num_blocks=64)
     engine = Engine.load(DEMO, config)
-    assert isinstance(engine._runner, ModelRunner)
-    assert engine._runner._graphs is not None
-    found = []
-    for runner in (engine._runner, ModelRunner(engine._runner.model, engine.pool)):
-        engine._runner = runner
-        for number, length in enumerate((1, 63, 200)):
-            params = SamplingParams(temperature=0.8 * (number > 0), seed=number, max_tokens=24)
-            token_ids = torch.randint(6, 512, (length,), generator=torch.manual_seed(length))
-            engine.submit(make_sequence(engine, str(number), token_ids.tolist(), params))
-        outputs = run_all(engine)
-        found.append([generated(outputs, str(number)) for number in range(3)])
-    assert found[0] == found[1]
-    assert all(len(tokens) > 1 for tokens in found[0])
+    for number, length in enumerate((1, 63, 200)):
+        params = SamplingParams(temperature=0.8 * (number > 0), seed=number, max_tokens=24)
+        token_ids = torch.randint(6, 512, (length,), generator=torch.manual_seed(length))
+        engine.submit(make_sequence(engine, str(number), token_ids.tolist(), params))
+    outputs = run_all(engine)
+    assert all(len(generated(outputs, str(number))) > 1 for number in range(3))
 
 
-def test_the_pool_takes_what_the_model_leaves() -> None:
-    config = EngineConfig(device="cuda", max_batch=2, max_context=512, memory_share=0.2)
-    engine = Engine.load(DEMO, config)
-    free_bytes, total_bytes = torch.cuda.mem_get_info()
-    assert engine.pool.latents.nbytes > 0
-    assert total_bytes - free_bytes < 0.3 * total_bytes
+def test_the_pool_takes_what_the_model_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a device that looks like one of 20 GB, 16 of them free: other tests use this one too."""
+    free_bytes, total_bytes = torch.cuda.mem_get_info(torch.device("cuda", 0))
+    assert 0 < free_bytes < total_bytes
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (16 << 30, 20 << 30))
+    config = EngineConfig(
+        device="cuda", max_batch=2, max_context=512, memory_share=0.3, swap_blocks=0
+    )
+    pool = Engine.load(DEMO, config).pool
+    room = (6 << 30) - (4 << 30)
+    assert room - pool.latents[:, 0].nbytes < pool.latents.nbytes <= room
 
 
 def test_swapped_blocks_come_back_bitwise() -> None:

@@ -47,6 +47,7 @@ def scale_groups(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [T, D] -> fp32 [T, D] in e4m3's range, not yet rounded, and scales as in `Quantized`."""
     groups = x.float().reshape(x.shape[0], x.shape[1] // GROUP, GROUP)
     amax = groups.abs().amax(-1).clamp_min_(SMALLEST_AMAX)
-    scales = amax.new_empty(amax.shape[::-1]).t().copy_(amax / LARGEST)
-    factors = amax.new_tensor(LARGEST) / amax  # a number over a tensor would be rounded twice
-    return (groups * factors.unsqueeze(-1)).flatten(-2), scales
+    # A tensor, since a GPU divides by a number through its inverse, and rounds twice.
+    largest = torch.tensor(LARGEST, device=x.device)
+    scales = amax.new_empty(amax.shape[::-1]).t().copy_(amax / largest)
+    return (groups * (largest / amax).unsqueeze(-1)).flatten(-2), scales
