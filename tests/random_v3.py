@@ -58,7 +58,7 @@ def random_moe(config: ModelConfig, make: "RandomWeights") -> StackedMoe:
     width, hidden = config.moe_intermediate_size, config.hidden_size
     return StackedMoe(
         norm=make.norm(hidden),
-        gate=make.matrix(config.n_routed_experts, hidden).float(),
+        gate=make.matrix(config.n_routed_experts, hidden),
         gate_bias=make.plain(config.n_routed_experts).mul_(0.1),
         routed=make.experts(config.n_routed_experts, width, hidden),
         shared=make.experts(1, width, hidden),

@@ -85,6 +85,10 @@ def test_each_head_takes_its_own_matrix(
     expected = torch.einsum("thk,hnk->thn", x.float(), weight.float())
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(found.float(), expected, atol=tolerance, rtol=tolerance)
+    apart = torch.full((rows, shape[0], shape[1] + 3), 9.0, dtype=dtype)
+    make_head_linear(weight).into(x, apart[..., : shape[1]])
+    assert torch.equal(apart[..., : shape[1]], found)
+    assert (apart[..., shape[1] :] == 9).all()
 
 
 GROWTH = """

@@ -1,4 +1,4 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -22,8 +22,11 @@ class Inputs:
     norm_weight: Tensor
     rotation: Tensor
     latents: Tensor  # 9s: what is not written stays
+    decoding: Tensor  # likewise; its rows lie apart
 
-    def run(self, op: object, slots: list[int], written: list[int] | None) -> None:
+    def run(
+        self, op: object, slots: list[int], written: list[int] | None, num_decoding: int = 0
+    ) -> None:
         assert callable(op)
         op(
             self.query,
@@ -34,6 +37,7 @@ class Inputs:
             self.latents,
             torch.tensor(slots, dtype=torch.int64, device=DEVICE),
             None if written is None else torch.tensor(written, dtype=torch.int64, device=DEVICE),
+            self.decoding[:num_decoding] if num_decoding else None,
         )
 
 
@@ -52,6 +56,7 @@ def random_inputs(case: RopeCase, dtype: torch.dtype) -> Inputs:
         weight.to(dtype).to(DEVICE),
         torch.polar(torch.ones_like(angles), angles).to(DEVICE),
         torch.full((blocks, BLOCK, dim), 9.0, dtype=dtype, device=DEVICE),
+        torch.full((*query.shape[:2], dim), 9.0, dtype=dtype, device=DEVICE)[..., -case.rope_dim :],
     )
 
 
@@ -71,6 +76,17 @@ def test_a_row_is_normed_turned_and_stored_at_its_slot() -> None:
     assert (pool == 9).all(dim=1).sum() == len(pool) - 2
 
 
+def test_rows_that_decode_are_turned_into_a_place_of_their_own() -> None:
+    case = RopeCase(3, 2, 32, 16, 8)
+    given, inputs = (random_inputs(case, torch.float32) for _ in range(2))
+    inputs.run(reference.rope_kv_write, [0, 1, 2], None, num_decoding=2)
+    turned = apply_rope(given.query[..., 16:], given.rotation.unsqueeze(1))
+    torch.testing.assert_close(inputs.decoding[:2], turned[:2])
+    torch.testing.assert_close(inputs.query[2, :, 16:], turned[2])
+    assert torch.equal(inputs.query[:2], given.query[:2])
+    assert (inputs.decoding[2:] == 9).all()
+
+
 def equal_effects(case: RopeCase, dtype: torch.dtype, step: float, some: bool) -> None:
     """Run kernel and reference on the same inputs; all memory must come out alike."""
     count = case.num_tokens
@@ -80,9 +96,10 @@ def equal_effects(case: RopeCase, dtype: torch.dtype, step: float, some: bool) -
     assert len(set(slots)) == len(slots)
     found, expected = (random_inputs(case, dtype) for _ in range(2))
     with forced("triton"):
-        found.run(rope_kv_write, slots, written)
-    expected.run(reference.rope_kv_write, slots, written)
+        found.run(rope_kv_write, slots, written, num_decoding=count // 2)
+    expected.run(reference.rope_kv_write, slots, written, num_decoding=count // 2)
     torch.testing.assert_close(found.query, expected.query, rtol=step, atol=step)
+    torch.testing.assert_close(found.decoding, expected.decoding, rtol=step, atol=step)
     torch.testing.assert_close(found.latents, expected.latents, rtol=step, atol=step)
 
 
@@ -114,9 +131,18 @@ def test_the_kernel_stores_nothing_for_a_row_without_a_slot() -> None:
 def test_the_kernel_refuses_widths_that_do_not_agree() -> None:
     inputs = random_inputs(RopeCase(2, 2, 32, 16, 8), torch.float32)
     narrow = Inputs(
-        inputs.query, inputs.kv_a[:, 4:], inputs.norm_weight, inputs.rotation, inputs.latents
+        inputs.query,
+        inputs.kv_a[:, 4:],
+        inputs.norm_weight,
+        inputs.rotation,
+        inputs.latents,
+        inputs.decoding,
     )
     with forced("triton"), pytest.raises(ValueError, match=r"latents is \[3, 64, 40\].*D=36"):
         narrow.run(rope_kv_write, [0, 1], None)
     with forced("triton"), pytest.raises(ValueError, match="W must be T without written"):
         inputs.run(rope_kv_write, [0], None)
+    few = random_inputs(RopeCase(1, 2, 32, 16, 8), torch.float32)
+    more = replace(few, decoding=inputs.decoding)
+    with forced("triton"), pytest.raises(ValueError, match="B must be at most T"):
+        more.run(rope_kv_write, [0], None, num_decoding=2)

@@ -64,6 +64,14 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class Query:
+    """A step's queries, rotated: the B decode rows' absorbed, those of prompts in their heads."""
+
+    heads: Tensor  # [T, H, nope + rope]; of the first B rows nothing is read any more
+    absorbed: Tensor | None  # [B, H, kv_lora + rope]
+
+
+@dataclass(frozen=True)
 class Attention:
     """Multi-head latent attention over the paged cache (DeepSeek-V2 report 2.1)."""
 
@@ -79,7 +87,7 @@ class Attention:
     config: ModelConfig
     scale: float
 
-    def write(self, hidden: Tensor, rotation: Tensor, batch: Batch, latents: Tensor) -> Tensor:
+    def write(self, hidden: Tensor, rotation: Tensor, batch: Batch, latents: Tensor) -> Query:
         """As AttentionStage.write."""
         config = self.config
         query, kv_a = self.qkv_a.of_norm(hidden, self.norm.weight, self.norm.eps).tensor_split(
@@ -88,6 +96,12 @@ class Attention:
         if self.q_b is not None and self.q_a_norm is not None:
             query = self.q_b.of_norm(query, self.q_a_norm, LATENT_NORM_EPS)
         query = query.view(len(hidden), config.num_attention_heads, config.qk_head_dim)
+        absorbed, q_rope = None, None
+        if batch.decodes is not None:
+            num_decoding = len(batch.decodes.context_lens)
+            absorbed = query.new_empty(num_decoding, query.shape[1], config.latent_dim)
+            q_latent, q_rope = absorbed.tensor_split([config.kv_lora_rank], dim=-1)
+            self.w_uk.into(query[:num_decoding, :, : config.qk_nope_head_dim], q_latent)
         rope_kv_write(
             query,
             kv_a,
@@ -97,14 +111,15 @@ class Attention:
             latents,
             batch.slots,
             batch.written,
+            decoding=q_rope,
         )
-        return query
+        return Query(query, absorbed)
 
-    def attend(self, query: Tensor, batch: Batch, latents: Tensor) -> Tensor:
+    def attend(self, query: Query, batch: Batch, latents: Tensor) -> Tensor:
         """As AttentionStage.attend."""
-        parts = [self._attend_prompts(query, rows, latents) for rows in batch.prompts]
-        if batch.decodes is not None:
-            parts.insert(0, self._attend_absorbed(query, batch.decodes, latents))
+        parts = [self._attend_prompts(query.heads, rows, latents) for rows in batch.prompts]
+        if batch.decodes is not None and query.absorbed is not None:
+            parts.insert(0, self._attend_absorbed(query.absorbed, batch.decodes, latents))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def close(self, attended: Tensor, hidden: Tensor) -> Tensor:
@@ -124,15 +139,12 @@ class Attention:
         return attended.flatten(1)
 
     def _attend_absorbed(self, query: Tensor, rows: DecodeRows, latents: Tensor) -> Tensor:
-        config = self.config
-        query = query[: len(rows.context_lens)]
-        q_nope, q_rope = query.tensor_split([config.qk_nope_head_dim], dim=-1)
         attended = mla_decode(
-            torch.cat((self.w_uk(q_nope), q_rope), dim=-1),
+            query,
             latents,
             rows.block_tables,
             rows.context_lens,
-            kv_lora_rank=config.kv_lora_rank,
+            kv_lora_rank=self.config.kv_lora_rank,
             scale=self.scale,
         )
         return self.w_uv(attended).flatten(1)
@@ -223,14 +235,14 @@ class MoeMlp:
 class AttentionStage(Protocol):
     """A layer's first stage, its norm included."""
 
-    def write(self, hidden: Tensor, rotation: Tensor, batch: Batch, latents: Tensor) -> Tensor:
-        """hidden [T, D], rotation [T, rope / 2] complex64 -> query [T, H, nope + rope], rotated.
+    def write(self, hidden: Tensor, rotation: Tensor, batch: Batch, latents: Tensor) -> Query:
+        """hidden [T, D], rotation [T, rope / 2] complex64 -> queries, rotated.
 
         The batch's latents go to their slots in one layer's pool `latents` [blocks, 64, D].
         """
 
-    def attend(self, query: Tensor, batch: Batch, latents: Tensor) -> Tensor:
-        """query [T, H, nope + rope], one layer's pool [blocks, 64, D] -> [T, H * v]."""
+    def attend(self, query: Query, batch: Batch, latents: Tensor) -> Tensor:
+        """What `write` gave, one layer's pool [blocks, 64, D] -> [T, H * v]."""
 
     def close(self, attended: Tensor, hidden: Tensor) -> Tensor:
         """attended [T, H * v] through the output product, plus hidden [T, D]."""

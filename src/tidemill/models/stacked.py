@@ -93,7 +93,7 @@ class StackedMoe:
     """As MoeMlp."""
 
     norm: Norm
-    gate: Tensor  # [E, D] fp32
+    gate: Tensor  # [E, D] fp32, or in the model's dtype where that is all it has
     gate_bias: Tensor | None  # [E] fp32
     routed: StackedExperts
     shared: StackedExperts | None
@@ -107,9 +107,16 @@ class StackedMoe:
     def dispatch(self, hidden: Tensor) -> StackedDispatch:
         """hidden [T, D] -> its rows and the order in which experts read them."""
         tokens, rows = self.routed.normed(hidden, self.norm)
-        logits = linear(tokens.float(), self.gate)
-        routed = route_and_sort(logits, self.gate_bias, **routing_rule(self.config))
+        routed = route_and_sort(self._logits(tokens), self.gate_bias, **routing_rule(self.config))
         return StackedDispatch(rows, routed)
+
+    def _logits(self, tokens: Tensor) -> Tensor:
+        """tokens [T, D] -> [T, E], products exact and summed in fp32."""
+        if self.gate.dtype != tokens.dtype:
+            return linear(tokens.float(), self.gate)
+        starts, counts = _every_row(len(tokens), tokens.device)
+        gate = self.gate.unsqueeze(0)
+        return down(tokens, gate, starts=starts, counts=counts, out_dtype=torch.float32)
 
     def experts(self, dispatched: StackedDispatch, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """The choices' weighted rows [T * K, D] and the shared expert's output [T, D]."""

@@ -233,6 +233,9 @@ def _gate(source: WeightSource, prefix: str, config: ModelConfig) -> tuple[Tenso
 def _stacked_moe(source: WeightSource, prefix: str, config: ModelConfig, norm: Norm) -> StackedMoe:
     width, num_experts = config.moe_intermediate_size, config.n_routed_experts
     gate, bias = _gate(source, prefix, config)
+    narrow = gate.to(source.dtype)
+    if torch.equal(narrow.float(), gate):
+        gate = narrow
     shared = None
     if config.n_shared_experts:
         shared = _stack(

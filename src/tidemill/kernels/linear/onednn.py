@@ -97,3 +97,7 @@ class PackedHeads:
             image, self.weight, None, *_POINTWISE, self.num_heads, "none", [], ""
         )
         return out.permute(0, 2, 3, 1).reshape(num_rows, self.num_heads, -1)
+
+    def into(self, x: Tensor, out: Tensor) -> None:
+        """x [T, H, K], each head's x @ weight.T -> out [T, H, N], whose rows may lie apart."""
+        out.copy_(self(x))

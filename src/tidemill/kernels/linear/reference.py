@@ -42,5 +42,14 @@ class PlainHeads:
         self.weight = weight.transpose(1, 2).contiguous()
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [T, H, K] -> each head's x @ weight.T [T, H, N]."""
-        return torch.bmm(x.transpose(0, 1), self.weight).transpose(0, 1)
+        """x [T, H, K] -> each head's x @ weight.T [T, H, N], dense."""
+        out = x.new_empty(len(x), len(self.weight), self.weight.shape[-1])
+        self.into(x, out)
+        return out
+
+    def into(self, x: Tensor, out: Tensor) -> None:
+        """x [T, H, K], each head's x @ weight.T -> out [T, H, N], whose rows may lie apart."""
+        if x.is_cuda:
+            torch.bmm(x.transpose(0, 1), self.weight, out=out.transpose(0, 1))
+        else:  # a CPU would multiply head by head into rows that lie apart
+            out.copy_(torch.bmm(x.transpose(0, 1), self.weight).transpose(0, 1))

@@ -17,17 +17,20 @@ def rope_kv_write(
     latents: Tensor,
     slots: Tensor,
     written: Tensor | None = None,
+    decoding: Tensor | None = None,
 ) -> None:
     """Rotate the queries' RoPE part in place; norm, rotate and store the rows of the cache.
 
     query [T, H, nope + rope]; kv_a [T, kv_lora + rope], the latent not yet normed and the key that
     the heads share; norm_weight [kv_lora]; rotation [T, rope / 2] complex64; latents
     [blocks, 64, kv_lora + rope], one layer's pool; slots [W] int64, block * 64 + offset, each once;
-    written [W] int64, the rows that are stored there, all T if None. (DeepSeek-V2 report 2.1.)
+    written [W] int64, the rows that are stored there, all T if None; decoding [B, H, rope] gets the
+    rotated part of the first B rows, which then stays as it is in query. (DeepSeek-V2 report 2.1.)
     """
     if takes_triton(query):
         from tidemill.kernels.rope_kv_write import kernel
 
-        kernel.rope_kv_write(query, kv_a, norm_weight, eps, rotation, latents, slots, written)
+        run = kernel.rope_kv_write
     else:
-        reference.rope_kv_write(query, kv_a, norm_weight, eps, rotation, latents, slots, written)
+        run = reference.rope_kv_write
+    run(query, kv_a, norm_weight, eps, rotation, latents, slots, written, decoding)

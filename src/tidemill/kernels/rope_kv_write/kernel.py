@@ -25,9 +25,10 @@ def _rotate(x, rotation, N: tl.constexpr, R: tl.constexpr):
     return tl.reshape(turned, (N, R))
 
 
-@triton.jit(do_not_specialize=["num_written"])
+@triton.jit(do_not_specialize=["num_written", "num_decoding"])
 def _rope_kv_write_kernel(
     q_rope_ptr,  # [T, H, R]
+    decoding_ptr,  # [B, H, R]: where the first B rows go
     kv_a_ptr,  # [T, L + R]
     weight_ptr,  # [L]
     rotation_ptr,  # [T, R], cosines and sines in turns
@@ -35,8 +36,11 @@ def _rope_kv_write_kernel(
     slots_ptr,  # [W]
     written_ptr,  # [W] where SOME
     num_written,
+    num_decoding,
     stride_qt,
     stride_qh,
+    stride_dt,
+    stride_dh,
     stride_kt,
     stride_ls,
     eps,
@@ -74,8 +78,10 @@ def _rope_kv_write_kernel(
         inside = (heads < H)[:, None]
         x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         rotation = tl.load(rotation_ptr + row * R + turns)
-        turned = _rotate(x, rotation, BLOCK_H, R)
-        tl.store(at, turned.to(q_rope_ptr.dtype.element_ty), mask=inside)
+        turned = _rotate(x, rotation, BLOCK_H, R).to(q_rope_ptr.dtype.element_ty)
+        if row < num_decoding:
+            at = decoding_ptr + row * stride_dt + heads[:, None] * stride_dh + turns[None, :]
+        tl.store(at, turned, mask=inside)
 
 
 def rope_kv_write(
@@ -87,6 +93,7 @@ def rope_kv_write(
     latents: Tensor,
     slots: Tensor,
     written: Tensor | None,
+    decoding: Tensor | None,
 ) -> None:
     """As the op; besides, a row whose slot is -1 is not stored."""
     arguments = Arguments("rope_kv_write")
@@ -109,12 +116,18 @@ def rope_kv_write(
         latents.is_contiguous() and rotation.is_contiguous(), "latents and rotation must be dense"
     )
     arguments.require(written is not None or len(slots) == num_rows, "W must be T without written")
+    arguments.sizes["R"] = rope
+    if decoding is not None:
+        arguments.take("decoding", decoding, "B H R", query.dtype)
+        arguments.require(len(decoding) <= num_rows, "B must be at most T")
     if num_rows == 0:
         return
     q_rope = query[..., -rope:]
+    apart = q_rope if decoding is None else decoding
     block = head_block(num_heads)
     _rope_kv_write_kernel[(num_rows, 1 + triton.cdiv(num_heads, block))](
         q_rope,
+        apart,
         kv_a,
         norm_weight,
         torch.view_as_real(rotation),
@@ -122,8 +135,11 @@ def rope_kv_write(
         slots,
         slots if written is None else written,
         len(slots),
+        0 if decoding is None else len(decoding),
         q_rope.stride(0),
         q_rope.stride(1),
+        apart.stride(0),
+        apart.stride(1),
         kv_a.stride(0),
         latents.stride(1),
         eps,
@@ -145,8 +161,9 @@ def head_block(num_heads: int) -> int:
 
 def variants() -> list[Variant]:
     """DeepSeek-V3's widths, all heads and those of one of eight GPUs, decode and prefill."""
-    pointers = ("q_rope_ptr", "kv_a_ptr", "weight_ptr", "rotation_ptr", "latents_ptr")
-    strides = ("stride_qt", "stride_qh", "stride_kt", "stride_ls")
+    queries = ("q_rope_ptr", "decoding_ptr")
+    pointers = (*queries, "kv_a_ptr", "weight_ptr", "rotation_ptr", "latents_ptr")
+    strides = ("stride_qt", "stride_qh", "stride_dt", "stride_dh", "stride_kt", "stride_ls")
     return [
         Variant(
             _rope_kv_write_kernel,
@@ -156,6 +173,7 @@ def variants() -> list[Variant]:
                 "slots_ptr": "*i64",
                 "written_ptr": "*i64",
                 "num_written": "i32",
+                "num_decoding": "i32",
                 **dict.fromkeys(strides, "i32"),
                 "eps": "fp32",
                 **dict.fromkeys(("H", "L", "R", "BLOCK_H", "BLOCK_L", "SOME"), "constexpr"),

@@ -16,14 +16,19 @@ def rope_kv_write(
     latents: Tensor,
     slots: Tensor,
     written: Tensor | None,
+    decoding: Tensor | None,
 ) -> None:
-    """As the op: query's RoPE part is rotated in place, rows of latents are written."""
+    """As the op: RoPE parts are rotated, rows of latents are written."""
     rope = 2 * rotation.shape[-1]
     latent, k_rope = kv_a.tensor_split([-rope], dim=-1)
     q_rope = query[..., -rope:]
     # The shared key turns as one more head.
     turned = apply_rope(torch.cat((q_rope, k_rope.unsqueeze(1)), dim=1), rotation.unsqueeze(1))
-    q_rope.copy_(turned[:, :-1])
+    num_decoding = 0
+    if decoding is not None:
+        num_decoding = len(decoding)
+        decoding.copy_(turned[:num_decoding, :-1])
+    q_rope[num_decoding:] = turned[num_decoding:, :-1]
     rows = torch.cat((rms_norm(latent, norm_weight, eps), turned[:, -1]), dim=-1)
     if written is not None:
         rows = rows[written]
