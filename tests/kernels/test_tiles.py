@@ -14,7 +14,6 @@ from tidemill.kernels.tiles import (
     TileFileError,
     choose_tile,
     device_of,
-    fits_triton,
     path_of,
     tables_of,
 )
@@ -114,10 +113,3 @@ def test_file_named_for_no_device_class_is_refused(tmp_path: Path, name: str) ->
     (tmp_path / f"{name}.toml").write_text("op = [{ rows = 1 }]")
     with pytest.raises(TileFileError, match=f"^{name}.toml: named otherwise"):
         tables_of("op", Form, tmp_path)
-
-
-def test_tile_of_an_older_triton_is_not_for_a_newer_one() -> None:
-    assert fits_triton("", "3.9.0")
-    assert fits_triton("3.6", "3.6.1")
-    assert fits_triton("3.10", "3.9.0")
-    assert not fits_triton("3.6", "3.9.0")

@@ -53,6 +53,7 @@ class Compiled:
     spilled_bytes: int  # a thread: registers that went to memory
     has_wgmma: bool
     ptx: str = field(repr=False)
+    ttgir: str = field(repr=False)  # in the order that Triton scheduled
 
 
 def operators() -> list[str]:
@@ -94,6 +95,7 @@ def compile_variant(variant: Variant) -> Compiled:
         spilled_bytes=usage["STACK"] + usage["LOCAL"],
         has_wgmma="wgmma.mma_async" in made.asm["ptx"],
         ptx=made.asm["ptx"],
+        ttgir=made.asm["ttgir"],
     )
 
 

@@ -6,7 +6,7 @@ import torch
 import triton
 
 from tidemill.kernels.device import device_class, num_sms
-from tidemill.kernels.tiles import choose_tile, fits_triton, tables_of
+from tidemill.kernels.tiles import choose_tile, tables_of
 
 _MOST_MERGED = 8192  # fp32 values that a merging program holds: 64 registers a thread
 
@@ -19,7 +19,6 @@ class Tile:
     swap: bool
     num_warps: int
     num_stages: int
-    newest_triton: str = ""  # with newer ones it spills; empty: any
 
 
 @dataclass(frozen=True)
@@ -31,11 +30,7 @@ class MergeTile:
     columns: int
 
 
-ALL_TILES = tables_of("mla_decode", Tile)
-TILES = {
-    device: tuple(row for row in classes if fits_triton(row[1].newest_triton, triton.__version__))
-    for device, classes in ALL_TILES.items()
-}
+TILES = tables_of("mla_decode", Tile)
 
 
 def tile_of(num_rows: int, device: torch.device) -> Tile:

@@ -47,31 +47,39 @@ def _attend_rows(
 
     A last block with `missing` tokens is read from `missing` rows before it: what lies outside a
     block arrives as zeros, and what a block holds after its sequence, perhaps NaN, stays outside.
+
+    Both branches of the loop also tell Triton how to lay it out. Scores that may be masked it does
+    not follow to the second product; of a product that another follows, it gives each warpgroup
+    the whole. And what stands under a condition that it cannot decide comes after the loads of the
+    next block, which otherwise are asked for last and waited for at once.
     """
     tokens = tl.arange(0, TOKENS)
     q = q_desc.load([seq, row, 0]).reshape(BLOCK_R, C)
     q_rope = q_rope_desc.load([seq, row, C]).reshape(BLOCK_R, P)
     top = tl.full([BLOCK_R], -1e30, tl.float32)
-    total = tl.zeros([BLOCK_R], tl.float32)
+    sums = tl.zeros([BLOCK_R, 2, TOKENS // 8], tl.float32)
     acc = tl.zeros([BLOCK_R, C], tl.float32)
-    longest = tl.max(visible, axis=0)
+    longest, shortest = tl.max(visible, axis=0), tl.min(visible, axis=0)
     block = tl.load(table_ptr + first).to(tl.int32)
     for index in range(first, last):
         missing = tl.maximum((index + 1) * TOKENS - longest, 0)
-        position = tl.where(tokens >= missing, index * TOKENS + tokens - missing, NEVER)
         latent = latent_desc.load([block, -missing, 0]).reshape(TOKENS, C)
         k_rope = k_rope_desc.load([block, -missing, C]).reshape(TOKENS, P)
         block = tl.load(table_ptr + index + 1, mask=index + 1 < last, other=0).to(tl.int32)
-        scores = tl.dot(q, latent.T)
-        scores = tl.dot(q_rope, k_rope.T, scores) * scale
-        seen = position[None, :] < visible[:, None]
-        scores = tl.where(seen, scores, -float("inf"))
-        higher = tl.maximum(top, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - higher[:, None])
-        shrink = tl.exp2(top - higher)
-        total = total * shrink + tl.sum(weights, axis=1)
-        acc = tl.dot(weights.to(latent.dtype), latent, acc * shrink[:, None])
-        top = higher
+        scores = tl.dot(q, latent.T) * scale + tl.dot(q_rope, k_rope.T) * scale
+        if missing < TOKENS:
+            if (index + 1) * TOKENS > shortest:
+                position = tl.where(tokens >= missing, index * TOKENS + tokens - missing, NEVER)
+                seen = position[None, :] < visible[:, None]
+                scores = tl.where(seen, scores, -float("inf"))
+            higher = tl.maximum(top, tl.max(scores, axis=1))
+            weights = tl.exp2(scores - higher[:, None])
+            shrink = tl.exp2(top - higher)
+            own = tl.sum(weights.reshape(BLOCK_R, 2, 4, TOKENS // 8), axis=2)
+            sums = sums * shrink[:, None, None] + own
+            acc = tl.dot(weights.to(latent.dtype), latent, acc * shrink[:, None])
+            top = higher
+    total = tl.sum(tl.sum(sums, axis=2), axis=1)
     total = tl.where(total == 0.0, 1.0, total)
     return acc * (1.0 / total)[:, None], top + tl.log2(total)
 
@@ -89,26 +97,29 @@ def _attend_tokens(
     q = q_desc.load([seq, row, 0]).reshape(BLOCK_R, C)
     q_rope = q_rope_desc.load([seq, row, C]).reshape(BLOCK_R, P)
     top = tl.full([BLOCK_R], -1e30, tl.float32)
-    total = tl.zeros([BLOCK_R], tl.float32)
+    sums = tl.zeros([TOKENS // 16, 8, BLOCK_R], tl.float32)
     acc = tl.zeros([C, BLOCK_R], tl.float32)
-    longest = tl.max(visible, axis=0)
+    longest, shortest = tl.max(visible, axis=0), tl.min(visible, axis=0)
     block = tl.load(table_ptr + first).to(tl.int32)
     for index in range(first, last):
         missing = tl.maximum((index + 1) * TOKENS - longest, 0)
-        position = tl.where(tokens >= missing, index * TOKENS + tokens - missing, NEVER)
         latent = latent_desc.load([block, -missing, 0]).reshape(TOKENS, C)
         k_rope = k_rope_desc.load([block, -missing, C]).reshape(TOKENS, P)
         block = tl.load(table_ptr + index + 1, mask=index + 1 < last, other=0).to(tl.int32)
-        scores = tl.dot(latent, q.T)
-        scores = tl.dot(k_rope, q_rope.T, scores) * scale
-        seen = position[:, None] < visible[None, :]
-        scores = tl.where(seen, scores, -float("inf"))
-        higher = tl.maximum(top, tl.max(scores, axis=0))
-        weights = tl.exp2(scores - higher[None, :])
-        shrink = tl.exp2(top - higher)
-        total = total * shrink + tl.sum(weights, axis=0)
-        acc = tl.dot(latent.T, weights.to(latent.dtype), acc * shrink[None, :])
-        top = higher
+        scores = tl.dot(latent, q.T) * scale + tl.dot(k_rope, q_rope.T) * scale
+        if index < last:
+            if (index + 1) * TOKENS > shortest:
+                position = tl.where(tokens >= missing, index * TOKENS + tokens - missing, NEVER)
+                seen = position[:, None] < visible[None, :]
+                scores = tl.where(seen, scores, -float("inf"))
+            higher = tl.maximum(top, tl.max(scores, axis=0))
+            weights = tl.exp2(scores - higher[None, :])
+            shrink = tl.exp2(top - higher)
+            own = tl.sum(weights.reshape(TOKENS // 16, 2, 8, BLOCK_R), axis=1)
+            sums = sums * shrink[None, None, :] + own
+            acc = tl.dot(latent.T, weights.to(latent.dtype), acc * shrink[None, :])
+            top = higher
+    total = tl.sum(tl.sum(sums, axis=0), axis=0)
     total = tl.where(total == 0.0, 1.0, total)
     return (acc * (1.0 / total)[None, :]).T, top + tl.log2(total)
 

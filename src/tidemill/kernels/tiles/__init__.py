@@ -115,11 +115,3 @@ def _checked(value: Any, kind: Any, place: str) -> Any:
     if type(value) is not kind or (kind is int and value < 0):
         raise TileFileError(f"{place}: {value!r} is no {kind.__name__} that a tile may have")
     return value
-
-
-def fits_triton(newest: str, version: str) -> bool:
-    """Whether a tile for Tritons up to `newest` ("3.6"; "" is every one) is for this `version`."""
-    if not newest:
-        return True
-    ours, theirs = (tuple(map(int, each.split(".")[:2])) for each in (version, newest))
-    return ours <= theirs
