@@ -6,7 +6,7 @@ once. Shards are single products, as DeepGEMM publishes them; ours of gate and u
 its rounding too.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -75,12 +75,12 @@ def layer(seed: int, num_tokens: int) -> Call:
     return call
 
 
-def sglang_layer(seed: int, num_tokens: int) -> Call:
-    """Theirs plus the two sums, which ours holds."""
+def sglang_layer(seed: int, num_tokens: int, tile: Mapping[str, int] | None = None) -> Call:
+    """Theirs plus the two sums, which ours holds; `tile` for the tuner."""
     experts = all_experts()
     weights, ids = (each.cuda() for each in routed(seed, num_tokens))
     x, shared = tokens(seed, num_tokens), tokens(seed + 1, num_tokens)
-    call = peers.sglang_moe(x, weights, ids, *experts.gate_up, *experts.down)
+    call = peers.sglang_moe(x, weights, ids, *experts.gate_up, *experts.down, tile=tile)
 
     def with_sums() -> Tensor:
         routed_sum = call()

@@ -16,29 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.kernels import sglang_config
 from benchmarks.kernels.harness import Call
 from tidemill.kernels.act_quant import Quantized, act_quant
-
-# Tiles that SGLang's tuned configurations for E=256/257 on H100 and H200 are made of; none is
-# published for the full width of 2048 on one GPU, so the fastest of these is taken in each run.
-SGLANG_TILES: tuple[Mapping[str, int], ...] = tuple(
-    {
-        "BLOCK_SIZE_M": m,
-        "BLOCK_SIZE_N": n,
-        "BLOCK_SIZE_K": 128,
-        "GROUP_SIZE_M": group,
-        "num_warps": 4,
-        "num_stages": stages,
-    }
-    for m, n, group, stages in (
-        (16, 128, 1, 4),
-        (16, 64, 1, 5),
-        (16, 128, 16, 3),
-        (32, 128, 16, 4),
-        (64, 128, 16, 3),
-        (64, 128, 1, 4),
-    )
-)
 
 
 def flash_mla(
@@ -178,8 +158,12 @@ def sglang_moe(
     gate_up_scale_inv: Tensor,
     down: Tensor,
     down_scale_inv: Tensor,
+    *,
+    tile: Mapping[str, int] | None = None,
 ) -> Call:
     """SGLang's Triton fused MoE in FP8, tuned: x [T, D] bf16, weights and ids [T, K] -> [T, D].
+
+    Its tile is `tile`, or that of the device's tuned file, or, without one, the fastest of all.
 
     Its order by expert is prepared outside the call and its activations are rounded by our
     act_quant: SGLang takes CUDA kernels for both. The first is to its advantage.
@@ -215,7 +199,12 @@ def sglang_moe(
 
         return call
 
-    return fastest([with_tile(tile) for tile in SGLANG_TILES])
+    device = torch.cuda.get_device_name()
+    tuned = sglang_config.path_of(len(gate_up), gate_up.shape[1] // 2, device)
+    tile = tile or sglang_config.tile_for(tuned, num_tokens)
+    if tile is not None:
+        return with_tile(tile)
+    return fastest([with_tile(each) for each in sglang_config.TILES])
 
 
 def expert_order(ids: Tensor, num_experts: int, block: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -31,7 +31,10 @@ from benchmarks.kernels import harness
 from benchmarks.provenance import ROOT, commit
 
 HERE = Path(__file__).resolve().parent
-NO_BENCHMARKS = {"aot", "harness", "peers", "run"}
+NO_BENCHMARKS = {
+    *("aot", "arms", "harness", "peers", "precompile", "run"),
+    *("sglang_config", "tile_lines", "tune", "tuning"),
+}
 TEST_PROCESSES = 3  # they share one GPU's memory
 TESTS_SHARE = 0.5  # of the whole time, at the most
 FILE_SHARE = 0.3  # one file's of the whole time: what hangs takes no more

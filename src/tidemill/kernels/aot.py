@@ -87,7 +87,7 @@ def compile_variant(variant: Variant) -> Compiled:
     )
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
     made = triton.compile(source, target=HOPPER, options=options)
-    usage = _resources(made.asm["cubin"])
+    usage = resources(made.asm["cubin"])
     return Compiled(
         name=variant.name,
         registers=usage["REG"],
@@ -99,7 +99,7 @@ def compile_variant(variant: Variant) -> Compiled:
     )
 
 
-def _resources(cubin: bytes) -> dict[str, int]:
+def resources(cubin: bytes) -> dict[str, int]:
     """What the machine code takes, as NVIDIA's own tool tells it, which Triton brings along."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -1,6 +1,7 @@
 """What tiles are chosen by: devices of one class share them, so that an H800 takes an H100's."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -19,6 +20,7 @@ class DeviceClass:
 H100 = DeviceClass((9, 0), 132, 3)  # SXM5; an H800 too
 
 
+@cache  # every launch asks
 def device_class(device: torch.device) -> DeviceClass:
     """The class of a CUDA device; a CPU counts as an H100: what it interprets is meant for one."""
     if device.type != "cuda":

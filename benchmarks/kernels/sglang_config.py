@@ -1,0 +1,76 @@
+"""SGLang's tuned tiles of its fused MoE, in files as SGLang itself reads and names them.
+
+A file has for each number of tokens that was tuned the tile of both products; SGLang takes the
+nearest number's. It publishes none for DeepSeek-V3's experts at their full width on one GPU.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+
+FOLDER = Path(__file__).with_name("sglang_configs")
+Tile = Mapping[str, int]
+
+# What SGLang's tuned configurations for E=256/257 on H100 and H200 are made of. The depth of a step
+# is a scale's block; one row tile a group is for few tokens, sixteen for many.
+TILES: tuple[Tile, ...] = tuple(
+    {
+        "BLOCK_SIZE_M": rows,
+        "BLOCK_SIZE_N": columns,
+        "BLOCK_SIZE_K": 128,
+        "GROUP_SIZE_M": group,
+        "num_warps": 4,
+        "num_stages": stages,
+    }
+    for rows, columns, group, stages in (
+        *product((16,), (64, 128), (1, 16), (3, 4, 5)),
+        *product((32, 64), (128,), (1, 16), (3, 4)),
+    )
+)
+
+
+def path_of(num_experts: int, width: int, device: str, folder: Path = FOLDER) -> Path:
+    """As SGLang names it; `width` is an expert's, on one GPU."""
+    device = device.replace(" ", "_")
+    return folder / (
+        f"E={num_experts},N={width},device_name={device},dtype=fp8_w8a8,block_shape=[128, 128].json"
+    )
+
+
+def tile_for(path: Path, num_tokens: int) -> Tile | None:
+    """The tile of the nearest number of tokens; None if there is no such file."""
+    if not path.exists():
+        return None
+    tuned: dict[str, Tile] = json.loads(path.read_text(encoding="utf-8"))
+    return tuned[min(tuned, key=lambda each: abs(int(each) - num_tokens))]
+
+
+def tune(
+    path: Path,
+    numbers: Sequence[int],
+    time_us: Callable[[int, Tile], float],
+    is_over: Callable[[], bool] = lambda: False,
+) -> dict[int, list[dict[str, object]]]:
+    """Times every tile for each number of tokens and writes the file, number by number.
+
+    Returns what each tile took in us, or why it took nothing.
+    """
+    path.parent.mkdir(exist_ok=True)
+    tuned: dict[str, Tile] = {}
+    report: dict[int, list[dict[str, object]]] = {}
+    for number in numbers:
+        if is_over():
+            break
+        times: dict[int, float] = {}
+        report[number] = []
+        for at, tile in enumerate(TILES):
+            try:
+                times[at] = time_us(number, tile)
+                report[number].append({"tile": tile, "us": round(times[at], 3)})
+            except Exception as error:  # whatever their code raises is a finding
+                report[number].append({"tile": tile, "dropped": repr(error)[:300]})
+        if times:
+            tuned[str(number)] = TILES[min(times, key=times.__getitem__)]
+            path.write_text(json.dumps(tuned, indent=4) + "\n", encoding="utf-8")
+    return report
