@@ -271,16 +271,10 @@ def _decode() -> Subject:
 
         return mla_decode(*args, **settings)
 
-    def arms(tile: Any) -> list[Any]:
-        """Untried with newer Tritons than this one."""
-        import triton  # noqa: PLC0415 - heavy
-
-        settled = replace(tile, newest_triton=".".join(triton.__version__.split(".")[:2]))
-        narrow = {"rows": (16, 32), "swap": (True,), "num_warps": (4, 8), "num_stages": (2, 3)}
-        wide = {"rows": (64,), "swap": (False, True), "num_warps": (4, 8), "num_stages": (2, 3)}
-        same = ("rows", "swap", "num_warps", "num_stages")
-        found = [*all_of(settled, narrow), *all_of(settled, wide)]
-        return [arm for arm in found if any(getattr(arm, f) != getattr(tile, f) for f in same)]
+    def arms(tile: DecodeTile) -> list[DecodeTile]:
+        shared = {"num_warps": (4, 8), "num_stages": (2, 3)}
+        narrow = all_of(tile, {"rows": (16, 32), "swap": (True,), **shared})
+        return narrow + all_of(tile, {"rows": (64,), "swap": (False, True), **shared})
 
     return Subject(
         "mla_decode",
