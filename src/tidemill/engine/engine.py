@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from tidemill.apportion import apportion
+from tidemill.engine import device as devices
 from tidemill.engine.admission import Admission, blocks_for, blocks_of
 from tidemill.engine.block_pool import BlockPool
 from tidemill.engine.config import EngineConfig
 from tidemill.engine.decode_graphs import DecodeGraphs
-from tidemill.engine.device import blocks_that_fit, find_device
 from tidemill.engine.layout import KvLayout
 from tidemill.engine.logprobs import prompt_logprobs
 from tidemill.engine.outputs import (
@@ -30,7 +30,12 @@ from tidemill.engine.runner import ModelRunner, Runner
 from tidemill.engine.sampling import Drawn, draw
 from tidemill.engine.scheduler import Scheduler, Step
 from tidemill.engine.sequence import FinishReason, Sequence
-from tidemill.engine.step_cost import BusyTime, StepCost
+from tidemill.engine.step_cost import (
+    CPU_FLOPS_PER_BYTE,
+    H100_FLOPS_PER_BYTE,
+    BusyTime,
+    StepCost,
+)
 from tidemill.engine.swap import SwapSpace
 from tidemill.engine.tables import BlockTables
 from tidemill.engine.validate import validate
@@ -111,7 +116,8 @@ class Engine:
             torch.set_num_threads(config.num_threads)
         model_config = ModelConfig.load(model_dir)
         dtype = _dtype(config.dtype, model_config.dtype)
-        device = find_device(config.device)
+        device = devices.find_device(config.device)
+        devices.use(device)
         choice.force(config.kernels)
         checkpoint = Checkpoint(model_dir)
         max_context = _max_context(config, model_config)
@@ -132,7 +138,7 @@ class Engine:
         )
         pool = BlockPool(
             num_layers=model_config.num_hidden_layers,
-            num_blocks=_num_blocks(config, device, layout.block_bytes),
+            num_blocks=_num_blocks(config, model_config, device, layout),
             latent_dim=model_config.latent_dim,
             dtype=dtype,
             device=str(device),
@@ -147,7 +153,11 @@ class Engine:
             eos_token_ids=load_eos_token_ids(model_dir),
             runner=ModelRunner(model, pool, graphs),
             layout=layout,
-            cost=StepCost(model_config, value_bytes=dtype.itemsize),
+            cost=StepCost(
+                model_config,
+                value_bytes=dtype.itemsize,
+                flops_per_byte=CPU_FLOPS_PER_BYTE if device.type == "cpu" else H100_FLOPS_PER_BYTE,
+            ),
         )
 
     @property
@@ -262,6 +272,7 @@ class Engine:
         Engine thread only.
         """
         started = time.perf_counter_ns()
+        devices.use(self.pool.latents.device)
         self.current_step = Step()
         with self._lock:
             outputs = self._apply_stops() + self._settle_arrived()
@@ -274,6 +285,8 @@ class Engine:
         hidden = self._runner.forward(step)
         self._score_prompts(step, hidden)
         drawn = self._draw(step, hidden)
+        if not drawn:  # drawing waits for the step; its time is told when it is over
+            devices.wait_for(hidden.device)
         with self._lock:
             outputs += self._advance(step, iter(drawn))
         self._book(step, apportion(time.perf_counter_ns() - started, costs))
@@ -440,17 +453,28 @@ def _max_context(config: EngineConfig, model_config: ModelConfig) -> int:
     return config.max_context
 
 
-def _num_blocks(config: EngineConfig, device: torch.device, block_bytes: int) -> int:
+def _num_blocks(
+    config: EngineConfig, model_config: ModelConfig, device: torch.device, layout: KvLayout
+) -> int:
     if config.num_blocks is not None:
         return config.num_blocks
     if device.type == "cpu":
         raise ConfigError("num_blocks must be given for an engine on the CPU")
+    torch.cuda.empty_cache()  # what loading has left behind is free
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-    return blocks_that_fit(
+    step_bytes = devices.step_bytes(
+        model_config,
+        value_bytes=layout.value_bytes,
+        step_tokens=config.step_tokens,
+        max_batch=config.max_batch,
+        max_context=_max_context(config, model_config),
+    )
+    return devices.blocks_that_fit(
         total_bytes=total_bytes,
         free_bytes=free_bytes,
         memory_share=config.memory_share,
-        block_bytes=block_bytes,
+        step_bytes=step_bytes + devices.SPARE_BYTES,
+        block_bytes=layout.block_bytes,
     )
 
 

@@ -24,10 +24,14 @@ class KvLayout:
         return f"mla.{self.dtype}.{shape}.mtp{self.mtp:d}"
 
     @property
+    def value_bytes(self) -> int:
+        """Bytes of one value of a latent."""
+        return {"float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
+
+    @property
     def block_bytes(self) -> int:
         """Bytes of one block over all layers."""
-        element = {"float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
-        return self.num_layers * self.block_tokens * self.latent_dim * element
+        return self.num_layers * self.block_tokens * self.latent_dim * self.value_bytes
 
     def fingerprint(self) -> bytes:
         """SHA-256 of every field, 32 bytes: equal iff latents mean the same on both sides."""

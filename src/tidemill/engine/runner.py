@@ -82,9 +82,11 @@ class ModelRunner:
         ]
         width = max(map(len, tables))
         padded = [table + table[:1] * (width - len(table)) for table in tables]
-        return DecodeRows(self._ids(padded), self._ids(lengths))
+        # int32, as recorded steps have them: the same compiled kernel for both.
+        block_tables = torch.tensor(padded, dtype=torch.int32, device=self._device)
+        return DecodeRows(block_tables, self._ids(lengths))
 
-    def _ids(self, values: list[int] | list[list[int]]) -> Tensor:
+    def _ids(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
 
 

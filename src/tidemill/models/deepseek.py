@@ -32,7 +32,7 @@ LATENT_NORM_EPS = 1e-6
 class DecodeRows:
     """The first B rows of a batch: one new token for each of B sequences."""
 
-    block_tables: Tensor  # [B, M] int64, padded with the sequence's own first block
+    block_tables: Tensor  # [B, M] int32 or int64, padded with the sequence's own first block
     context_lens: Tensor  # [B] int64, the new token included
 
 

@@ -16,14 +16,29 @@ LENGTHS = (64, 64, 512)  # tokens; the first is not counted
 
 
 async def warm_up(thread: EngineThread, policy: FetchOrRecompute) -> None:
-    """Compute a few prompts, as far as pool and context hold them. Raises what a step does."""
+    """Compute a few prompts, as far as pool and context hold them. Raises what a step does.
+
+    On a GPU first one of every kind that kernels are compiled for, which takes seconds each.
+    """
     engine = thread.engine
     most = min(engine.max_context - 1, engine.pool.num_blocks * BLOCK_TOKENS)
+    if engine.pool.latents.is_cuda:
+        for num_tokens in kinds_of_rows(min(engine.config.step_tokens, most)):
+            await _prefill(thread, num_tokens)
     for number, length in enumerate(LENGTHS):
         num_tokens = min(length, most)
         seconds = await _prefill(thread, num_tokens)
         if number:
             policy.computed(num_tokens / BLOCK_TOKENS, seconds)
+
+
+def kinds_of_rows(most: int) -> list[int]:
+    """Rows of a step, at most `most`, one number for each way in which kernels are compiled.
+
+    Tiles change at powers of two, and what 16 divides is compiled apart, as is 1.
+    """
+    powers = [1 << power for power in range(most.bit_length())]
+    return sorted({rows for power in powers for rows in (power - 1, power) if rows > 0} | {most})
 
 
 def tokens_within(policy: FetchOrRecompute, seconds: float) -> int:
