@@ -54,13 +54,13 @@ def _attend_rows(
     next block, which otherwise are asked for last and waited for at once.
     """
     tokens = tl.arange(0, TOKENS)
+    block = tl.load(table_ptr + first).to(tl.int32)
     q = q_desc.load([seq, row, 0]).reshape(BLOCK_R, C)
     q_rope = q_rope_desc.load([seq, row, C]).reshape(BLOCK_R, P)
     top = tl.full([BLOCK_R], -1e30, tl.float32)
     sums = tl.zeros([BLOCK_R, 2, TOKENS // 8], tl.float32)
     acc = tl.zeros([BLOCK_R, C], tl.float32)
     longest, shortest = tl.max(visible, axis=0), tl.min(visible, axis=0)
-    block = tl.load(table_ptr + first).to(tl.int32)
     for index in range(first, last):
         missing = tl.maximum((index + 1) * TOKENS - longest, 0)
         latent = latent_desc.load([block, -missing, 0]).reshape(TOKENS, C)
@@ -94,13 +94,13 @@ def _attend_tokens(
     A wgmma has 64 rows: with few heads most of them would be padding.
     """
     tokens = tl.arange(0, TOKENS)
+    block = tl.load(table_ptr + first).to(tl.int32)
     q = q_desc.load([seq, row, 0]).reshape(BLOCK_R, C)
     q_rope = q_rope_desc.load([seq, row, C]).reshape(BLOCK_R, P)
     top = tl.full([BLOCK_R], -1e30, tl.float32)
     sums = tl.zeros([TOKENS // 16, 8, BLOCK_R], tl.float32)
     acc = tl.zeros([C, BLOCK_R], tl.float32)
     longest, shortest = tl.max(visible, axis=0), tl.min(visible, axis=0)
-    block = tl.load(table_ptr + first).to(tl.int32)
     for index in range(first, last):
         missing = tl.maximum((index + 1) * TOKENS - longest, 0)
         latent = latent_desc.load([block, -missing, 0]).reshape(TOKENS, C)
