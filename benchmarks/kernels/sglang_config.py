@@ -5,7 +5,7 @@ nearest number's. It publishes none for DeepSeek-V3's experts at their full widt
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import product
 from pathlib import Path
 
@@ -47,30 +47,21 @@ def tile_for(path: Path, num_tokens: int) -> Tile | None:
 
 
 def tune(
-    path: Path,
-    numbers: Sequence[int],
-    time_us: Callable[[int, Tile], float],
-    is_over: Callable[[], bool] = lambda: False,
-) -> dict[int, list[dict[str, object]]]:
-    """Times every tile for each number of tokens and writes the file, number by number.
+    num_tokens: int, time_us: Callable[[int, Tile], float]
+) -> tuple[Tile | None, list[dict[str, object]]]:
+    """The fastest tile for so many tokens, if any runs; what each took in us, or why it did not."""
+    arms: list[dict[str, object]] = []
+    times: dict[int, float] = {}
+    for at, tile in enumerate(TILES):
+        try:
+            times[at] = time_us(num_tokens, tile)
+            arms.append({"tile": tile, "us": round(times[at], 3)})
+        except Exception as error:  # whatever their code raises is a finding
+            arms.append({"tile": tile, "dropped": repr(error)[:300]})
+    return TILES[min(times, key=times.__getitem__)] if times else None, arms
 
-    Returns what each tile took in us, or why it took nothing.
-    """
+
+def write(path: Path, tuned: Mapping[str, Tile]) -> None:
+    """By number of tokens."""
     path.parent.mkdir(exist_ok=True)
-    tuned: dict[str, Tile] = {}
-    report: dict[int, list[dict[str, object]]] = {}
-    for number in numbers:
-        if is_over():
-            break
-        times: dict[int, float] = {}
-        report[number] = []
-        for at, tile in enumerate(TILES):
-            try:
-                times[at] = time_us(number, tile)
-                report[number].append({"tile": tile, "us": round(times[at], 3)})
-            except Exception as error:  # whatever their code raises is a finding
-                report[number].append({"tile": tile, "dropped": repr(error)[:300]})
-        if times:
-            tuned[str(number)] = TILES[min(times, key=times.__getitem__)]
-            path.write_text(json.dumps(tuned, indent=4) + "\n", encoding="utf-8")
-    return report
+    path.write_text(json.dumps(tuned, indent=4) + "\n", encoding="utf-8")

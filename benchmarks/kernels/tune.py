@@ -8,7 +8,8 @@ compile, spills, wants more shared memory than there is, or computes something e
 reference is dropped, with the reason. The rest is timed on the cases that the line serves. An arm
 replaces the line's tile if it takes over 2 % less, and again so when both are timed once more. Run
 it again, and it starts from the tiles that it has written; `--resume` takes up an unfinished run by
-its tune.json. SGLang's tiles for the same experts are tuned as well, into a file of its form.
+its tune.json, and `--adopt` writes a tune.json that was made elsewhere into this tree. SGLang's
+tiles for the same experts are tuned as well, into a file of its form.
 
 A table's arms run in a process of their own: one that an arm breaks, or in which it hangs, is
 started anew after that arm.
@@ -36,7 +37,7 @@ from benchmarks.kernels.run import versions
 from benchmarks.kernels.tuning import Bench, Notes, adopt, lines_of, tune_line
 from benchmarks.provenance import ROOT, commit
 from tidemill.kernels import tiles
-from tidemill.kernels.device import H100, DeviceClass, device_class
+from tidemill.kernels.device import H100, device_class
 
 HERE = Path(__file__).resolve().parent
 SGLANG = "sglang"  # among the tables' names
@@ -45,10 +46,9 @@ PATIENCE = 40.0  # seconds for one arm before it counts as hanging
 TABLE_SHARE = 2.0  # of an even share of what is left, at the most: what one leaves is for the next
 
 
-def tune_all(names: Sequence[str], out: Path, seconds: float, origin: "Origin") -> int:
+def tune_all(names: Sequence[str], out: Path, seconds: float, commit_id: str) -> int:
     """Table by table; what is found is written as it is found. 1 if any was left unfinished."""
     ends = time.monotonic() + seconds
-    device = device_class(torch.device("cuda"))
     left_over: dict[str, str] = {}
     for at, name in enumerate(names):
         left = ends - time.monotonic()
@@ -60,35 +60,24 @@ def tune_all(names: Sequence[str], out: Path, seconds: float, origin: "Origin") 
         why = supervise(command, path, share + PATIENCE) if left > 10 else "no time left"
         if why:
             left_over[name] = why
-        report = record(names, out, origin, left_over)
-        write_tiles(report["tables"], device, out, origin)
+        report = record(names, out, commit_id, left_over)
+        write_tiles(report)
         print(f"{name}: {summary(report['tables'].get(name, {}))} {why}", flush=True)
     return 1 if left_over else 0
 
 
-class Origin:
-    """Where times come from: the commit, the device, the day."""
-
-    def __init__(self, commit_id: str) -> None:
-        self.commit = commit_id
-        self.device = torch.cuda.get_device_name()
-        self.day = datetime.now(UTC).date().isoformat()
-
-    def __str__(self) -> str:
-        return f"{self.device}, {self.commit or 'no commit'}, {self.day}"
-
-
 def record(
-    names: Sequence[str], out: Path, origin: Origin, left_over: Mapping[str, str]
+    names: Sequence[str], out: Path, commit_id: str, left_over: Mapping[str, str]
 ) -> dict[str, Any]:
     """tune.json: every arm of every table, and what is unfinished."""
     files = {name: out / f"{name}.tune.json" for name in names}
     report = {
         "benchmark": "kernels/tune",
         "command": "benchmarks/kernels/gpu.sh --tune",
-        "commit": origin.commit,
-        "device": origin.device,
-        "day": origin.day,
+        "commit": commit_id,
+        "device": torch.cuda.get_device_name(),
+        "device_class": tiles.path_of(device_class(torch.device("cuda"))).stem,
+        "day": datetime.now(UTC).date().isoformat(),
         "versions": versions(),
         "kernels": kernels_digest(),
         "unfinished": dict(left_over),
@@ -99,20 +88,29 @@ def record(
     return report
 
 
-def write_tiles(found: Mapping[str, Any], device: DeviceClass, out: Path, origin: Origin) -> None:
-    """The device class's file, in the sources and in `out`."""
-    path = tiles.path_of(device)
-    text = tiles.path_of(H100).read_text(encoding="utf-8")
-    if device != H100:
-        text = tile_lines.for_device(text, device, origin.device)
+def write_tiles(
+    report: Mapping[str, Any],
+    folder: Path = tiles.FOLDER,
+    sglang_folder: Path = sglang_config.FOLDER,
+) -> None:
+    """What a tune.json has decided, into the device class's file and into SGLang's."""
+    device, name = tiles.device_of(Path(f"{report['device_class']}.toml")), report["device"]
+    path = tiles.path_of(device, folder)
     if path.exists():
         text = path.read_text(encoding="utf-8")
+    else:
+        h100s = tiles.path_of(H100, folder).read_text(encoding="utf-8")
+        text = tile_lines.for_device(h100s, device, name)
+    origin = f"{name}, {report['commit'] or 'no commit'}, {report['day']}"
     known = subjects()
-    for name, lines in found.items():
-        if name in known:
-            text = adopt(text, known[name], lines, str(origin))
-    for each in (path, out / path.name):
-        each.write_text(text, encoding="utf-8")
+    for table, lines in report["tables"].items():
+        if table in known:
+            text = adopt(text, known[table], lines, origin)
+    path.write_text(text, encoding="utf-8")
+    theirs = report["tables"].get(SGLANG, {})
+    if tuned := {number: line["after"] for number, line in theirs.items() if line["after"]}:
+        experts, width = grouped_gemm.EXPERTS, grouped_gemm.WIDTH
+        sglang_config.write(sglang_config.path_of(experts, width, name, sglang_folder), tuned)
 
 
 def summary(lines: Mapping[str, Any]) -> str:
@@ -188,7 +186,7 @@ def tune_table(table: str, out: Path, ends: float) -> bool:
 
     notes = Notes.read(out / f"{table}.tune.json")
     if table == SGLANG:
-        return tune_sglang(notes, out, is_over)
+        return tune_sglang(notes, is_over)
     bench = cuda_bench()
     done = []
     for line in lines_of(subjects()[table], device_class(torch.device("cuda"))):
@@ -214,27 +212,21 @@ def cuda_bench() -> Bench:
     )
 
 
-def tune_sglang(notes: Notes, out: Path, is_over: Callable[[], bool]) -> bool:
-    """Their tiles for DeepSeek-V3's experts, into their file."""
-    path = sglang_config.path_of(
-        grouped_gemm.EXPERTS, grouped_gemm.WIDTH, torch.cuda.get_device_name()
-    )
+def tune_sglang(notes: Notes, is_over: Callable[[], bool]) -> bool:
+    """Their tiles for DeepSeek-V3's experts, number of tokens after number of tokens."""
 
     def time_us(num_tokens: int, tile: sglang_config.Tile) -> float:
         calls = [grouped_gemm.sglang_layer(seed, num_tokens, tile) for seed in range(2)]
         return harness.time_us(calls)[0]
 
-    report = sglang_config.tune(path, grouped_gemm.LAYER_TOKENS, time_us, is_over)
-    for number, arms in report.items():
-        notes.lines[str(number)] = {
-            "before": None,
-            "after": sglang_config.tile_for(path, number),
-            "arms": arms,
-        }
-    notes.save()
-    if path.exists():
-        (out / path.name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
-    return len(report) == len(grouped_gemm.LAYER_TOKENS)
+    for number in grouped_gemm.LAYER_TOKENS:
+        if str(number) not in notes.lines:
+            if is_over():
+                return False
+            tile, arms = sglang_config.tune(number, time_us)
+            notes.lines[str(number)] = {"before": None, "after": tile, "arms": arms}
+            notes.save()
+    return True
 
 
 def main() -> int:
@@ -245,10 +237,14 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=400.0, help="for everything together")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
     parser.add_argument("--resume", type=Path, help="the tune.json of an unfinished run")
+    parser.add_argument("--adopt", type=Path, help="a tune.json, written into this tree's files")
     parser.add_argument("--commit", default="", help="where there is no git to ask")
     parser.add_argument("--table", help=argparse.SUPPRESS)
     parser.add_argument("--ends", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.adopt:
+        write_tiles(json.loads(args.adopt.read_text(encoding="utf-8")))
+        return 0
     if args.table:
         return 0 if tune_table(args.table, args.out, args.ends) else UNFINISHED
     names = table_names()
@@ -264,7 +260,7 @@ def main() -> int:
         (args.out / f"{name}.tune.json").unlink(missing_ok=True)
     if args.resume:
         resume(args.resume, wanted, args.out)
-    return tune_all(wanted, args.out, args.seconds, Origin(args.commit or commit()))
+    return tune_all(wanted, args.out, args.seconds, args.commit or commit())
 
 
 def table_names() -> list[str]:

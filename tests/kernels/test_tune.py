@@ -369,19 +369,44 @@ def test_sglangs_file_is_named_and_read_as_sglang_does(tmp_path: Path) -> None:
     assert sglang_config.tile_for(path, 4096) == {"BLOCK_SIZE_M": 64}
 
 
-def test_sglangs_fastest_tile_of_each_number_of_tokens_is_kept(tmp_path: Path) -> None:
+def test_sglangs_fastest_tile_is_kept_and_what_fails_is_told() -> None:
     def time_us(num_tokens: int, tile: Mapping[str, int]) -> float:
         if tile["num_stages"] == 5:
             raise RuntimeError("out of resource")
         return abs(tile["BLOCK_SIZE_M"] - num_tokens) + tile["GROUP_SIZE_M"] / 100
 
-    path = tmp_path / "configs" / "sglang.json"
-    report = sglang_config.tune(path, (1, 64), time_us)
-    kept = json.loads(path.read_text("utf-8"))
-    assert (kept["1"]["BLOCK_SIZE_M"], kept["64"]["BLOCK_SIZE_M"]) == (16, 64)
-    assert kept["1"]["GROUP_SIZE_M"] == 1
-    assert len(report[1]) == len(sglang_config.TILES)
-    assert {"RuntimeError('out of resource')"} == {
-        str(arm["dropped"]) for arm in report[1] if "dropped" in arm
+    (small, arms), (large, _) = (sglang_config.tune(number, time_us) for number in (1, 64))
+    assert small is not None
+    assert large is not None
+    assert (small["BLOCK_SIZE_M"], small["GROUP_SIZE_M"], large["BLOCK_SIZE_M"]) == (16, 1, 64)
+    assert [arm["tile"] for arm in arms] == list(sglang_config.TILES)
+    assert {arm["dropped"] for arm in arms if "dropped" in arm} == {
+        "RuntimeError('out of resource')"
     }
-    assert sglang_config.tune(path, (1,), time_us, lambda: True) == {}
+
+
+def test_report_of_a_gpu_elsewhere_is_written_into_this_tree(tmp_path: Path) -> None:
+    """Another device class's: an H100's file stays, and SGLang's tiles come with it."""
+    h100s = tiles.path_of(H100).read_text("utf-8")
+    tiles.path_of(H100, tmp_path).write_text(h100s)
+    tile = configs.Tile(64, 128, 128, stages=3, tma=True)
+    old = dict(tiles.tables_of("fp8_gemm", configs.Tile, tmp_path)[H100])[128]
+    line = {"before": asdict(old), "after": asdict(tile), "us": 8.0, "before_us": 9.0, "arms": []}
+    theirs = {"BLOCK_SIZE_M": 16}
+    report = {
+        "device": "NVIDIA H200", "device_class": "9.0-132-4", "commit": "abc", "day": "2026-11-23",
+        "tables": {
+            "fp8_gemm": {"128": line, "16": {"before": {}, "arms": []}},
+            "sglang": {"1": {"after": theirs}, "64": {"after": None}},
+        },
+    }  # fmt: skip
+    tune.write_tiles(report, tmp_path, tmp_path / "theirs")
+    tables = tiles.tables_of("fp8_gemm", configs.Tile, tmp_path)
+    assert dict(tables[H200])[128] == tile
+    assert tables[H100] == tiles.tables_of("fp8_gemm", configs.Tile)[H100]
+    assert "# 8.0 us, 9.0 before; NVIDIA H200, abc, 2026-11-23" in tiles.path_of(
+        H200, tmp_path
+    ).read_text("utf-8")
+    (path,) = (tmp_path / "theirs").iterdir()
+    assert path.name.startswith("E=256,N=2048,device_name=NVIDIA_H200,")
+    assert json.loads(path.read_text("utf-8")) == {"1": theirs}
