@@ -9,7 +9,7 @@ and multiplied a moment before; the datasheet's are beside them.
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -129,21 +129,16 @@ def _event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # as above
 
 
-def run(work: Work, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
-    """Time ours, then each peer: the row of results, after each of them.
-
-    RuntimeError where a call has broken the device's context, which no later call survives.
-    """
-    sets = num_sets(work.num_bytes, torch.cuda.get_device_properties(0).L2_cache_size)
-    result = first_result(work.build)
-    median, least = timed(work.build, sets)
+def time_ours(work: Work, ceilings: Ceilings) -> dict[str, Any]:
+    """The row of results, without peers yet."""
+    median, least = timed(work.build, sets_of(work))
     row = figures(work, median, least, ceilings, torch.cuda.get_device_name())
-    row["peers"] = {}
-    yield row
-    for name, build in work.peers.items():
-        row["peers"][name] = against(build, sets, median, result)
-        yield row
-        torch.cuda.synchronize()
+    return row | {"peers": {}}
+
+
+def sets_of(work: Work) -> int:
+    """`num_sets` on this device."""
+    return num_sets(work.num_bytes, torch.cuda.get_device_properties(0).L2_cache_size)
 
 
 def timed(build: Build, sets: int) -> tuple[float, float]:
@@ -164,11 +159,12 @@ def first_result(build: Build) -> Tensor | None:
     return found.clone() if isinstance(found, Tensor) else None
 
 
-def against(build: Build, sets: int, our_us: float, ours: Tensor | None) -> dict[str, Any]:
+def against(work: Work, build: Build, our_us: float) -> dict[str, Any]:
     """One peer's figures; where it cannot run here, why."""
     try:
+        ours = first_result(work.build)
         theirs = first_result(build)
-        median, least = timed(build, sets)
+        median, least = timed(build, sets_of(work))
     except Exception as error:  # whatever others' code raises is a finding, and ours is timed
         return {"absent": f"{type(error).__name__}: {error}"[:300]}
     found: dict[str, Any] = {"us": round(median, 2), "us_least": round(least, 2)}

@@ -21,7 +21,6 @@ import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ NO_BENCHMARKS = {
 TEST_PROCESSES = 3  # they share one GPU's memory
 TESTS_SHARE = 0.5  # of the whole time, at the most
 FILE_SHARE = 0.3  # one file's of the whole time: what hangs takes no more
+DIED = "its process died"
 OP_SHARE = 2.0  # of an even share of what is left, at the most: what one leaves is for the next
 
 
@@ -146,29 +146,35 @@ def red_among(tests: Sequence[str], verdicts: Mapping[str, Verdict]) -> list[str
 
 
 def time_one(name: str, ceilings: harness.Ceilings, file: Path) -> None:
-    """In a process of its own: `name`'s works after those in `file`, written as they are timed.
+    """In a process of its own: `name`'s works, then their peers, written as they are timed.
 
-    RuntimeError where a work has broken the device's context: its row is written, and the next
-    ones need another process.
+    What `file` tells already is not timed again. RuntimeError where a call has broken the device's
+    context: what it was is written, and what follows needs another process.
     """
-    module = importlib.import_module(f"benchmarks.kernels.{name}")
+    works = list(importlib.import_module(f"benchmarks.kernels.{name}").works())
     rows = rows_of(file)
 
-    def tell(row: dict[str, Any]) -> None:
-        file.write_text(json.dumps([*rows, row]), encoding="utf-8")
+    def write() -> None:
+        file.write_text(json.dumps(rows), encoding="utf-8")
 
-    for work in islice(module.works(), len(rows), None):
-        row: dict[str, Any] = {"case": work.case, "refused": "its process died"}
-        tell(row)
+    for work in works[len(rows) :]:
+        rows.append({"case": work.case, "refused": DIED})
+        write()
         try:
-            for row in harness.run(work, ceilings):
-                tell(row)
+            rows[-1] = harness.time_ours(work, ceilings)
         except Exception as error:  # a finding of this work; the next ones may do better
-            if "gb_s" not in row:
-                row = {"case": work.case, "refused": f"failed: {error!r}"[:300]}
-                tell(row)
-            torch.cuda.synchronize()
-        rows.append(row)
+            rows[-1]["refused"] = f"failed: {error!r}"[:300]
+        write()
+        torch.cuda.synchronize()
+    for work, row in zip(works, rows, strict=True):
+        peers = row.get("peers", {})
+        for peer, build in work.peers.items() if "us" in row else ():
+            if peer not in peers:
+                peers[peer] = {"absent": DIED}
+                write()
+                peers[peer] = harness.against(work, build, row["us"])
+                write()
+                torch.cuda.synchronize()
 
 
 def rows_of(file: Path) -> list[dict[str, Any]]:
@@ -189,13 +195,12 @@ def time_op(
     ends = time.monotonic() + seconds
     file = out / f"{name}.rows.json"
     file.unlink(missing_ok=True)
-    why, num_rows = "", -1
-    while num_rows < len(rows_of(file)):
-        num_rows = len(rows_of(file))
+    while True:
+        before = rows_of(file)
         why = in_a_process(name, ceilings, out, ends - time.monotonic())
-        if not why or time.monotonic() > ends:
+        rows = rows_of(file)
+        if not why or rows == before or time.monotonic() > ends:
             break
-    rows = rows_of(file)
     file.unlink(missing_ok=True)
     return [*rows, {"case": "the rest", "refused": why}] if why else rows
 

@@ -1,9 +1,7 @@
 """What benchmarks/kernels does without a GPU: who may be timed, and what a row says."""
 
 import importlib
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -99,53 +97,74 @@ def test_every_benchmark_of_an_op_names_tests_that_exist() -> None:
             assert (ROOT / file).exists(), file
 
 
-def test_a_process_that_dies_is_followed_by_one_that_goes_on_after_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The second work breaks the device's context, the third kills its process at once."""
-    works = [Work(f"work {number}", lambda _: list, 1000) for number in range(5)]
+class Bench:
+    """Stands for a GPU: works are timed, or do to their process what their name says."""
 
-    def timed(work: Work, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
-        row: dict[str, Any] = {"case": work.case, "gb_s": 1.0, "peers": {}}
-        if work is works[2]:
+    def __init__(self, names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.works = [Work(name, lambda _: list, 1, peers={name: lambda _: list}) for name in names]
+        self.timed: list[str] = []
+        self.num_processes = 0
+        self._is_broken = False
+        module = SimpleNamespace(works=lambda: iter(self.works))
+        monkeypatch.setattr(importlib, "import_module", lambda _: module)
+        monkeypatch.setattr(harness, "time_ours", self._time_ours)
+        monkeypatch.setattr(harness, "against", self._against)
+        monkeypatch.setattr(run, "in_a_process", self._in_a_process)
+        monkeypatch.setattr(torch.cuda, "synchronize", self._synchronize)
+
+    def _time_ours(self, work: Work, _: Ceilings) -> dict[str, Any]:
+        self.timed.append(work.case)
+        if work.case == "kills":
             raise SystemExit(139)
-        yield row
-        row["peers"]["theirs"] = {"us": 1.0}
-        yield row
-        if work is works[1]:
-            raise RuntimeError("illegal memory access")
+        if work.case in {"breaks", "fails"}:
+            self._is_broken = work.case == "breaks"
+            raise RuntimeError(work.case)
+        return {"case": work.case, "us": 2.0, "peers": {}}
 
-    num_processes = 0
+    def _against(self, work: Work, _: object, our_us: float) -> dict[str, Any]:
+        self.timed.append(f"peer {work.case}")
+        self._is_broken = work.case == "peer breaks"
+        return {"us": our_us}
 
-    def in_a_process(name: str, ceilings: Ceilings, out: Path, seconds: float) -> str:
-        nonlocal num_processes
-        num_processes += 1
+    def _in_a_process(self, name: str, ceilings: Ceilings, out: Path, _: float) -> str:
+        self.num_processes += 1
+        self._is_broken = False
         try:
             run.time_one(name, ceilings, out / f"{name}.rows.json")
         except (RuntimeError, SystemExit) as error:
             return f"failed: {error}"
         return ""
 
-    module = SimpleNamespace(works=lambda: iter(works))
-    monkeypatch.setattr(importlib, "import_module", lambda _: module)
-    monkeypatch.setattr(harness, "run", timed)
-    monkeypatch.setattr(run, "in_a_process", in_a_process)
-    monkeypatch.setattr(torch.cuda, "synchronize", _raises_what_is_raised)
+    def _synchronize(self) -> None:
+        if self._is_broken:
+            raise RuntimeError("illegal memory access")
+
+
+def test_a_process_that_dies_is_followed_by_one_that_goes_on_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(["one", "breaks", "peer breaks", "kills", "fails", "two"], monkeypatch)
     rows = run.time_op("some", H100, tmp_path, seconds=60)
-    assert num_processes == 3
-    assert [row["case"] for row in rows] == [work.case for work in works]
-    assert [row.get("peers") for row in rows] == [{"theirs": {"us": 1.0}}] * 2 + [None] + [
-        {"theirs": {"us": 1.0}}
-    ] * 2
-    assert rows[2]["refused"] == "its process died"
+    assert bench.num_processes == 4
+    assert [row["case"] for row in rows] == [work.case for work in bench.works]
+    theirs = {"us": 2.0}
+    assert [row.get("peers", row.get("refused")) for row in rows] == [
+        {"one": theirs},
+        "failed: RuntimeError('breaks')",
+        {"peer breaks": theirs},
+        "its process died",
+        "failed: RuntimeError('fails')",
+        {"two": theirs},
+    ]
     assert list(tmp_path.iterdir()) == []
 
 
-def _raises_what_is_raised() -> None:
-    """A broken context raises on every call, so also on the one that asks."""
-    error = sys.exc_info()[1]
-    if error is not None:
-        raise error
+def test_no_peer_takes_time_before_all_of_ours_are_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(["one", "two"], monkeypatch)
+    run.time_op("some", H100, tmp_path, seconds=60)
+    assert bench.timed == ["one", "two", "peer one", "peer two"]
 
 
 def test_an_op_whose_processes_get_nowhere_says_why(
@@ -156,27 +175,6 @@ def test_an_op_whose_processes_get_nowhere_says_why(
     assert run.time_op("some", H100, tmp_path, seconds=60) == [
         {"case": "the rest", "refused": "failed: no module"}
     ]
-
-
-def test_a_work_that_fails_leaves_the_next_ones_to_be_timed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    works = [Work("too large", lambda _: list, 1), Work("small", lambda _: list, 1)]
-
-    def timed(work: Work, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
-        if work is works[0]:
-            raise MemoryError("out of memory")
-        yield {"case": work.case, "gb_s": 1.0, "peers": {}}
-
-    monkeypatch.setattr(
-        importlib, "import_module", lambda _: SimpleNamespace(works=lambda: iter(works))
-    )
-    monkeypatch.setattr(harness, "run", timed)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    run.time_one("some", H100, tmp_path / "rows.json")
-    first, second = run.rows_of(tmp_path / "rows.json")
-    assert first == {"case": "too large", "refused": "failed: MemoryError('out of memory')"}
-    assert second["gb_s"] == 1.0
 
 
 def test_what_a_file_of_tests_found_is_written_before_the_next_one_ends(
