@@ -17,7 +17,7 @@ from tidemill.blocks import BLOCK_TOKENS
 from tidemill.models.deepseek import Batch, DecodeRows, DeepseekModel
 from tidemill.models.stacked import StackedMoe
 
-TESTS = ("tests/kernels/test_model_on_gpu.py",)
+TESTS = ("tests/kernels/test_v3_layer.py",)
 LAYERS = 4
 CONTEXT = 4096
 

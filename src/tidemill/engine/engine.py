@@ -318,7 +318,8 @@ class Engine:
                 seqs += choices
         if not rows:
             return []
-        logits = self._runner.logits(hidden[rows])
+        wanted = hidden if len(rows) == len(hidden) else hidden[rows]
+        logits = self._runner.logits(wanted)
         return draw(logits[index] if len(index) > len(rows) else logits, seqs)
 
     def _score_prompts(self, step: Step, hidden: Tensor) -> None:
