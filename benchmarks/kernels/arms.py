@@ -320,7 +320,7 @@ def _prefill() -> Subject:
 
         return mla_prefill_ragged(*args, **settings)
 
-    choices = {"rows": (64, 128), "keys": (64, 128), "num_warps": (4, 8), "num_stages": (2, 3)}
+    choices = {"rows": (64, 128), "keys": (64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)}
     return Subject(
         "mla_prefill",
         PrefillTile,

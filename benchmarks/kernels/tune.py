@@ -22,6 +22,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -46,32 +47,51 @@ PATIENCE = 40.0  # seconds for one arm before it counts as hanging
 TABLE_SHARE = 2.0  # of an even share of what is left, at the most: what one leaves is for the next
 
 
-def tune_all(names: Sequence[str], out: Path, seconds: float, commit_id: str) -> int:
-    """Table by table; what is found is written as it is found. 1 if any was left unfinished."""
+def tune_all(
+    names: Sequence[str], out: Path, seconds: float, commit_id: str, known: Mapping[str, Any]
+) -> int:
+    """Table by table; what is found is written as it is found. 1 if any was left unfinished.
+
+    `known`: tables as an unfinished run's tune.json has them.
+    """
     ends = time.monotonic() + seconds
+    tables = dict(known)
     left_over: dict[str, str] = {}
     for at, name in enumerate(names):
         left = ends - time.monotonic()
-        path = out / f"{name}.tune.json"
         share = min(left, TABLE_SHARE * left / (len(names) - at))
-        command = [sys.executable, "-m", "benchmarks.kernels.tune", "--table", name]
-        command += ["--out", str(out), "--ends", str(time.time() + share)]
-        # Time is looked at between arms: one more, and the process leaves by itself.
-        why = supervise(command, path, share + PATIENCE) if left > 10 else "no time left"
+        if left > 10:
+            tables[name], why = tune_apart(name, tables.get(name, {}), share, out / "tune.log")
+        else:
+            why = "no time left"
         if why:
             left_over[name] = why
-        report = record(names, out, commit_id, left_over)
+        report = record(tables, left_over, commit_id)
+        (out / "tune.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         write_tiles(report)
-        print(f"{name}: {summary(report['tables'].get(name, {}))} {why}", flush=True)
+        print(f"{name}: {summary(tables.get(name, {}))} {why}", flush=True)
     return 1 if left_over else 0
 
 
+def tune_apart(
+    name: str, known: Mapping[str, Any], seconds: float, log: Path
+) -> tuple[dict[str, Any], str]:
+    """A table, in a process of its own: its lines, and why it is unfinished if it is."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "notes.json")
+        Notes(path, dict(known)).save()
+        command = [sys.executable, "-m", "benchmarks.kernels.tune", "--table", name]
+        command += ["--notes", str(path), "--ends", str(time.time() + seconds)]
+        # Time is looked at between arms: one more, and the process leaves by itself.
+        why = supervise(command, path, log, seconds + PATIENCE)
+        return Notes.read(path).lines, why
+
+
 def record(
-    names: Sequence[str], out: Path, commit_id: str, left_over: Mapping[str, str]
+    tables: Mapping[str, Any], left_over: Mapping[str, str], commit_id: str
 ) -> dict[str, Any]:
-    """tune.json: every arm of every table, and what is unfinished."""
-    files = {name: out / f"{name}.tune.json" for name in names}
-    report = {
+    """What tune.json says: every arm of every table, and what is unfinished."""
+    return {
         "benchmark": "kernels/tune",
         "command": "benchmarks/kernels/gpu.sh --tune",
         "commit": commit_id,
@@ -81,11 +101,8 @@ def record(
         "versions": versions(),
         "kernels": kernels_digest(),
         "unfinished": dict(left_over),
-        "tables": {name: Notes.read(path).lines for name, path in files.items() if path.exists()},
+        "tables": tables,
     }
-    text = json.dumps(report, indent=1) + "\n"
-    (out / "tune.json").write_text(text, encoding="utf-8")
-    return report
 
 
 def write_tiles(
@@ -120,20 +137,15 @@ def summary(lines: Mapping[str, Any]) -> str:
     return f"{len(decided)} lines decided, {changed} with another tile"
 
 
-def resume(report: Path, names: Sequence[str], out: Path) -> None:
-    """Puts what an unfinished run knows where its tables look for it.
-
-    ValueError if kernels or device are not those of that run.
-    """
+def known_from(report: Path) -> dict[str, Any]:
+    """Tables of an unfinished run; ValueError if kernels or device are not that run's."""
     known = json.loads(report.read_text(encoding="utf-8"))
     here = {"kernels": kernels_digest(), "device": torch.cuda.get_device_name()}
     for what, value in here.items():
         if known[what] != value:
             raise ValueError(f"{report}: of {what} {known[what]}, and here is {value}")
-    for name in names:
-        if name in known["tables"]:
-            notes = Notes(out / f"{name}.tune.json", known["tables"][name])
-            notes.give_up("")
+    tables: dict[str, Any] = known["tables"]
+    return tables
 
 
 def kernels_digest() -> str:
@@ -144,12 +156,14 @@ def kernels_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-def supervise(command: Sequence[str], path: Path, seconds: float) -> str:
+def supervise(command: Sequence[str], path: Path, log: Path, seconds: float) -> str:
     """Runs a table's process, anew after each arm that broke or hung it; "" or why it was left."""
     ends = time.monotonic() + seconds
-    with path.with_suffix(".log").open("w", encoding="utf-8") as log:
+    with log.open("a", encoding="utf-8") as told:
         while True:
-            with subprocess.Popen(command, cwd=ROOT, stderr=log, start_new_session=True) as process:
+            with subprocess.Popen(
+                command, cwd=ROOT, stdout=told, stderr=told, start_new_session=True
+            ) as process:
                 why = watch(process, path, ends)
             if not why:
                 return ""
@@ -178,13 +192,12 @@ def watch(process: subprocess.Popen[bytes], path: Path, ends: float) -> str:
     return "" if process.returncode == 0 else f"its process ended with {process.returncode}"
 
 
-def tune_table(table: str, out: Path, ends: float) -> bool:
+def tune_table(table: str, notes: Notes, ends: float) -> bool:
     """In a process of its own: every line of the table; False if `ends` of the clock came first."""
 
     def is_over() -> bool:
         return time.time() > ends
 
-    notes = Notes.read(out / f"{table}.tune.json")
     if table == SGLANG:
         return tune_sglang(notes, is_over)
     bench = cuda_bench()
@@ -240,13 +253,14 @@ def main() -> int:
     parser.add_argument("--adopt", type=Path, help="a tune.json, written into this tree's files")
     parser.add_argument("--commit", default="", help="where there is no git to ask")
     parser.add_argument("--table", help=argparse.SUPPRESS)
+    parser.add_argument("--notes", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--ends", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.adopt:
         write_tiles(json.loads(args.adopt.read_text(encoding="utf-8")))
         return 0
     if args.table:
-        return 0 if tune_table(args.table, args.out, args.ends) else UNFINISHED
+        return 0 if tune_table(args.table, Notes.read(args.notes), args.ends) else UNFINISHED
     names = table_names()
     if unknown := sorted({*args.op} - {*names}):
         parser.error(f"no table {', '.join(unknown)}; there are {', '.join(names)}")
@@ -256,11 +270,9 @@ def main() -> int:
     os.environ.pop("TRITON_INTERPRET", None)
     args.out.mkdir(parents=True, exist_ok=True)
     wanted = [name for name in names if not args.op or name in args.op]
-    for name in wanted:
-        (args.out / f"{name}.tune.json").unlink(missing_ok=True)
-    if args.resume:
-        resume(args.resume, wanted, args.out)
-    return tune_all(wanted, args.out, args.seconds, args.commit or commit())
+    (args.out / "tune.log").unlink(missing_ok=True)
+    known = known_from(args.resume) if args.resume else {}
+    return tune_all(wanted, args.out, args.seconds, args.commit or commit(), known)
 
 
 def table_names() -> list[str]:

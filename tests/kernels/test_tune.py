@@ -314,7 +314,9 @@ def process(script: str, path: Path, monkeypatch: pytest.MonkeyPatch, seconds: f
         "lines = json.loads(path.read_text()) if path.exists() else {'16': {'arms': []}}\n"
         "tell = lambda: path.write_text(json.dumps(lines))\n"
     )
-    return tune.supervise([sys.executable, "-c", head + script, str(path)], path, seconds)
+    return tune.supervise(
+        [sys.executable, "-c", head + script, str(path)], path, path.with_name("log"), seconds
+    )
 
 
 TRIES = """
@@ -410,3 +412,48 @@ def test_report_of_a_gpu_elsewhere_is_written_into_this_tree(tmp_path: Path) -> 
     (path,) = (tmp_path / "theirs").iterdir()
     assert path.name.startswith("E=256,N=2048,device_name=NVIDIA_H200,")
     assert json.loads(path.read_text("utf-8")) == {"1": theirs}
+
+
+@pytest.fixture
+def h100(monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, Any]]:
+    """A device to ask for its name; what would be written into the tree is listed."""
+    written: list[Mapping[str, Any]] = []
+    monkeypatch.setattr(tune.torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    monkeypatch.setattr(tune, "device_class", lambda _: H100)
+    monkeypatch.setattr(tune, "write_tiles", written.append)
+    return written
+
+
+def test_what_a_table_found_is_kept_before_the_next_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, h100: list[Mapping[str, Any]]
+) -> None:
+    known = {"first": {"16": {"arms": [], "before": {}}}}
+    line = {"after": {"width": 2}, "before": {"width": 1}, "arms": []}
+
+    def apart(
+        name: str, found: Mapping[str, Any], seconds: float, log: Path
+    ) -> tuple[dict[str, Any], str]:
+        if name == "second":
+            report = json.loads((tmp_path / "tune.json").read_text("utf-8"))
+            assert report["tables"]["first"] == {"16": line}
+            assert seconds <= 100
+            return {}, "its process ended with -6"
+        assert found == known["first"]
+        assert seconds <= 100
+        return {"16": line}, ""
+
+    monkeypatch.setattr(tune, "tune_apart", apart)
+    assert tune.tune_all(["first", "second"], tmp_path, 100, "abc", known) == 1
+    report = json.loads((tmp_path / "tune.json").read_text("utf-8"))
+    assert report["unfinished"] == {"second": "its process ended with -6"}
+    assert (report["device_class"], report["commit"]) == ("9.0-132-3", "abc")
+    assert [each["tables"]["first"] for each in h100] == [{"16": line}] * 2
+    assert tune.known_from(tmp_path / "tune.json") == report["tables"]
+
+
+@pytest.mark.usefixtures("h100")
+def test_times_of_other_kernels_are_not_taken_up(tmp_path: Path) -> None:
+    path = tmp_path / "tune.json"
+    path.write_text(json.dumps({**tune.record({}, {}, "abc"), "kernels": "others"}))
+    with pytest.raises(ValueError, match="of kernels others, and here is"):
+        tune.known_from(path)
