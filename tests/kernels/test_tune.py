@@ -418,7 +418,7 @@ def test_report_of_a_gpu_elsewhere_is_written_into_this_tree(tmp_path: Path) -> 
 def h100(monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, Any]]:
     """A device to ask for its name; what would be written into the tree is listed."""
     written: list[Mapping[str, Any]] = []
-    monkeypatch.setattr(tune.torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
     monkeypatch.setattr(tune, "device_class", lambda _: H100)
     monkeypatch.setattr(tune, "write_tiles", written.append)
     return written
@@ -427,7 +427,7 @@ def h100(monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, Any]]:
 def test_what_a_table_found_is_kept_before_the_next_begins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, h100: list[Mapping[str, Any]]
 ) -> None:
-    known = {"first": {"16": {"arms": [], "before": {}}}}
+    known: dict[str, Any] = {"first": {"16": {"arms": [], "before": {}}}}
     line = {"after": {"width": 2}, "before": {"width": 1}, "arms": []}
 
     def apart(
