@@ -10,7 +10,7 @@ from tidemill.kernels.cases import GEMM_CASES, GEMM_GPU_CASES, GemmCase
 from tidemill.kernels.choice import forced
 from tidemill.kernels.device import H100
 from tidemill.kernels.fp8_gemm import fp8_gemm, reference
-from tidemill.kernels.fp8_gemm.configs import TILES, Tile
+from tidemill.kernels.fp8_gemm.configs import TILES, Tile, count_splits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALL_TILES = [tile for _, tile in TILES[H100]]
@@ -82,13 +82,11 @@ def test_bias_and_residual_are_added_before_the_one_rounding(splits: int) -> Non
 
 
 def test_few_rows_split_the_depth_and_many_do_not() -> None:
-    from tidemill.kernels.fp8_gemm import kernel  # noqa: PLC0415 - triton is heavy
-
     tile = Tile(16, 64, 128, splits=0)
-    assert kernel.count_splits(tile, num_tiles=33, num_steps=56, sms=132) == 8
-    assert kernel.count_splits(tile, num_tiles=33, num_steps=4, sms=132) == 1
-    assert kernel.count_splits(tile, num_tiles=500, num_steps=56, sms=132) == 1
-    assert kernel.count_splits(replace(tile, splits=1), num_tiles=1, num_steps=56, sms=132) == 1
+    assert count_splits(tile, num_tiles=33, num_steps=56, sms=132) == 8
+    assert count_splits(tile, num_tiles=33, num_steps=4, sms=132) == 1
+    assert count_splits(tile, num_tiles=500, num_steps=56, sms=132) == 1
+    assert count_splits(replace(tile, splits=1), num_tiles=1, num_steps=56, sms=132) == 1
 
 
 def test_no_rows_give_no_rows() -> None:

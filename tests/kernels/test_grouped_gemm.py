@@ -13,15 +13,15 @@ from tidemill.kernels.device import H100
 from tidemill.kernels.expert_mlp import Expert, expert_mlp, gather_rows, scatter_rows
 from tidemill.kernels.fp8_gemm.configs import Tile
 from tidemill.kernels.fp8_gemm.reference import widen_weight
-from tidemill.kernels.grouped_gemm import combine, down, gate_up, reference
-from tidemill.kernels.grouped_gemm.configs import DOWN_TILES, GATE_UP_TILES
+from tidemill.kernels.grouped_gemm import combine, configs, down, gate_up, reference
+from tidemill.kernels.grouped_gemm.configs import ALL_DOWN_TILES, ALL_GATE_UP_TILES
 from tidemill.kernels.linear import make_linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-GATE_UP_SCALED = [tile for _, tile in GATE_UP_TILES[1][H100]]
-DOWN_SCALED = [tile for _, tile in DOWN_TILES[1][H100]]
-GATE_UP_HALF = [tile for _, tile in GATE_UP_TILES[2][H100]]
-DOWN_HALF = [tile for _, tile in DOWN_TILES[2][H100]]
+GATE_UP_SCALED = [tile for _, tile in ALL_GATE_UP_TILES[1][H100]]
+DOWN_SCALED = [tile for _, tile in ALL_DOWN_TILES[1][H100]]
+GATE_UP_HALF = [tile for _, tile in ALL_GATE_UP_TILES[2][H100]]
+DOWN_HALF = [tile for _, tile in ALL_DOWN_TILES[2][H100]]
 
 
 class Layer:
@@ -189,8 +189,37 @@ def test_every_tile_of_two_byte_elements_gives_the_same(index: int, splits: int)
     near(kernel.down(*arguments, **options, tile=tile), reference.down(*arguments, **options))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])
-def test_the_masked_layout_leaves_places_of_nobody_unwritten(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("num_experts", "rows", "tile_rows"),
+    [
+        (2, 512, 128),
+        (4, 256, 128),
+        (1, 4096, 128),
+        (256, 128, 64),
+        (1, 256, 64),  # 32 tiles of 128 rows for 132 multiprocessors
+    ],
+)
+def test_a_tile_too_large_to_fill_the_device_gives_way(
+    monkeypatch: pytest.MonkeyPatch, num_experts: int, rows: int, tile_rows: int
+) -> None:
+    monkeypatch.setattr(configs, "num_sms", lambda _device: 132)
+    values = torch.empty(1, 7168, dtype=torch.float8_e4m3fn, device=DEVICE)
+    tile = configs.tile_for(ALL_GATE_UP_TILES, values, num_experts, num_experts * rows, 2048)
+    assert tile.rows == tile_rows
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tiles"),
+    [
+        (torch.float32, (None, None)),
+        (torch.float8_e4m3fn, (None, None)),
+        (torch.float8_e4m3fn, (GATE_UP_SCALED[-1], DOWN_SCALED[-1])),
+    ],
+    ids=["fp32", "fp8", "fp8 of 128 rows"],
+)
+def test_the_masked_layout_leaves_places_of_nobody_unwritten(
+    dtype: torch.dtype, tiles: tuple[Tile | None, Tile | None]
+) -> None:
     from tidemill.kernels.grouped_gemm import kernel  # noqa: PLC0415 - triton is heavy
 
     room, counts = 20, torch.tensor([0, 3, 20, 17], dtype=torch.int32, device=DEVICE)
@@ -200,7 +229,9 @@ def test_the_masked_layout_leaves_places_of_nobody_unwritten(dtype: torch.dtype)
     taken = (torch.arange(room, device=DEVICE) < counts.unsqueeze(1)).flatten()
     (x, *weight), _ = layer.gate_up_arguments()
     scaled = isinstance(x, Quantized)
-    hidden: Any = kernel.gate_up(x, *weight, **places, top_k=1, values_dtype=torch.float32)
+    hidden: Any = kernel.gate_up(
+        x, *weight, **places, top_k=1, values_dtype=torch.float32, tile=tiles[0]
+    )
     expected: Any
     if scaled:
         expected, _ = scale_groups(hidden_of((x, *weight), {**places, "top_k": 1}))
@@ -211,8 +242,9 @@ def test_the_masked_layout_leaves_places_of_nobody_unwritten(dtype: torch.dtype)
     near(hidden[taken], expected[taken], size=4480.0 if scaled else 1.0)
     assert hidden[~taken].isnan().all()
     (hidden, *weight), _ = layer.down_arguments()
-    found, expected = both(down, hidden, *weight, **places, out_dtype=torch.float32)
-    near(found[taken], expected[taken])
+    options: dict[str, Any] = {**places, "weights": None, "out_dtype": torch.float32}
+    found = kernel.down(hidden, *weight, **options, tile=tiles[1])
+    near(found[taken], reference.down(hidden, *weight, **options)[taken])
     assert found[~taken].isnan().all()
 
 

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 
 from tidemill.kernels.device import H100, DeviceClass
+from tidemill.kernels.fp8_gemm.configs import Tile as GemmTile
 from tidemill.kernels.tiles import (
     FOLDER,
     MOST,
     TileFileError,
     choose_tile,
     device_of,
+    fitting,
     path_of,
     tables_of,
 )
@@ -113,3 +115,13 @@ def test_file_named_for_no_device_class_is_refused(tmp_path: Path, name: str) ->
     (tmp_path / f"{name}.toml").write_text("op = [{ rows = 1 }]")
     with pytest.raises(TileFileError, match=f"^{name}.toml: named otherwise"):
         tables_of("op", Form, tmp_path)
+
+
+def test_a_tile_that_a_newer_triton_would_spill_is_left_out_there(tmp_path: Path) -> None:
+    path_of(H100, tmp_path).write_text(
+        "gemm = [{ most_rows = 16, rows = 16, columns = 64, depth = 128 },"
+        ' { rows = 128, columns = 128, depth = 128, newest_triton = "3.6" }]'
+    )
+    tables = tables_of("gemm", GemmTile, tmp_path)
+    for version, largest in (("3.6.1", 128), ("3.5.0", 128), ("3.9.0", 16), ("3.10.0", 16)):
+        assert choose_tile(fitting(tables, version), H100, 4096).rows == largest

@@ -2,7 +2,11 @@
 
 from dataclasses import dataclass
 
-from tidemill.kernels.tiles import tables_of
+import triton
+
+from tidemill.kernels.tiles import fitting, tables_of
+
+_FEWEST_STEPS = 4  # of a split: less is not worth the sum
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,20 @@ class Tile:
     stages: int = 3
     per_sm: int = 2  # programs of a persistent grid on one multiprocessor
     splits: int = 1  # of K; 0: as many as fill the device
+    newest_triton: str = ""  # with newer ones it spills; empty: any
 
 
-TILES = tables_of("fp8_gemm", Tile)
+TILES = fitting(tables_of("fp8_gemm", Tile), triton.__version__)
+
+
+def count_splits(tile: Tile, num_tiles: int, num_steps: int, sms: int) -> int:
+    """Into how many parts K is split: what the tile says, or enough to give every SM its programs.
+
+    A power of two, so that few kernels are compiled, and of at least four steps each.
+    """
+    if tile.splits:
+        return tile.splits
+    splits = 1
+    while splits * 2 * num_tiles <= tile.per_sm * sms and num_steps >= splits * 2 * _FEWEST_STEPS:
+        splits *= 2
+    return splits

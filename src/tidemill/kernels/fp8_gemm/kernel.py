@@ -16,11 +16,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from tidemill.kernels.act_quant import Quantized
 from tidemill.kernels.aot import Variant
 from tidemill.kernels.device import H100, device_class, num_sms
-from tidemill.kernels.fp8_gemm.configs import TILES, Tile
+from tidemill.kernels.fp8_gemm.configs import TILES, Tile, count_splits
 from tidemill.kernels.tiles import all_tiles, choose_tile
 
 _SUM_BLOCK = 1024
-_FEWEST_STEPS = 4  # of a split: less is not worth the sum
 
 
 @triton.jit
@@ -55,8 +54,10 @@ def multiply(
     else:
         sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     sums2 = sums
-    if SCALED:
-        # A step ahead: a scale is then there when its product is.
+    # A step ahead: a scale is then there when its product is. Where two products of 128 rows leave
+    # no registers for that, the first of them takes longer than a load does.
+    AHEAD: tl.constexpr = SCALED and not (PAIR and BLOCK_M >= 128)
+    if AHEAD:
         start = tl.minimum(first, last - 1)  # a split may have no step
         scales = tl.load(x_scales + start * stride_xs)
         w_scale = tl.load(w_scales + start)
@@ -73,11 +74,16 @@ def multiply(
             else:
                 weights2 = _load_step(w2_rows, step, depth, BLOCK_K, EVEN_K)
         if SCALED:
-            step_scales, step_w_scale, step_w2_scale = scales, w_scale, w2_scale
-            ahead = tl.minimum(step + 1, last - 1)
-            scales = tl.load(x_scales + ahead * stride_xs)
-            w_scale = tl.load(w_scales + ahead)
-            w2_scale = tl.load(w2_scales + ahead)
+            if AHEAD:
+                step_scales, step_w_scale, step_w2_scale = scales, w_scale, w2_scale
+                ahead = tl.minimum(step + 1, last - 1)
+                scales = tl.load(x_scales + ahead * stride_xs)
+                w_scale = tl.load(w_scales + ahead)
+                w2_scale = tl.load(w2_scales + ahead)
+            else:
+                step_scales = tl.load(x_scales + step * stride_xs)
+                step_w_scale = tl.load(w_scales + step)
+                step_w2_scale = tl.load(w2_scales + step)
             sums += _scaled(x, weights, step_scales * step_w_scale, SWAP)
             if PAIR:
                 sums2 += _scaled(x, weights2, step_scales * step_w2_scale, SWAP)
@@ -287,19 +293,6 @@ def sum_splits(parts: Tensor, out: Tensor, bias: Tensor | None, residual: Tensor
         SPLITS=splits,
         BLOCK_N=_SUM_BLOCK,
     )
-
-
-def count_splits(tile: Tile, num_tiles: int, num_steps: int, sms: int) -> int:
-    """Into how many parts K is split: what the tile says, or enough to give every SM its programs.
-
-    A power of two, so that few kernels are compiled, and of at least four steps each.
-    """
-    if tile.splits:
-        return tile.splits
-    splits = 1
-    while splits * 2 * num_tiles <= tile.per_sm * sms and num_steps >= splits * 2 * _FEWEST_STEPS:
-        splits *= 2
-    return splits
 
 
 def variants() -> list[Variant]:

@@ -5,8 +5,6 @@ and whose a tile is comes from `counts`, on the device. Within an expert its wei
 tile after column tile, so that each is read from memory once.
 """
 
-from dataclasses import replace
-from itertools import product
 from typing import Any
 
 import torch
@@ -17,11 +15,18 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tidemill.kernels.act_quant import Quantized
 from tidemill.kernels.aot import Variant
-from tidemill.kernels.device import H100, device_class, num_sms
+from tidemill.kernels.device import H100, num_sms
 from tidemill.kernels.fp8_gemm.configs import Tile
-from tidemill.kernels.fp8_gemm.kernel import count_splits, multiply, place_in_group, sum_splits
-from tidemill.kernels.grouped_gemm.configs import DOWN_TILES, GATE_UP_TILES, Tiles
-from tidemill.kernels.tiles import all_tiles, choose_tile
+from tidemill.kernels.fp8_gemm.kernel import multiply, place_in_group, sum_splits
+from tidemill.kernels.grouped_gemm.configs import (
+    DOWN_TILES,
+    GATE_UP_TILES,
+    column_tiles,
+    most_row_tiles,
+    splits_for,
+    tile_for,
+)
+from tidemill.kernels.tiles import all_tiles
 
 _COMBINE_BLOCK = 1024
 
@@ -40,16 +45,12 @@ def _last_tiles(
 def _find_tile(
     tile,
     ends,
-    starts_ptr,
     counts_ptr,
     column_tiles,
     BLOCK_M: tl.constexpr,
     ROW_GROUP: tl.constexpr,
 ):
-    """Expert, column tile, BLOCK_M places and which of them are the expert's.
-
-    The others are its last place again: loads need no mask, only the store does.
-    """
+    """Expert, row tile, column tile."""
     done = ends <= tile
     expert = tl.sum(done.to(tl.int32), 0)
     within_expert = tile - tl.max(tl.where(done, ends, 0), 0)
@@ -57,9 +58,27 @@ def _find_tile(
     row_tile, column_tile = place_in_group(
         within_expert, tl.cdiv(count, BLOCK_M), column_tiles, ROW_GROUP
     )
+    return expert.to(tl.int64), row_tile, column_tile
+
+
+@triton.jit
+def _places(starts_ptr, counts_ptr, expert, row_tile, BLOCK_M: tl.constexpr):
+    """The row tile's BLOCK_M places; past the expert's last one, that again: loads need no mask."""
     m = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    place = tl.load(starts_ptr + expert) + tl.minimum(m, count - 1)
-    return expert.to(tl.int64), column_tile, place, m < count
+    return tl.load(starts_ptr + expert) + tl.minimum(m, tl.load(counts_ptr + expert) - 1)
+
+
+@triton.jit
+def _places_to_store(starts_ptr, counts_ptr, expert, row_tile, BLOCK_M: tl.constexpr):
+    """The row tile's places and which of them are the expert's.
+
+    Made anew after the sums: what lives through their loop takes registers from it. The loads are
+    volatile, or the compiler would know these places from those before the loop.
+    """
+    count = tl.load(counts_ptr + expert, volatile=True)
+    start = tl.load(starts_ptr + expert, volatile=True)
+    m = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    return start + m, m < count
 
 
 @triton.jit
@@ -99,12 +118,18 @@ def _gate_up_kernel(
     share = tl.cdiv(steps, SPLITS)
     for item in range(tl.program_id(0), tl.max(ends, 0) * SPLITS, tl.num_programs(0)):
         split = item % SPLITS
-        expert, column_tile, place, valid = _find_tile(
-            item // SPLITS, ends, starts_ptr, counts_ptr, column_tiles, BLOCK_M, ROW_GROUP
+        expert, row_tile, column_tile = _find_tile(
+            item // SPLITS, ends, counts_ptr, column_tiles, BLOCK_M, ROW_GROUP
         )
-        source = place.to(tl.int64)
+        place = _places(starts_ptr, counts_ptr, expert, row_tile, BLOCK_M)
         if GATHER:
             source = (tl.load(rows_ptr + place) // top_k).to(tl.int64)
+            x_rows = x_ptr + source * stride_xt
+        else:
+            # Steps within the tile fit 32 bits: half the registers of so many addresses.
+            source = place.to(tl.int64)
+            first = tl.load(starts_ptr + expert) + row_tile * BLOCK_M
+            x_rows = x_ptr + first.to(tl.int64) * stride_xt + (place - first) * stride_xt
         n = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
         if TMA:
             gate_rows = (expert * 2 * width + column_tile * BLOCK_N).to(tl.int32)
@@ -122,7 +147,7 @@ def _gate_up_kernel(
             gate_scales = w_scale_ptr + scale_tile * steps
             up_scales = gate_scales + width // BLOCK_N * steps
         gate, up = multiply(
-            x_ptr + source * stride_xt,
+            x_rows,
             x_scales,
             stride_xsk,
             w_ptr,
@@ -142,6 +167,7 @@ def _gate_up_kernel(
             TMA=TMA,
             EVEN_K=EVEN_K,
         )
+        place, valid = _places_to_store(starts_ptr, counts_ptr, expert, row_tile, BLOCK_M)
         if SPLITS == 1:
             hidden = gate * tl.sigmoid(gate) * up
             if SWAP:
@@ -231,9 +257,10 @@ def _down_kernel(
     share = tl.cdiv(steps, SPLITS)
     for item in range(tl.program_id(0), tl.max(ends, 0) * SPLITS, tl.num_programs(0)):
         split = item % SPLITS
-        expert, column_tile, place, valid = _find_tile(
-            item // SPLITS, ends, starts_ptr, counts_ptr, column_tiles, BLOCK_M, ROW_GROUP
+        expert, row_tile, column_tile = _find_tile(
+            item // SPLITS, ends, counts_ptr, column_tiles, BLOCK_M, ROW_GROUP
         )
+        place = _places(starts_ptr, counts_ptr, expert, row_tile, BLOCK_M)
         first = column_tile * BLOCK_N * TILES
         n = first + tl.arange(0, BLOCK_N)
         n2 = n + BLOCK_N
@@ -273,13 +300,14 @@ def _down_kernel(
             TMA=TMA,
             EVEN_K=EVEN_K,
         )
+        place, valid = _places_to_store(starts_ptr, counts_ptr, expert, row_tile, BLOCK_M)
         choice = place
         if SCATTER:
-            choice = tl.load(rows_ptr + place)
+            choice = tl.load(rows_ptr + place, mask=valid, other=0)
         out_rows = out_ptr + (split.to(tl.int64) * num_places + choice) * width
         factor = tl.full((BLOCK_M,), 1.0, tl.float32)
         if weights_ptr is not None:
-            factor = tl.load(weights_ptr + choice)
+            factor = tl.load(weights_ptr + choice, mask=valid, other=0.0)
         _store_tile(out_rows, sums, factor, n, valid, width, SWAP)
         if PAIR:
             _store_tile(out_rows, sums2, factor, n2, valid, width, SWAP)
@@ -346,13 +374,15 @@ def gate_up(
     if scaled:
         out_scales = starts.new_empty(width // 128, num_places, dtype=torch.float32).t()
     if tile is None:
-        tile = _choose(GATE_UP_TILES, values, num_experts, num_places)
-    column_tiles = triton.cdiv(width, tile.columns)
-    splits = _splits(tile, num_experts, num_places, column_tiles, depth, weight.device)
+        tile = tile_for(GATE_UP_TILES, values, num_experts, num_places, width)
+    splits = splits_for(
+        tile, num_experts, num_places, width=width, depth=depth, device=weight.device
+    )
+    items = column_tiles(tile, width) * splits
     sums = out
     if splits > 1:
         sums = weight.new_empty(splits, num_places, 2 * width, dtype=torch.float32)
-    _gate_up_kernel[_grid(tile, num_experts, num_places, column_tiles * splits, weight.device)](
+    _gate_up_kernel[_grid(tile, num_experts, num_places, items, weight.device)](
         values,
         scales,
         _weight_argument(tile, weight),
@@ -407,11 +437,13 @@ def down(
     num_experts, width, depth = weight.shape
     out = weight.new_empty(num_places, width, dtype=out_dtype)
     if tile is None:
-        tile = _choose(DOWN_TILES, values, num_experts, num_places)
-    column_tiles = triton.cdiv(width, tile.columns * (2 if tile.pair else 1))
-    splits = _splits(tile, num_experts, num_places, column_tiles, depth, weight.device)
+        tile = tile_for(DOWN_TILES, values, num_experts, num_places, width)
+    splits = splits_for(
+        tile, num_experts, num_places, width=width, depth=depth, device=weight.device
+    )
+    items = column_tiles(tile, width) * splits
     sums = out if splits == 1 else out.new_empty(splits, *out.shape, dtype=torch.float32)
-    _down_kernel[_grid(tile, num_experts, num_places, column_tiles * splits, weight.device)](
+    _down_kernel[_grid(tile, num_experts, num_places, items, weight.device)](
         values,
         scales,
         _weight_argument(tile, weight),
@@ -469,37 +501,11 @@ def _weight_argument(tile: Tile, weight: Tensor) -> Tensor | TensorDescriptor:
     return TensorDescriptor.from_tensor(weight.flatten(0, 1), [tile.columns, tile.depth])
 
 
-def _choose(table: Tiles, values: Tensor, num_experts: int, num_places: int) -> Tile:
-    """By the rows that an expert has if those that can have any share them alike."""
-    per_expert = num_places // max(1, min(num_experts, num_places))
-    size = values.dtype.itemsize
-    tile = choose_tile(table[size], device_class(values.device), per_expert)
-    # The accelerator steps from row to row in units of 16 bytes; operands have the same depth.
-    return tile if values.shape[1] * size % 16 == 0 else replace(tile, tma=False)
-
-
-def _splits(
-    tile: Tile,
-    num_experts: int,
-    num_places: int,
-    column_tiles: int,
-    depth: int,
-    device: torch.device,
-) -> int:
-    tiles = _most_row_tiles(tile, num_experts, num_places) * column_tiles
-    return count_splits(tile, tiles, triton.cdiv(depth, tile.depth), num_sms(device))
-
-
-def _most_row_tiles(tile: Tile, num_experts: int, num_places: int) -> int:
-    """However the places are shared out, there are no more."""
-    return (num_places + min(num_experts, num_places) * (tile.rows - 1)) // tile.rows
-
-
 def _grid(
     tile: Tile, num_experts: int, num_places: int, items: int, device: torch.device
 ) -> tuple[int]:
     """Programs for `items` pieces of work a row tile: known here without asking the device."""
-    most = _most_row_tiles(tile, num_experts, num_places) * items
+    most = most_row_tiles(tile, num_experts, num_places) * items
     return (max(1, min(most, tile.per_sm * num_sms(device))),)
 
 
@@ -521,10 +527,11 @@ def _blocks(tile: Tile, depth: int) -> dict[str, int | bool]:
 def variants() -> list[Variant]:
     """Every kernel at every tile of the tables, for DeepSeek-V3's 256 experts."""
     found = []
-    for (size, element), splits in product(((1, "*fp8e4nv"), (2, "*bf16")), (1, 2)):
-        gate_up_tiles, down_tiles = all_tiles(GATE_UP_TILES[size]), all_tiles(DOWN_TILES[size])
-        found += [_gate_up_variant(tile, element, splits=splits) for tile in gate_up_tiles]
-        found += [_down_variant(tile, element, splits=splits) for tile in down_tiles]
+    for size, element in ((1, "*fp8e4nv"), (2, "*bf16")):
+        for table, variant in ((GATE_UP_TILES, _gate_up_variant), (DOWN_TILES, _down_variant)):
+            for tile in all_tiles(table[size]):
+                both = (1, 2) if tile.splits == 0 else (tile.splits,)
+                found += [variant(tile, element, splits=splits) for splits in both]
     found.append(_gate_up_variant(GATE_UP_TILES[1][H100][-1][1], "*fp8e4nv", gather=False))
     found.append(
         Variant(

@@ -115,3 +115,24 @@ def _checked(value: Any, kind: Any, place: str) -> Any:
     if type(value) is not kind or (kind is int and value < 0):
         raise TileFileError(f"{place}: {value!r} is no {kind.__name__} that a tile may have")
     return value
+
+
+def fitting(
+    tables: Mapping[DeviceClass, Classes[FormT]], version: str
+) -> Mapping[DeviceClass, Classes[FormT]]:
+    """Without the tiles that say, by `newest_triton`, that this Triton `version` is too new."""
+
+    def fits(tile: FormT) -> bool:
+        return fits_triton(getattr(tile, "newest_triton", ""), version)
+
+    return {
+        device: tuple(row for row in classes if fits(row[1])) for device, classes in tables.items()
+    }
+
+
+def fits_triton(newest: str, version: str) -> bool:
+    """Whether a tile for Tritons up to `newest` ("3.6"; "" is every one) is for this `version`."""
+    if not newest:
+        return True
+    ours, theirs = (tuple(map(int, each.split(".")[:2])) for each in (version, newest))
+    return ours <= theirs
