@@ -16,7 +16,7 @@ from tests.model_probe import Probe
 from tidemill.engine import Engine, EngineConfig, SamplingParams
 from tidemill.engine.decode_graphs import DecodeGraphs, Recording, graph_sizes
 from tidemill.engine.runner import ModelRunner
-from tidemill.engine.scheduler import Step
+from tidemill.engine.scheduler import PrefillChunk, Step
 from tidemill.kernels import choice
 from tidemill.kernels.linear import BlockScaledLinear
 from tidemill.models.deepseek import Attention
@@ -43,6 +43,7 @@ FP8_HALVES = Variant("v3", {**BLOCKS, "rope_interleave": False}, "fp8")
 # choose another expert for it.
 FP8_TOLERANCE = 0.15
 PLAIN_TOLERANCE = 1e-5
+ONE_TOKEN = SamplingParams(max_tokens=1)
 
 
 @pytest.fixture(autouse=True)
@@ -114,6 +115,35 @@ def test_kernels_give_the_logits_of_their_references(name: str, tmp_path: Path) 
         expected = form(ids)
         with choice.forced("triton"):
             assert error(form(ids), expected) < PLAIN_TOLERANCE
+
+
+def step_of_all_kinds(engine: Engine) -> Step:
+    """A decode row, and of three prompts a rest after a prefix, one token, and a first chunk."""
+    seqs = {
+        length: make_sequence(engine, str(length), prompt(length).tolist(), ONE_TOKEN)
+        for length in (67, 5, 128, 9)
+    }
+    before = [PrefillChunk(seqs[67], 0, 66), PrefillChunk(seqs[5], 0, 2)]
+    before += [PrefillChunk(seqs[128], 0, 127)]
+    with choice.forced("reference"):
+        engine._runner.forward(Step(chunks=before))
+    chunks = [PrefillChunk(seqs[5], 2, 5), PrefillChunk(seqs[128], 127, 128)]
+    return Step(decodes=[seqs[67]], chunks=[*chunks, PrefillChunk(seqs[9], 0, 4)])
+
+
+def test_chunks_of_several_prompts_are_attended_to_as_each_alone(tmp_path: Path) -> None:
+    INTERPRETED["v3"].make(tmp_path / "model", tmp_path)
+    engine = interpreted_engine(tmp_path / "model", recorded=False)
+    runner = engine._runner
+    step = step_of_all_kinds(engine)
+    with choice.forced("reference"):
+        alone = [Step(decodes=step.decodes), *(Step(chunks=[chunk]) for chunk in step.chunks)]
+        expected = runner.logits(torch.cat([runner.forward(each) for each in alone]))
+    engine.pool.latents[:, step.chunks[2].seq.block_table] = float("nan")  # nothing is there yet
+    for path in ("reference", "triton"):
+        with choice.forced(path):
+            logits = runner.logits(runner.forward(step))
+        assert error(logits, expected) < PLAIN_TOLERANCE
 
 
 def eager(run: Callable[[], Tensor]) -> Recording:

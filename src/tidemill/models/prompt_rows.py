@@ -7,8 +7,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from tidemill.blocks import BLOCK_TOKENS
-
+BLOCK_TOKENS = 64  # of a pool's blocks
 # Keys and values of all contexts that are attended to together are there at once: 2 GiB a layer
 # for the 128 heads of DeepSeek-V3. A longer context is attended to alone.
 MOST_CONTEXT = 32768
