@@ -38,4 +38,4 @@ def a_call(seed: int, op: Callable[..., None], num_rows: int) -> Call:
     rotation = torch.polar(torch.ones_like(angles), angles)
     pool = torch.zeros(num_rows // 64 + 1, 64, LORA + ROPE, dtype=torch.bfloat16, device="cuda")
     slots = torch.randperm(num_rows, generator=generator, device="cuda")
-    return lambda: op(query, kv_a, weight, EPS, rotation, pool, slots, None)
+    return lambda: op(query, kv_a, weight, EPS, rotation, pool, slots, None, decoding=None)
