@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from torch import Tensor
 from tidemill.kernels import choice
 from tidemill.kernels.cases import MLA_PREFILL_CASES, MLA_PREFILL_GPU_CASES, MlaPrefillCase
 from tidemill.kernels.linear import make_linear
-from tidemill.kernels.mla_prefill import mla_prefill, mla_prefill_ragged, reference
+from tidemill.kernels.mla_prefill import kernel, mla_prefill, mla_prefill_ragged, reference
+from tidemill.kernels.mla_prefill.configs import TILES, Tile
+from tidemill.kernels.tiles import all_tiles
 
 SCALE = 0.2
 # dtype -> absolute and relative
@@ -75,6 +78,15 @@ def test_mla_prefill_matches_reference(case: MlaPrefillCase, dtype: torch.dtype)
     assert_matches(out, inputs.run(reference.mla_prefill_ragged))
 
 
+@pytest.mark.parametrize("tile", all_tiles(TILES), ids=str)
+def test_mla_prefill_gives_the_same_by_every_tile(tile: Tile) -> None:
+    inputs = make_inputs(MLA_PREFILL_CASES[1], torch.float32)
+    assert_matches(
+        inputs.run(partial(kernel.mla_prefill_ragged, tile=tile)),
+        inputs.run(reference.mla_prefill_ragged),
+    )
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", MLA_PREFILL_GPU_CASES, ids=str)
 def test_mla_prefill_matches_reference_on_gpu(case: MlaPrefillCase) -> None:
@@ -83,6 +95,7 @@ def test_mla_prefill_matches_reference_on_gpu(case: MlaPrefillCase) -> None:
     assert_matches(out, inputs.run(reference.mla_prefill_ragged))
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # the interpreter's numpy
 def test_mla_prefill_keeps_what_is_not_a_number_within_its_prompt() -> None:
     inputs = make_inputs(MLA_PREFILL_CASES[1], torch.float32)
     truth = inputs.run(reference.mla_prefill_ragged)
