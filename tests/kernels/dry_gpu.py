@@ -22,6 +22,7 @@ from unittest import mock
 import torch
 import triton
 from torch import Tensor
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -94,6 +95,7 @@ class DryGpu:
         enter(_Dispatch(self))
         enter(_Unguarded())
         enter(mock.patch.multiple(torch.cuda, **_stand_ins(self)))
+        enter(mock.patch.object(fake_tensor, "init_gpu_context"))
         enter(mock.patch.multiple(FakeTensor, data_ptr=_address, tolist=_to_list))
         enter(mock.patch.object(torch, "Generator", _generator))
         enter(mock.patch.object(triton.runtime.driver, "_active", _Driver(self)))
@@ -250,16 +252,29 @@ class _Unguarded(TorchFunctionMode):
 
 def _indexed(tensor: Tensor, index: Any) -> Tensor:
     places = index if isinstance(index, tuple) else (index,)
+    places = tuple(_as_number(each) for each in places)  # as torch does: a wait
     if any(isinstance(each, Tensor) for each in places):
         if not all(isinstance(each, Tensor) or each == slice(None) for each in places):
             raise NotImplementedError(f"both slices and tensors in {index}")
-        picks = [None if isinstance(each, slice) else each for each in places]
+        picks: list[Tensor | None] = []
+        for each in places:
+            is_mask = isinstance(each, Tensor) and each.dtype == torch.bool
+            picks += aten.nonzero(each).unbind(1) if is_mask else [_or_none(each)]
         picked: Tensor = aten.index(tensor, picks)
         return picked
     with torch.utils._python_dispatch._disable_current_modes():
-        part = torch.empty_strided(tensor.shape, tensor.stride(), device="meta")[index]
+        part = torch.empty_strided(tensor.shape, tensor.stride(), device="meta")[places]
     offset = tensor.storage_offset() + part.storage_offset()
     return tensor.as_strided(part.shape, part.stride(), offset)
+
+
+def _as_number(place: Any) -> Any:
+    is_number = isinstance(place, Tensor) and place.ndim == 0 and place.dtype != torch.bool
+    return place.item() if is_number else place
+
+
+def _or_none(place: Any) -> Tensor | None:
+    return place if isinstance(place, Tensor) else None
 
 
 def _assign(tensor: Tensor, index: Any, value: Any) -> None:

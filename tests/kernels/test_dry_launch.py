@@ -85,6 +85,18 @@ def test_a_read_is_a_wait(read: str) -> None:
     assert [each.captured for each in gpu.waits] == [True]
 
 
+def test_a_number_that_is_an_index_and_a_mask_are_reads() -> None:
+    with DryGpu() as gpu:
+        table = torch.zeros(8, 4, device="cuda")
+        assert table[torch.tensor(1), 2:].shape == (2,)
+        assert gpu.waits == []
+        assert table[table[0, 0].long(), 2:].shape == (2,)
+        table[table > 0]
+        assert len(gpu.waits) == 2
+        assert table[torch.zeros(3, device="cuda").long()].shape == (3, 4)
+    assert len(gpu.waits) == 2
+
+
 def test_a_send_from_pageable_memory_is_a_wait_and_one_from_pinned_memory_is_none() -> None:
     with DryGpu() as gpu:
         there = torch.empty(4, device="cuda")
