@@ -20,6 +20,20 @@ def _fresh_memory_is_poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(owner, name, _poisoning(getattr(owner, name)))
 
 
+@pytest.fixture(params=[False, True], ids=["forwards", "backwards"])
+def either_order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter runs programs by their ids, or the last first, as a GPU might."""
+    from triton.runtime.interpreter import InterpreterBuilder  # noqa: PLC0415 - triton is heavy
+
+    place = InterpreterBuilder.set_grid_idx
+
+    def mirrored(builder: Any, *ids: int) -> None:
+        place(builder, *(size - 1 - i for size, i in zip(builder.grid_dim, ids, strict=True)))
+
+    if request.param:
+        monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", mirrored)
+
+
 def _poisoning(make: Any) -> Any:
     def made(*args: Any, **kwargs: Any) -> Tensor:
         return poison(make(*args, **kwargs))

@@ -73,7 +73,7 @@ def decode(batch: int, gpu: DryGpu) -> list[str]:
 
 def prefill(prompts: int, gpu: DryGpu) -> list[str]:
     """A step of so many chunks, the first after a cached prefix, the last of one token."""
-    chunks = [(128, 300), (0, 65), (0, 1)][-prompts:]
+    chunks = [(128, 300), (0, 65), (0, 1)][:prompts]
     spans = [PromptSpan(start, end, list(range(8))) for start, end in chunks]
     positions = torch.cat([torch.arange(each.start, each.end) for each in spans]).cuda()
     batch = Batch(positions, positions, prompts=prompt_rows(0, spans, positions.device))

@@ -8,7 +8,7 @@ from torch import Tensor
 from tidemill.kernels.act_quant.reference import Quantized, act_quant
 from tidemill.kernels.cases import GEMM_CASES, GEMM_GPU_CASES, GemmCase
 from tidemill.kernels.choice import forced
-from tidemill.kernels.device import H100
+from tidemill.kernels.device import H100, tile_counters
 from tidemill.kernels.fp8_gemm import fp8_gemm, reference
 from tidemill.kernels.fp8_gemm.configs import TILES, Tile, count_splits
 
@@ -87,6 +87,44 @@ def test_few_rows_split_the_depth_and_many_do_not() -> None:
     assert count_splits(tile, num_tiles=33, num_steps=4, sms=132) == 1
     assert count_splits(tile, num_tiles=500, num_steps=56, sms=132) == 1
     assert count_splits(replace(tile, splits=1), num_tiles=1, num_steps=56, sms=132) == 1
+    assert count_splits(Tile(16, 64, 128, splits=2), 65_537, num_steps=56, sms=132) == 1
+
+
+@pytest.mark.usefixtures("either_order")
+def test_parts_are_added_in_their_order_whoever_comes_last() -> None:
+    from tidemill.kernels.fp8_gemm import kernel  # noqa: PLC0415 - triton is heavy
+
+    a, weight, scales = operands(GemmCase(20, 200, 512))
+    options: dict[str, Any] = {"out_dtype": torch.float32, "bias": None}
+    tile = replace(ALL_TILES[0], splits=1)
+    expected = torch.zeros(20, 200, device=DEVICE)
+    for part in range(4):
+        k = slice(128 * part, 128 * (part + 1))
+        values = a.values[:, k].contiguous()
+        group = Quantized(values, a.scales[:, part : part + 1].contiguous())
+        block = scales[:, part : part + 1].contiguous()
+        expected += kernel.fp8_gemm(
+            group, weight[:, k].contiguous(), block, tile=tile, residual=None, **options
+        )
+    residual = torch.randn(20, 200, device=DEVICE)
+    expected += residual
+    found = kernel.fp8_gemm(
+        a, weight, scales, tile=replace(tile, splits=4), residual=residual, **options
+    )
+    assert torch.equal(found, expected)
+
+
+def test_counters_are_zero_for_the_next_call_of_another_size() -> None:
+    from tidemill.kernels.fp8_gemm import kernel  # noqa: PLC0415 - triton is heavy
+
+    for case, splits in ((GemmCase(20, 200, 384), 3), (GemmCase(40, 330, 256), 2)):
+        a, weight, scales = operands(case)
+        options: dict[str, Any] = {"out_dtype": torch.float32, "residual": None, "bias": None}
+        tile = replace(ALL_TILES[0], splits=splits)
+        found = kernel.fp8_gemm(a, weight, scales, tile=tile, **options)
+        expected = reference.fp8_gemm(a, weight, scales, **options)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert not tile_counters(weight.device).any()
 
 
 def test_no_rows_give_no_rows() -> None:

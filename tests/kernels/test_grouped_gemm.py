@@ -9,7 +9,7 @@ from torch.nn.functional import silu
 from tidemill.kernels.act_quant.reference import Quantized, act_quant, dequantize, scale_groups
 from tidemill.kernels.cases import GROUPED_CASES, GROUPED_GPU_CASES, SCALED_CASES, ExpertCase
 from tidemill.kernels.choice import PATHS, forced
-from tidemill.kernels.device import H100
+from tidemill.kernels.device import H100, tile_counters
 from tidemill.kernels.expert_mlp import Expert, expert_mlp, gather_rows, scatter_rows
 from tidemill.kernels.fp8_gemm.configs import Tile
 from tidemill.kernels.fp8_gemm.reference import widen_weight
@@ -206,6 +206,53 @@ def test_a_tile_too_large_to_fill_the_device_gives_way(
     values = torch.empty(1, 7168, dtype=torch.float8_e4m3fn, device=DEVICE)
     tile = configs.tile_for(ALL_GATE_UP_TILES, values, num_experts, num_experts * rows, 2048)
     assert tile.rows == tile_rows
+
+
+@pytest.mark.usefixtures("either_order")
+def test_parts_of_a_place_are_added_in_their_order_whoever_comes_last() -> None:
+    from tidemill.kernels.grouped_gemm import kernel  # noqa: PLC0415 - triton is heavy
+
+    layer = Layer(ExpertCase(20, 4, 2, 160, 512), torch.float8_e4m3fn)
+    (hidden, weight, scales), options = layer.down_arguments()
+    options["out_dtype"] = torch.float32
+    tile = replace(DOWN_SCALED[0], splits=1)
+    expected = torch.zeros(40, 160, device=DEVICE)
+    for part in range(4):
+        k = slice(128 * part, 128 * (part + 1))
+        group = Quantized(
+            hidden.values[:, k].contiguous(), hidden.scales[:, part : part + 1].contiguous()
+        )
+        block = scales[..., part : part + 1].contiguous()
+        expected += kernel.down(group, weight[..., k].contiguous(), block, **options, tile=tile)
+    split = replace(tile, splits=4)
+    assert torch.equal(kernel.down(hidden, weight, scales, **options, tile=split), expected)
+
+
+@pytest.mark.usefixtures("either_order")
+@pytest.mark.parametrize("splits", [2, 3])
+def test_splits_leave_counters_zero_and_places_of_nobody_unwritten(splits: int) -> None:
+    from tidemill.kernels.grouped_gemm import kernel  # noqa: PLC0415 - triton is heavy
+
+    for room, filled in ((20, [0, 3, 20, 17]), (40, [40, 0, 0, 1])):
+        counts = torch.tensor(filled, dtype=torch.int32, device=DEVICE)
+        layer = Layer(ExpertCase(4 * room, 4, 1, 384, 128), torch.float8_e4m3fn)
+        starts = torch.arange(4, dtype=torch.int32, device=DEVICE) * room
+        places: dict[str, Any] = {"starts": starts, "counts": counts, "rows": None}
+        taken = (torch.arange(room, device=DEVICE) < counts.unsqueeze(1)).flatten()
+        arguments, _ = layer.gate_up_arguments()
+        tile = replace(GATE_UP_SCALED[0], splits=splits)
+        found = kernel.gate_up(*arguments, **places, top_k=1, tile=tile, values_dtype=torch.float32)
+        assert isinstance(found, Quantized)
+        expected, _ = scale_groups(hidden_of(arguments, {**places, "top_k": 1}))
+        near(found.values[taken], expected[taken], size=4480.0)
+        assert found.values[~taken].isnan().all()
+        assert found.scales[~taken].isnan().all()
+        arguments, _ = layer.down_arguments()
+        places |= {"weights": None, "out_dtype": torch.float32}
+        routed = kernel.down(*arguments, **places, tile=replace(DOWN_SCALED[0], splits=splits))
+        near(routed[taken], reference.down(*arguments, **places)[taken])
+        assert routed[~taken].isnan().all()
+        assert not tile_counters(counts.device).any()
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+from torch import Tensor
 
+NUM_COUNTERS = 65_536  # of tiles in one launch: more tiles than these are not split
 _INTERPRETED_SMS = 3  # programs of a persistent grid in Triton's interpreter: more than one
 
 
@@ -35,3 +37,15 @@ def device_class(device: torch.device) -> DeviceClass:
 def num_sms(device: torch.device) -> int:
     """Multiprocessors that a persistent grid fills."""
     return device_class(device).num_sms if device.type == "cuda" else _INTERPRETED_SMS
+
+
+@cache
+def tile_counters(device: torch.device) -> Tensor:
+    """[NUM_COUNTERS] int32: how many programs have done their part of a tile; 0 between launches.
+
+    One for all launches on a device, kept for ever, as recorded CUDA graphs point at it. Launches
+    that take it follow each other, as on one stream: two at once would count each other's parts.
+    Its first use must not be within a capture, whose memory is the graph's own: `record_graph` runs
+    what it records once before.
+    """
+    return torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)

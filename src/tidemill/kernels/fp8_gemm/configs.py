@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import triton
 
+from tidemill.kernels.device import NUM_COUNTERS
 from tidemill.kernels.tiles import fitting, tables_of
 
 _FEWEST_STEPS = 4  # of a split: less is not worth the sum
@@ -33,8 +34,11 @@ TILES = fitting(tables_of("fp8_gemm", Tile), triton.__version__)
 def count_splits(tile: Tile, num_tiles: int, num_steps: int, sms: int) -> int:
     """Into how many parts K is split: what the tile says, or enough to give every SM its programs.
 
-    A power of two, so that few kernels are compiled, and of at least four steps each.
+    A power of two, so that few kernels are compiled, and of at least four steps each. 1 where there
+    are more tiles than counters: enough work for any device.
     """
+    if num_tiles > NUM_COUNTERS:
+        return 1
     if tile.splits:
         return tile.splits
     splits = 1

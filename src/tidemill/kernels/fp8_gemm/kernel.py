@@ -15,11 +15,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tidemill.kernels.act_quant import Quantized
 from tidemill.kernels.aot import Variant
-from tidemill.kernels.device import H100, device_class, num_sms
+from tidemill.kernels.device import device_class, num_sms, tile_counters
 from tidemill.kernels.fp8_gemm.configs import TILES, Tile, count_splits
 from tidemill.kernels.tiles import all_tiles, choose_tile
-
-_SUM_BLOCK = 1024
 
 
 @triton.jit
@@ -131,6 +129,32 @@ def place_in_group(tile, num_row_tiles, num_column_tiles, ROW_GROUP: tl.constexp
 
 
 @triton.jit
+def arrives_last(counter, SPLITS: tl.constexpr):
+    """Whether this program's part of a tile, stored before the call, is the last of SPLITS.
+
+    The others' parts may then be read, past this multiprocessor's own cache (`sum_parts`). The
+    counter is 0 again: the next launch, a graph's replay too, finds it so.
+    """
+    tl.debug_barrier()  # the one thread that counts speaks for all that have stored
+    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
+    if last:
+        tl.store(counter, 0)
+    return last
+
+
+@triton.jit
+def sum_parts(parts_ptr, elements, stride, within, SPLITS: tl.constexpr):
+    """fp32 sum of a tile's `elements` in each of SPLITS parts, in order, whoever came last."""
+    # Loads on their way take registers: those of one large part, or of a few small ones.
+    AT_ONCE: tl.constexpr = max(1, 8192 // (within.shape[0] * within.shape[1]))
+    sums = tl.zeros(within.shape, tl.float32)
+    for _ in tl.range(SPLITS, loop_unroll_factor=AT_ONCE):
+        sums += tl.load(parts_ptr + elements, mask=within, other=0.0, cache_modifier=".cg")
+        parts_ptr += stride
+    return sums
+
+
+@triton.jit
 def _fp8_gemm_kernel(
     x_ptr,  # [M, K] e4m3
     x_scale_ptr,  # [M, K / 128]
@@ -138,7 +162,9 @@ def _fp8_gemm_kernel(
     w_scale_ptr,  # [ceil(N / 128), K / 128]
     bias_ptr,  # [N] or None
     residual_ptr,  # [M, N] or None
-    out_ptr,  # [splits, M, N]: of one split the result, else each split's sum
+    out_ptr,  # [M, N]
+    parts_ptr,  # [SPLITS, M, N] fp32: each split's sum; None of one
+    counters_ptr,  # `tile_counters`; None of one split
     num_rows,
     num_columns,
     depth,
@@ -146,6 +172,7 @@ def _fp8_gemm_kernel(
     stride_xsm,
     stride_xsk,
     stride_rm,
+    SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -158,7 +185,7 @@ def _fp8_gemm_kernel(
     row_tile, column_tile = place_in_group(tl.program_id(0), row_tiles, column_tiles, ROW_GROUP)
     split = tl.program_id(1)
     steps = tl.cdiv(depth, BLOCK_K)
-    share = tl.cdiv(steps, tl.num_programs(1))
+    share = tl.cdiv(steps, SPLITS)
     # Tails read the last row again: loads need no mask, only the store does.
     m = (row_tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     n = (column_tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
@@ -192,41 +219,19 @@ def _fp8_gemm_kernel(
     if SWAP:
         sums = sums.T
     within = (m < num_rows)[:, None] & (n < num_columns)[None, :]
+    if SPLITS > 1:
+        stride = tl.cast(num_rows, tl.int64) * num_columns
+        elements = m[:, None] * num_columns + n[None, :]
+        tl.store(parts_ptr + split * stride + elements, sums, mask=within)
+        if not arrives_last(counters_ptr + tl.program_id(0), SPLITS):
+            return
+        sums = sum_parts(parts_ptr, elements, stride, within, SPLITS)
     if bias_ptr is not None:
         sums += tl.load(bias_ptr + n, mask=n < num_columns, other=0.0).to(tl.float32)[None, :]
     if residual_ptr is not None:
         residual_ptrs = residual_ptr + m[:, None] * stride_rm + n[None, :]
         sums += tl.load(residual_ptrs, mask=within, other=0.0).to(tl.float32)
-    out_row = split.to(tl.int64) * num_rows + m
-    out_ptrs = out_ptr + out_row[:, None] * num_columns + n[None, :]
-    tl.store(out_ptrs, sums.to(out_ptr.dtype.element_ty), mask=within)
-
-
-@triton.jit
-def _sum_splits_kernel(
-    parts_ptr,  # [SPLITS, M, N] fp32
-    bias_ptr,  # [N] or None
-    residual_ptr,  # [M, N] or None
-    out_ptr,  # [M, N]
-    num_columns,
-    stride_part,
-    stride_rm,
-    SPLITS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    within = n < num_columns
-    part_ptrs = parts_ptr + row * num_columns + n
-    sums = tl.zeros((BLOCK_N,), tl.float32)
-    for split in tl.static_range(SPLITS):
-        sums += tl.load(part_ptrs + split * stride_part, mask=within, other=0.0)
-    if bias_ptr is not None:
-        sums += tl.load(bias_ptr + n, mask=within, other=0.0).to(tl.float32)
-    if residual_ptr is not None:
-        residual_ptrs = residual_ptr + row * stride_rm + n
-        sums += tl.load(residual_ptrs, mask=within, other=0.0).to(tl.float32)
-    out_ptrs = out_ptr + row * num_columns + n
+    out_ptrs = out_ptr + m[:, None] * num_columns + n[None, :]
     tl.store(out_ptrs, sums.to(out_ptr.dtype.element_ty), mask=within)
 
 
@@ -250,21 +255,24 @@ def fp8_gemm(
         tile = choose_tile(TILES, device_class(weight.device), num_rows)
     num_tiles = triton.cdiv(num_rows, tile.rows) * triton.cdiv(num_columns, tile.columns)
     splits = count_splits(tile, num_tiles, depth // tile.depth, num_sms(weight.device))
-    parts = out if splits == 1 else out.new_empty(splits, *out.shape, dtype=torch.float32)
-    extra = (bias, residual) if splits == 1 else (None, None)
+    parts, counters = scratch(splits, num_rows, num_columns, weight.device)
     _fp8_gemm_kernel[num_tiles, splits](
         a.values,
         a.scales,
         TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]) if tile.tma else weight,
         scale_inv,
-        *extra,
+        bias,
+        residual,
+        out,
         parts,
+        counters,
         num_rows,
         num_columns,
         depth,
         a.values.stride(0),
         *a.scales.stride(),
         0 if residual is None else residual.stride(0),
+        SPLITS=splits,
         BLOCK_M=tile.rows,
         BLOCK_N=tile.columns,
         BLOCK_K=tile.depth,
@@ -274,43 +282,30 @@ def fp8_gemm(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    if splits > 1:
-        sum_splits(parts, out, bias, residual)
     return out
 
 
-def sum_splits(parts: Tensor, out: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
-    """parts [S, M, N] fp32, plus bias [N], plus residual [M, N] -> out [M, N]: in that order."""
-    splits, num_rows, num_columns = parts.shape
-    _sum_splits_kernel[num_rows, triton.cdiv(num_columns, _SUM_BLOCK)](
-        parts,
-        bias,
-        residual,
-        out,
-        num_columns,
-        parts.stride(0),
-        0 if residual is None else residual.stride(0),
-        SPLITS=splits,
-        BLOCK_N=_SUM_BLOCK,
-    )
+def scratch(
+    splits: int, num_rows: int, num_columns: int, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """What splits meet in: their sums and the tiles' counters; one split needs neither."""
+    if splits == 1:
+        return None, None
+    parts = torch.empty(splits, num_rows, num_columns, dtype=torch.float32, device=device)
+    return parts, tile_counters(device)
 
 
 def variants() -> list[Variant]:
-    """Every kernel at every tile of the table, with and without what may be added."""
-    found = [_variant(tile, split=tile.splits != 1) for tile in all_tiles(TILES)]
-    found.append(_variant(TILES[H100][0][1], split=False))
-    names = ("num_columns", "stride_part", "stride_rm")
-    pointers = dict.fromkeys(("bias_ptr", "residual_ptr", "out_ptr"), "*bf16")
-    constants = {"SPLITS": 4, "BLOCK_N": _SUM_BLOCK}
-    types = {"parts_ptr": "*fp32", **pointers, **dict.fromkeys(names, "i32")}
-    found.append(
-        Variant(_sum_splits_kernel, {**types, **dict.fromkeys(constants, "constexpr")}, constants)
-    )
+    """Every kernel at every tile of the table, with all that may be added."""
+    found = []
+    for tile in all_tiles(TILES):
+        found += [_variant(tile, splits) for splits in ((1, 2, 8) if tile.splits != 1 else (1,))]
     return found
 
 
-def _variant(tile: Tile, *, split: bool) -> Variant:
+def _variant(tile: Tile, splits: int) -> Variant:
     constants: dict[str, Any] = {
+        "SPLITS": splits,
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.columns,
         "BLOCK_K": tile.depth,
@@ -319,12 +314,12 @@ def _variant(tile: Tile, *, split: bool) -> Variant:
         "ROW_GROUP": tile.row_group,
         "stride_xsm": 1,
     }
-    if split:
-        constants |= {"bias_ptr": None, "residual_ptr": None}
+    if splits == 1:
+        constants |= {"parts_ptr": None, "counters_ptr": None}
     weight = f"tensordesc<fp8e4nv[{tile.columns}, {tile.depth}]>" if tile.tma else "*fp8e4nv"
-    types = {"x_ptr": "*fp8e4nv", "w_ptr": weight, "x_scale_ptr": "*fp32", "w_scale_ptr": "*fp32"}
-    types |= dict.fromkeys(("bias_ptr", "residual_ptr"), "*bf16")
-    types["out_ptr"] = "*fp32" if split else "*bf16"
+    types = {"x_ptr": "*fp8e4nv", "w_ptr": weight, "counters_ptr": "*i32"}
+    types |= dict.fromkeys(("x_scale_ptr", "w_scale_ptr", "parts_ptr"), "*fp32")
+    types |= dict.fromkeys(("bias_ptr", "residual_ptr", "out_ptr"), "*bf16")
     signature = {
         name: "constexpr" if name in constants else types.get(name, "i32")
         for name in _fp8_gemm_kernel.arg_names

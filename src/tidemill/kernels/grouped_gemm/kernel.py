@@ -17,7 +17,13 @@ from tidemill.kernels.act_quant import Quantized
 from tidemill.kernels.aot import Variant
 from tidemill.kernels.device import H100, num_sms
 from tidemill.kernels.fp8_gemm.configs import Tile
-from tidemill.kernels.fp8_gemm.kernel import multiply, place_in_group, sum_splits
+from tidemill.kernels.fp8_gemm.kernel import (
+    arrives_last,
+    multiply,
+    place_in_group,
+    scratch,
+    sum_parts,
+)
 from tidemill.kernels.grouped_gemm.configs import (
     DOWN_TILES,
     GATE_UP_TILES,
@@ -87,8 +93,10 @@ def _gate_up_kernel(
     x_scale_ptr,  # [T, D / 128] where SCALED
     w_ptr,  # [E, 2 * I, D]; where TMA a descriptor of [E * 2 * I, D]
     w_scale_ptr,  # [E, 2 * I / 128, D / 128] where SCALED
-    out_ptr,  # [R, I]; of several splits [splits, R, 2 * I] fp32: each split's sums
+    out_ptr,  # [R, I]
     out_scale_ptr,  # [R, I / 128] where SCALED, next to each other the scales of a column
+    parts_ptr,  # [SPLITS, R, 2 * I] fp32: each split's sums; None of one
+    counters_ptr,  # `tile_counters`; None of one split
     rows_ptr,  # [R] flat choices where GATHER
     starts_ptr,  # [E]
     counts_ptr,  # [E]
@@ -169,54 +177,50 @@ def _gate_up_kernel(
         )
         place, valid = _places_to_store(starts_ptr, counts_ptr, expert, row_tile, BLOCK_M)
         if SPLITS == 1:
-            hidden = gate * tl.sigmoid(gate) * up
-            if SWAP:
-                hidden = hidden.T
-            if SCALED:
-                amax = tl.maximum(tl.max(tl.abs(hidden), 1), 1e-4)
-                tl.store(out_scale_ptr + column_tile * num_places + place, amax / 448, mask=valid)
-                hidden *= (448 / amax)[:, None]
-            out_ptrs = out_ptr + place.to(tl.int64)[:, None] * width + n[None, :]
-            within = valid[:, None] & (n < width)[None, :]
-            tl.store(out_ptrs, hidden.to(out_ptr.dtype.element_ty), mask=within)
+            _store_hidden(
+                gate, up, out_ptr, out_scale_ptr, place, valid, column_tile, width, num_places, SWAP
+            )
         else:
             if SWAP:
                 gate = gate.T
                 up = up.T
-            row = split.to(tl.int64) * num_places + place
-            out_ptrs = out_ptr + row[:, None] * 2 * width + n[None, :]
+            stride = tl.cast(num_places, tl.int64) * 2 * width
+            elements = place.to(tl.int64)[:, None] * 2 * width + n[None, :]
+            part_ptrs = parts_ptr + split * stride + elements
             within = valid[:, None] & (n < width)[None, :]
-            tl.store(out_ptrs, gate, mask=within)
-            tl.store(out_ptrs + width, up, mask=within)
+            tl.store(part_ptrs, gate, mask=within)
+            tl.store(part_ptrs + width, up, mask=within)
+            if arrives_last(counters_ptr + item // SPLITS, SPLITS):
+                _store_hidden(
+                    sum_parts(parts_ptr, elements, stride, within, SPLITS),
+                    sum_parts(parts_ptr + width, elements, stride, within, SPLITS),
+                    out_ptr,
+                    out_scale_ptr,
+                    place,
+                    valid,
+                    column_tile,
+                    width,
+                    num_places,
+                    SWAP=False,
+                )
 
 
 @triton.jit
-def _swiglu_splits_kernel(
-    parts_ptr,  # [SPLITS, R, 2 * I] fp32
-    out_ptr,  # [R, I]
-    out_scale_ptr,  # [R, I / 128] where SCALED
-    width,
-    stride_part,
-    SPLITS: tl.constexpr,
-    SCALED: tl.constexpr,
-    BLOCK_N: tl.constexpr,  # 128 where SCALED
+def _store_hidden(
+    gate, up, out_ptr, scale_ptr, place, valid, column_tile, width, num_places, SWAP: tl.constexpr
 ):
-    place = tl.program_id(0).to(tl.int64)
-    column_tile = tl.program_id(1)
-    n = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    within = n < width
-    gate_ptrs = parts_ptr + place * 2 * width + n
-    gate = tl.zeros((BLOCK_N,), tl.float32)
-    up = tl.zeros((BLOCK_N,), tl.float32)
-    for split in tl.static_range(SPLITS):
-        gate += tl.load(gate_ptrs + split * stride_part, mask=within, other=0.0)
-        up += tl.load(gate_ptrs + split * stride_part + width, mask=within, other=0.0)
+    """SwiGLU of a tile, quantised where there are scales to store."""
     hidden = gate * tl.sigmoid(gate) * up
-    if SCALED:
-        amax = tl.maximum(tl.max(tl.abs(hidden), 0), 1e-4)
-        tl.store(out_scale_ptr + column_tile * tl.num_programs(0) + place, amax / 448)
-        hidden *= 448 / amax
-    tl.store(out_ptr + place * width + n, hidden.to(out_ptr.dtype.element_ty), mask=within)
+    if SWAP:
+        hidden = hidden.T
+    if scale_ptr is not None:
+        amax = tl.maximum(tl.max(tl.abs(hidden), 1), 1e-4)
+        tl.store(scale_ptr + column_tile * num_places + place, amax / 448, mask=valid)
+        hidden *= (448 / amax)[:, None]
+    n = column_tile * hidden.shape[1] + tl.arange(0, hidden.shape[1])
+    out_ptrs = out_ptr + place.to(tl.int64)[:, None] * width + n[None, :]
+    within = valid[:, None] & (n < width)[None, :]
+    tl.store(out_ptrs, hidden.to(out_ptr.dtype.element_ty), mask=within)
 
 
 @triton.jit
@@ -225,7 +229,9 @@ def _down_kernel(
     x_scale_ptr,  # [R, I / 128] where SCALED
     w_ptr,  # [E, D, I]; where TMA a descriptor of [E * D, I]
     w_scale_ptr,  # [E, ceil(D / 128), I / 128] where SCALED
-    out_ptr,  # [R, D]; of several splits [splits, R, D] fp32: each split's sums
+    out_ptr,  # [R, D]
+    parts_ptr,  # [SPLITS, R, D] fp32: each split's sums; None of one
+    counters_ptr,  # `tile_counters`; None of one split
     rows_ptr,  # [R] flat choices where SCATTER
     weights_ptr,  # [R] of flat choices, or None
     starts_ptr,  # [E]
@@ -304,13 +310,24 @@ def _down_kernel(
         choice = place
         if SCATTER:
             choice = tl.load(rows_ptr + place, mask=valid, other=0)
-        out_rows = out_ptr + (split.to(tl.int64) * num_places + choice) * width
         factor = tl.full((BLOCK_M,), 1.0, tl.float32)
         if weights_ptr is not None:
             factor = tl.load(weights_ptr + choice, mask=valid, other=0.0)
-        _store_tile(out_rows, sums, factor, n, valid, width, SWAP)
-        if PAIR:
-            _store_tile(out_rows, sums2, factor, n2, valid, width, SWAP)
+        first_elements = choice.to(tl.int64) * width
+        if SPLITS == 1:
+            _store_tile(out_ptr + first_elements, sums, factor, n, valid, width, SWAP)
+            if PAIR:
+                _store_tile(out_ptr + first_elements, sums2, factor, n2, valid, width, SWAP)
+        else:
+            stride = tl.cast(num_places, tl.int64) * width
+            parts = parts_ptr + first_elements
+            _store_tile(parts + split * stride, sums, factor, n, valid, width, SWAP)
+            if PAIR:
+                _store_tile(parts + split * stride, sums2, factor, n2, valid, width, SWAP)
+            if arrives_last(counters_ptr + item // SPLITS, SPLITS):
+                _store_sum(first_elements, out_ptr, parts_ptr, stride, n, valid, width, SPLITS)
+                if PAIR:
+                    _store_sum(first_elements, out_ptr, parts_ptr, stride, n2, valid, width, SPLITS)
 
 
 @triton.jit
@@ -321,6 +338,14 @@ def _store_tile(out_rows, sums, factor, n, valid, width, SWAP: tl.constexpr):
     within = valid[:, None] & (n < width)[None, :]
     weighted = sums * factor[:, None]
     tl.store(out_ptrs, weighted.to(out_rows.dtype.element_ty), mask=within)
+
+
+@triton.jit
+def _store_sum(first_elements, out_ptr, parts_ptr, stride, n, valid, width, SPLITS: tl.constexpr):
+    within = valid[:, None] & (n < width)[None, :]
+    elements = first_elements[:, None] + n[None, :]
+    sums = sum_parts(parts_ptr, elements, stride, within, SPLITS)
+    tl.store(out_ptr + elements, sums.to(out_ptr.dtype.element_ty), mask=within)
 
 
 @triton.jit
@@ -379,16 +404,16 @@ def gate_up(
         tile, num_experts, num_places, width=width, depth=depth, device=weight.device
     )
     items = column_tiles(tile, width) * splits
-    sums = out
-    if splits > 1:
-        sums = weight.new_empty(splits, num_places, 2 * width, dtype=torch.float32)
+    parts, counters = scratch(splits, num_places, 2 * width, weight.device)
     _gate_up_kernel[_grid(tile, num_experts, num_places, items, weight.device)](
         values,
         scales,
         _weight_argument(tile, weight),
         scale_inv,
-        sums,
+        out,
         out_scales,
+        parts,
+        counters,
         rows,
         starts,
         counts,
@@ -405,17 +430,6 @@ def gate_up(
         SPLITS=splits,
         **_blocks(tile, depth),
     )
-    if splits > 1:
-        _swiglu_splits_kernel[num_places, triton.cdiv(width, 128)](
-            sums,
-            out,
-            out_scales,
-            width,
-            sums.stride(0),
-            SPLITS=splits,
-            SCALED=scaled,
-            BLOCK_N=128,
-        )
     return out if out_scales is None else Quantized(out, out_scales)
 
 
@@ -442,13 +456,15 @@ def down(
         tile, num_experts, num_places, width=width, depth=depth, device=weight.device
     )
     items = column_tiles(tile, width) * splits
-    sums = out if splits == 1 else out.new_empty(splits, *out.shape, dtype=torch.float32)
+    parts, counters = scratch(splits, num_places, width, weight.device)
     _down_kernel[_grid(tile, num_experts, num_places, items, weight.device)](
         values,
         scales,
         _weight_argument(tile, weight),
         scale_inv,
-        sums,
+        out,
+        parts,
+        counters,
         rows,
         weights,
         starts,
@@ -466,8 +482,6 @@ def down(
         PAIR=tile.pair,
         **_blocks(tile, depth),
     )
-    if splits > 1:
-        sum_splits(sums, out, None, None)
     return out
 
 
@@ -530,21 +544,9 @@ def variants() -> list[Variant]:
     for size, element in ((1, "*fp8e4nv"), (2, "*bf16")):
         for table, variant in ((GATE_UP_TILES, _gate_up_variant), (DOWN_TILES, _down_variant)):
             for tile in all_tiles(table[size]):
-                both = (1, 2) if tile.splits == 0 else (tile.splits,)
-                found += [variant(tile, element, splits=splits) for splits in both]
+                counts = (1, 2, 8) if tile.splits == 0 else (tile.splits,)
+                found += [variant(tile, element, splits=splits) for splits in counts]
     found.append(_gate_up_variant(GATE_UP_TILES[1][H100][-1][1], "*fp8e4nv", gather=False))
-    found.append(
-        Variant(
-            _swiglu_splits_kernel,
-            {
-                **dict.fromkeys(("parts_ptr", "out_scale_ptr"), "*fp32"),
-                "out_ptr": "*fp8e4nv",
-                **dict.fromkeys(("width", "stride_part"), "i32"),
-                **dict.fromkeys(("SPLITS", "SCALED", "BLOCK_N"), "constexpr"),
-            },
-            {"SPLITS": 2, "SCALED": True, "BLOCK_N": 128},
-        )
-    )
     found.append(
         Variant(
             _combine_kernel,
@@ -574,15 +576,14 @@ def _variant(
 ) -> Variant:
     blocks = _blocks(tile, depth=tile.depth)
     warps, stages = blocks.pop("num_warps"), blocks.pop("num_stages")
-    scaled = flags["SCALED"]
+    scaled, split = flags["SCALED"], flags["SPLITS"] > 1
+    given |= {"parts_ptr": split, "counters_ptr": split}
     given |= {"x_scale_ptr": scaled, "w_scale_ptr": scaled, "out_scale_ptr": scaled}
     constants: dict[str, Any] = {**flags, "EXPERTS": 256, **blocks}
     types = {"x_ptr": element, "w_ptr": element, "weights_ptr": "*fp32"}
-    types |= dict.fromkeys(("x_scale_ptr", "w_scale_ptr", "out_scale_ptr"), "*fp32")
-    types |= dict.fromkeys(("rows_ptr", "starts_ptr", "counts_ptr"), "*i32")
+    types |= dict.fromkeys(("x_scale_ptr", "w_scale_ptr", "out_scale_ptr", "parts_ptr"), "*fp32")
+    types |= dict.fromkeys(("rows_ptr", "starts_ptr", "counts_ptr", "counters_ptr"), "*i32")
     types["out_ptr"] = element if kernel is _gate_up_kernel else "*bf16"
-    if flags["SPLITS"] > 1:
-        types["out_ptr"] = "*fp32"
     if tile.tma:
         types["w_ptr"] = f"tensordesc<{element[1:]}[{tile.columns}, {tile.depth}]>"
     constants |= {name: None for name in kernel.arg_names if not given.get(name, True)}
