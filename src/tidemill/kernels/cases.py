@@ -142,6 +142,7 @@ MLA_PREFILL_CASES = (
 MLA_PREFILL_GPU_CASES = (  # DeepSeek-V3's widths, its heads whole and split over ranks
     MlaPrefillCase(128, 128, 64, 128, ((0, 1024),)),
     MlaPrefillCase(16, 128, 64, 128, ((0, 4096), (1, 1), (4095, 129), (1000, 777))),
+    MlaPrefillCase(16, 128, 64, 128, ((2048, 64), (4100, 1), (0, 200)) + ((5, 2),) * 70),
 )
 MLA_DECODE_CASES = (
     MlaDecodeCase(4, 32, 16, 1, (1,)),
