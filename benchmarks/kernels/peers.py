@@ -204,7 +204,7 @@ def sglang_moe(
     tile = tile or sglang_config.tile_for(tuned, num_tokens)
     if tile is not None:
         return with_tile(tile)
-    return fastest([with_tile(each) for each in sglang_config.TILES])
+    return fastest([with_tile(each) for each in sglang_config.USUAL])
 
 
 def expert_order(ids: Tensor, num_experts: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -247,7 +247,13 @@ def _into(out: Tensor, work: Callable[[], object]) -> Call:
 
 
 def _sglang(name: str) -> ModuleType:
-    """One of SGLang's files of Triton kernels, in a world where all else of SGLang says no."""
+    """One of SGLang's files of Triton kernels."""
+    without_sglang()
+    return importlib.import_module(f"sglang.kernels.ops.{name}")
+
+
+def without_sglang() -> None:
+    """Lets SGLang's kernels be imported: in a world where all else of SGLang says no."""
     told = {
         "is_cuda": lambda: True,
         "is_sm90_supported": lambda: True,
@@ -278,7 +284,6 @@ def _sglang(name: str) -> ModuleType:
         ".utils",
     ):
         sys.modules.setdefault(f"sglang.srt{absent}", _Absent(f"sglang.srt{absent}", told))
-    return importlib.import_module(f"sglang.kernels.ops.{name}")
 
 
 class _Nothing:

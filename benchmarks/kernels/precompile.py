@@ -100,10 +100,17 @@ def _immutable(value: Any) -> Any:
 class Compiler:
     """Processes that compile for one target; `close` ends them."""
 
-    def __init__(self, target: GPUTarget, processes: int | None = None) -> None:
+    def __init__(
+        self,
+        target: GPUTarget,
+        processes: int | None = None,
+        prepare: Callable[[], None] | None = None,  # for the kernels' imports, in each process
+    ) -> None:
         self._target = target
         self._pool = ProcessPoolExecutor(
-            processes or max(1, (os.cpu_count() or 2) - 1), mp_context=get_context("spawn")
+            processes or max(1, (os.cpu_count() or 2) - 1),
+            mp_context=get_context("spawn"),
+            initializer=prepare,
         )
 
     def refusals(
@@ -139,9 +146,9 @@ class Compiler:
 
 def compile_launch(launch: Launch, target: GPUTarget) -> Usage:
     """Into Triton's cache."""
-    kernel = getattr(importlib.import_module(launch.module), launch.kernel)
-    source = ASTSource(kernel, launch.signature, launch.constants, launch.attributes)
     try:
+        kernel = getattr(importlib.import_module(launch.module), launch.kernel)
+        source = ASTSource(kernel, launch.signature, launch.constants, launch.attributes)
         made = triton.compile(source, target=target, options=launch.options)
         used = resources(made.asm["cubin"])
     except Exception as error:  # whatever the compiler says of a tile is the finding

@@ -12,10 +12,10 @@ from pathlib import Path
 FOLDER = Path(__file__).with_name("sglang_configs")
 Tile = Mapping[str, int]
 
-# What SGLang's tuned configurations for E=256/257 on H100 and H200 are made of. The depth of a step
-# is a scale's block; one row tile a group is for few tokens, sixteen for many.
-TILES: tuple[Tile, ...] = tuple(
-    {
+
+def _tile(rows: int, columns: int, group: int, stages: int) -> Tile:
+    """The depth of a step is a scale's block; few tokens like groups of one row tile."""
+    return {
         "BLOCK_SIZE_M": rows,
         "BLOCK_SIZE_N": columns,
         "BLOCK_SIZE_K": 128,
@@ -23,9 +23,26 @@ TILES: tuple[Tile, ...] = tuple(
         "num_warps": 4,
         "num_stages": stages,
     }
-    for rows, columns, group, stages in (
+
+
+# What SGLang's tuned configurations for E=256/257 on H100 and H200 are made of.
+TILES = tuple(
+    _tile(*each)
+    for each in (
         *product((16,), (64, 128), (1, 16), (3, 4, 5)),
         *product((32, 64), (128,), (1, 16), (3, 4)),
+    )
+)
+# Those of which a run without a tuned file takes the fastest: each is compiled in it.
+USUAL = tuple(
+    _tile(*each)
+    for each in (
+        (16, 128, 1, 4),
+        (16, 64, 1, 5),
+        (16, 128, 16, 3),
+        (32, 128, 16, 4),
+        (64, 128, 16, 3),
+        (64, 128, 1, 4),
     )
 )
 

@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.kernels import grouped_gemm, harness, sglang_config, tile_lines
+from benchmarks.kernels import grouped_gemm, harness, peers, sglang_config, tile_lines
 from benchmarks.kernels.arms import subjects
 from benchmarks.kernels.run import versions
 from benchmarks.kernels.tuning import Bench, Notes, adopt, lines_of, tune_line
@@ -208,7 +208,8 @@ def tune_table(table: str, notes: Notes, ends: float) -> bool:
     return all(done)
 
 
-def cuda_bench() -> Bench:
+def cuda_bench(prepare: Callable[[], None] | None = None) -> Bench:
+    """This GPU; `prepare` is what processes that compile need before they import kernels."""
     import triton  # noqa: PLC0415 - only where there is a GPU
     from triton.backends.compiler import GPUTarget  # noqa: PLC0415 - as above
 
@@ -216,7 +217,7 @@ def cuda_bench() -> Bench:
 
     found = torch.cuda.get_device_properties(0)
     shared = triton.runtime.driver.active.utils.get_device_properties(0)["max_shared_mem"]
-    compiler = Compiler(GPUTarget("cuda", found.major * 10 + found.minor, 32))
+    compiler = Compiler(GPUTarget("cuda", found.major * 10 + found.minor, 32), prepare=prepare)
     return Bench(
         time_us=lambda calls: harness.time_us(calls)[0],
         refusals=partial(compiler.refusals, shared_limit=shared),
@@ -232,10 +233,18 @@ def tune_sglang(notes: Notes, is_over: Callable[[], bool]) -> bool:
         calls = [grouped_gemm.sglang_layer(seed, num_tokens, tile) for seed in range(2)]
         return harness.time_us(calls)[0]
 
+    bench = cuda_bench(peers.without_sglang)
     for number in grouped_gemm.LAYER_TOKENS:
         if str(number) not in notes.lines:
             if is_over():
                 return False
+            # Compiled beside each other; what they take is SGLang's business.
+            bench.refusals(
+                [
+                    (at, [grouped_gemm.sglang_layer(0, number, tile)])
+                    for at, tile in enumerate(sglang_config.TILES)
+                ]
+            )
             tile, arms = sglang_config.tune(number, time_us)
             notes.lines[str(number)] = {"before": None, "after": tile, "arms": arms}
             notes.save()
