@@ -1,6 +1,7 @@
 """Where an engine computes, and how many blocks of latents fit there."""
 
 import torch
+from torch import Tensor
 
 from tidemill.errors import ConfigError
 from tidemill.models.config import ModelConfig
@@ -37,6 +38,14 @@ def wait_for(device: torch.device) -> None:
     """Until what this thread has launched there is done."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
+
+
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """`values` of the host on `device`, in the order of its launches: the host does not wait."""
+    if device.type != "cuda":
+        return values.to(device)
+    pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    return pinned.copy_(values).to(device, non_blocking=True)
 
 
 def step_bytes(

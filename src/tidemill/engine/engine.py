@@ -318,9 +318,13 @@ class Engine:
                 seqs += choices
         if not rows:
             return []
-        wanted = hidden if len(rows) == len(hidden) else hidden[rows]
-        logits = self._runner.logits(wanted)
-        return draw(logits[index] if len(index) > len(rows) else logits, seqs)
+        device = hidden.device
+        if len(rows) < len(hidden):
+            hidden = hidden[devices.send(torch.tensor(rows), device)]
+        logits = self._runner.logits(hidden)
+        if len(index) > len(rows):
+            logits = logits[devices.send(torch.tensor(index), device)]
+        return draw(logits, seqs)
 
     def _score_prompts(self, step: Step, hidden: Tensor) -> None:
         row = len(step.decodes)

@@ -9,6 +9,7 @@ from torch import Tensor
 from tidemill.blocks import BLOCK_TOKENS
 from tidemill.engine.block_pool import BlockPool
 from tidemill.engine.decode_graphs import DecodeGraphs
+from tidemill.engine.device import send
 from tidemill.engine.scheduler import Step
 from tidemill.engine.sequence import Sequence
 from tidemill.models.deepseek import Batch, DecodeRows, DeepseekModel
@@ -83,11 +84,11 @@ class ModelRunner:
         width = max(map(len, tables))
         padded = [table + table[:1] * (width - len(table)) for table in tables]
         # int32, as recorded steps have them: the same compiled kernel for both.
-        block_tables = torch.tensor(padded, dtype=torch.int32, device=self._device)
+        block_tables = send(torch.tensor(padded, dtype=torch.int32), self._device)
         return DecodeRows(block_tables, self._ids(lengths))
 
     def _ids(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
+        return send(torch.tensor(values, dtype=torch.int64), self._device)
 
 
 def _layer_callback(step: Step) -> Callable[[int], None] | None:

@@ -6,13 +6,14 @@ makes it.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from tidemill.engine.device import send
 from tidemill.engine.logprobs import TokenLogprobs, token_logprobs
 from tidemill.kernels.choice import takes_triton
 from tidemill.kernels.sample import GREEDY_BELOW, Adjustments, Draws, gumbel_max, sample
@@ -125,37 +126,68 @@ def _draw_in_one_launch(logits: Tensor, seqs: Sequence[Drawable]) -> list[Drawn]
 
 def _draws(seqs: Sequence[Drawable], logits: Tensor) -> Draws:
     """What the op needs of `seqs`, on the device of their logits [B, V]."""
-    device = logits.device
     params = [seq.sampling for seq in seqs]
-
-    def column(values: list[float], dtype: torch.dtype = torch.double) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
-
-    def bits(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.uint64).view(torch.int64).to(device)
-
-    rows = [at for at, seq in enumerate(seqs) if seq.constraint or not seq.sampling.is_plain]
-    adjustments = None
-    if rows:
-        places = [rows.index(at) if at in rows else -1 for at in range(len(seqs))]
-        tables = [_tables(seqs[at], logits.shape[1]) for at in rows]
-        adjustments = Adjustments(
-            rows=torch.tensor(places, dtype=torch.int32, device=device),
-            repetition=column([params[at].repetition_penalty for at in rows]),
-            presence=column([params[at].presence_penalty for at in rows]),
-            frequency=column([params[at].frequency_penalty for at in rows]),
-            seen=torch.stack([seen for seen, _ in tables]).to(device),
-            bias=torch.stack([bias for _, bias in tables]).to(device),
-        )
-    return Draws(
-        temperature=column([each.temperature for each in params]),
-        top_k=torch.tensor([each.top_k for each in params], dtype=torch.int32, device=device),
-        top_p=column([each.top_p for each in params]),
-        min_p=column([each.min_p for each in params]),
-        seeds=bits([each.seed for each in params]),
-        positions=bits([len(seq.token_ids) for seq in seqs]),
-        adjustments=adjustments,
+    temperature, top_k, top_p, min_p, seeds, positions = _sent(
+        logits.device,
+        _doubles(each.temperature for each in params),
+        torch.tensor([each.top_k for each in params], dtype=torch.int32),
+        _doubles(each.top_p for each in params),
+        _doubles(each.min_p for each in params),
+        torch.tensor([each.seed for each in params], dtype=torch.uint64).view(torch.int64),
+        torch.tensor([len(seq.token_ids) for seq in seqs]),
     )
+    return Draws(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seeds=seeds,
+        positions=positions,
+        adjustments=_adjustments(seqs, logits),
+    )
+
+
+def _adjustments(seqs: Sequence[Drawable], logits: Tensor) -> Adjustments | None:
+    adjusted = [at for at, seq in enumerate(seqs) if seq.constraint or not seq.sampling.is_plain]
+    if not adjusted:
+        return None
+    params = [seqs[at].sampling for at in adjusted]
+    places = torch.full((len(seqs),), -1, dtype=torch.int32)
+    places[adjusted] = torch.arange(len(adjusted), dtype=torch.int32)
+    tables = [_tables(seqs[at], logits.shape[1]) for at in adjusted]
+    rows, repetition, presence, frequency, seen, bias = _sent(
+        logits.device,
+        places,
+        _doubles(each.repetition_penalty for each in params),
+        _doubles(each.presence_penalty for each in params),
+        _doubles(each.frequency_penalty for each in params),
+        torch.stack([seen for seen, _ in tables]),
+        torch.stack([bias for _, bias in tables]),
+    )
+    return Adjustments(
+        rows=rows,
+        repetition=repetition,
+        presence=presence,
+        frequency=frequency,
+        seen=seen,
+        bias=bias,
+    )
+
+
+def _doubles(values: Iterable[float]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.double)
+
+
+def _sent(device: torch.device, *columns: Tensor) -> list[Tensor]:
+    """The host's columns on `device` in one transfer, each from a multiple of 16 bytes on."""
+    sizes = [-(-column.nbytes // 16) * 16 for column in columns]
+    together = torch.empty(sum(sizes), dtype=torch.uint8)
+    for place, column in zip(torch.split(together, sizes), columns, strict=True):
+        place[: column.nbytes] = column.flatten().view(torch.uint8)
+    return [
+        place[: column.nbytes].view(column.dtype).view(column.shape)
+        for place, column in zip(torch.split(send(together, device), sizes), columns, strict=True)
+    ]
 
 
 def _tables(seq: Drawable, num_tokens: int) -> tuple[Tensor, Tensor]:
