@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -73,6 +74,19 @@ def test_a_layer_of_a_decode_step_takes_few_launches(rows: list[dict[str, Any]])
 def test_a_layers_launches_do_not_grow_with_prompts(rows: list[dict[str, Any]]) -> None:
     one, three = (row["launches_a_layer"] for row in rows if "prefill " in row["run"])
     assert 0 < len(three) <= len(one)
+
+
+@pytest.mark.timeout(600)
+def test_an_engine_waits_for_tokens_and_logprobs_alone(rows: list[dict[str, Any]]) -> None:
+    """Whatever a step sends is on its way while the device computes; what is read ends the step."""
+    (waits,) = (row["waits"] for row in rows if row["run"] == "engine v3")
+    of_steps: Counter[str] = Counter()
+    for where, count in waits.items():
+        file = Path(where.partition(":")[0])
+        if file.parent.name == "engine" and file.stem != "decode_graphs":  # made once
+            of_steps[file.stem] += count
+    # Three steps draw; logprobs are of the prompt's 69 tokens and of three drawn ones.
+    assert of_steps == {"sampling": 3, "logprobs": 6}
 
 
 @pytest.mark.parametrize("read", ["item", "tolist", "cpu", "nonzero", "__float__", "__bool__"])

@@ -8,7 +8,12 @@ from transformers import DeepseekV3ForCausalLM
 from tests.engine_harness import load_engine, run_all
 from tests.tiny_model import make_tiny_checkpoint
 from tidemill.engine import Engine, PrefilledOutput, SamplingParams, Sequence, TokensOutput
-from tidemill.engine.logprobs import TokenLogprobs, prompt_logprobs, token_logprobs
+from tidemill.engine.logprobs import (
+    TokenLogprobs,
+    logprobs_together,
+    prompt_logprobs,
+    token_logprobs,
+)
 
 PROMPT = list(range(100, 170))
 TOP = 5
@@ -112,3 +117,15 @@ def test_a_long_prompt_never_has_all_its_logits_at_once() -> None:
     assert sum(asked) == 500
     assert max(asked) <= 32
     assert [one.logprob for one in found] == hidden.log_softmax(-1)[:, 3].tolist()
+
+
+def test_rows_sorted_together_tell_what_each_alone_does() -> None:
+    """Ties go to low ids, and each row has as many alternatives as it asked for."""
+    logits = torch.randint(0, 9, (4, 50), generator=torch.manual_seed(3)).float()
+    logits[2, 7:] = -torch.inf
+    token_ids, tops = [0, 49, 3, 20], [5, 0, 50, 1]
+    alone = [
+        token_logprobs(row, token_id, top)
+        for row, token_id, top in zip(logits, token_ids, tops, strict=True)
+    ]
+    assert logprobs_together(logits, token_ids, tops) == alone

@@ -3,7 +3,10 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from tidemill.engine.device import send
 
 MAX_TOP_LOGPROBS = 20
 
@@ -37,6 +40,36 @@ def token_logprobs(logits: Tensor, token_id: int, top: int) -> TokenLogprobs:
     return TokenLogprobs(own, tuple(ids.tolist()), tuple(logprobs[ids].tolist()))
 
 
+def rows_logprobs(
+    logits: Tensor, token_ids: Sequence[int], tops: Sequence[int]
+) -> list[TokenLogprobs]:
+    """`token_logprobs` of each row of logits [N, V], with its own number of alternatives.
+
+    A CPU goes row by row; a GPU sorts all of them, and is waited for once.
+    """
+    if logits.is_cuda:
+        return logprobs_together(logits, token_ids, tops)
+    triples = zip(logits, token_ids, tops, strict=True)
+    return [token_logprobs(row.float(), token_id, top) for row, token_id, top in triples]
+
+
+def logprobs_together(
+    logits: Tensor, token_ids: Sequence[int], tops: Sequence[int]
+) -> list[TokenLogprobs]:
+    """As `rows_logprobs`, by a sort of whole rows: a few launches however many rows there are."""
+    logprobs = logits.float().log_softmax(-1)
+    most = min(max(tops), logprobs.shape[1])
+    ids = logprobs.sort(descending=True, stable=True).indices[:, :most]
+    own = send(torch.tensor(token_ids).unsqueeze(1), logits.device)
+    places = torch.cat((own, ids), dim=1)
+    # As one tensor, for one transfer: an id is far below the integers that fp64 holds.
+    told = torch.stack((places.double(), logprobs.gather(1, places).double())).tolist()
+    return [
+        TokenLogprobs(values[0], tuple(map(int, ids[1 : top + 1])), tuple(values[1 : top + 1]))
+        for ids, values, top in zip(*told, tops, strict=True)
+    ]
+
+
 def prompt_logprobs(
     logits_of: Callable[[Tensor], Tensor], hidden: Tensor, next_ids: Sequence[int], top: int
 ) -> list[TokenLogprobs]:
@@ -46,7 +79,7 @@ def prompt_logprobs(
     """
     found: list[TokenLogprobs] = []
     for start in range(0, len(next_ids), _ROWS):
-        rows = logits_of(hidden[start : start + _ROWS]).float()
-        pairs = zip(rows, next_ids[start : start + _ROWS], strict=True)
-        found += [token_logprobs(row, token_id, top) for row, token_id in pairs]
+        ids = next_ids[start : start + _ROWS]
+        logits = logits_of(hidden[start : start + _ROWS]).float()
+        found += rows_logprobs(logits, ids, [top] * len(ids))
     return found

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tidemill.engine.device import send
-from tidemill.engine.logprobs import TokenLogprobs, token_logprobs
+from tidemill.engine.logprobs import TokenLogprobs, rows_logprobs, token_logprobs
 from tidemill.kernels.choice import takes_triton
 from tidemill.kernels.sample import GREEDY_BELOW, Adjustments, Draws, gumbel_max, sample
 
@@ -114,13 +114,17 @@ def draw(logits: Tensor, seqs: Sequence[Drawable]) -> list[Drawn]:
 
 def _draw_in_one_launch(logits: Tensor, seqs: Sequence[Drawable]) -> list[Drawn]:
     token_ids = sample(logits, _draws(seqs, logits)).tolist()
-    drawn = []
-    for row, seq, token_id in zip(logits, seqs, token_ids, strict=True):
-        wanted = seq.sampling.logprobs
-        if token_id < 0 or wanted is None:
-            drawn.append(Drawn(token_id, dead_end=token_id < 0))
-        else:
-            drawn.append(Drawn(token_id, token_logprobs(row.float(), token_id, wanted)))
+    drawn = [Drawn(token_id, dead_end=token_id < 0) for token_id in token_ids]
+    told = [
+        (at, token_ids[at], seq.sampling.logprobs)
+        for at, seq in enumerate(seqs)
+        if seq.sampling.logprobs is not None and token_ids[at] >= 0
+    ]
+    if told:
+        rows, ids, tops = zip(*told, strict=True)
+        wanted = logits[send(torch.tensor(rows), logits.device)]
+        for at, logprobs in zip(rows, rows_logprobs(wanted, ids, tops), strict=True):
+            drawn[at] = Drawn(token_ids[at], logprobs)
     return drawn
 
 
