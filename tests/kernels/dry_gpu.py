@@ -31,6 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tidemill.kernels.aot import HOPPER, resources
+from tidemill.kernels.device import tile_counters
 
 aten = torch.ops.aten
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,6 +92,7 @@ class DryGpu:
 
     def __enter__(self) -> Self:
         enter = self._stack.enter_context
+        self._stack.callback(tile_counters.cache_clear)  # a fake one is no later launch's
         enter(_FakeMode(allow_non_fake_inputs=True))
         enter(_Dispatch(self))
         enter(_Unguarded())
