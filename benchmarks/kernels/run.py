@@ -112,6 +112,8 @@ def run_test_file(file: str, report: Path, ends: float, seconds: float) -> tuple
             subprocess.run(
                 [sys.executable, "-m", "pytest", *flags, file],
                 cwd=ROOT,
+                # Columns for a summary that says why a test failed.
+                env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "COLUMNS": "240"},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 check=False,
