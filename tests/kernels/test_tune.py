@@ -105,6 +105,27 @@ def test_arm_replaces_the_tile_only_if_it_is_faster_twice(
     assert tuned(Gpu({OLD: old, NEW: new}), tmp_path)["after"] == asdict(chosen)
 
 
+def test_arm_that_is_hardly_faster_is_not_timed_again(tmp_path: Path) -> None:
+    assert tuned(Gpu({OLD: 100.0, NEW: 98.5}), tmp_path)["again"] == []
+
+
+def test_arm_is_on_record_before_it_is_called(tmp_path: Path) -> None:
+    """What breaks the process, or hangs, is then known."""
+    path = tmp_path / "notes.json"
+    gpu = Gpu({OLD: 100.0})
+    found = []
+
+    def kernel(rows: Tensor, *, tile: Any) -> Tensor:
+        found.append(Notes.read(path).trying)
+        return gpu.kernel(rows, tile=tile)
+
+    line = line_on(gpu)
+    watched = replace(line, cases=[replace(line.cases[0], kernel=kernel)])
+    tune_line(watched, gpu.bench(), Notes(path), lambda: False)
+    assert found[0] == ("16", asdict(OLD))
+    assert Notes.read(path).trying is None
+
+
 def test_next_arm_is_tried_where_the_fastest_was_so_only_once(tmp_path: Path) -> None:
     found = tuned(Gpu({OLD: 100.0, NEW: (50.0, 110.0), OTHER: 80.0}), tmp_path)
     assert found["after"] == asdict(OTHER)
@@ -198,7 +219,7 @@ op = [
   { width = 3, fast = true },  # 3 us
 ]
 other = [
-  { most_rows = 16, width = 1 },
+  { most_rows = 4, width = 1 },
   { width = 1 },
 ]
 """
@@ -254,6 +275,7 @@ def test_what_is_written_is_what_is_compiled_ahead_of_time(
 def test_every_line_of_a_table_has_cases_and_a_bounded_number_of_arms(subject: Subject) -> None:
     lines = lines_of(subject, H100)
     assert len(lines) == len(tiles.tables_of(subject.table, subject.form)[H100])
+    assert sum(len(line.cases) for line in lines) == len(subject.cases)
     for line in lines:
         assert line.cases
         assert 1 <= len(line.arms) <= 24
