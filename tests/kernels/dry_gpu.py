@@ -361,7 +361,11 @@ class _Driver:
     def __init__(self, gpu: DryGpu) -> None:
         self.gpu = gpu
         self.utils = self
-        self.launcher_cls = Launcher
+        self._form = ""
+
+    def launcher_cls(self, source: Any, metadata: Any) -> "Launcher":
+        self._form = _form(source)
+        return Launcher(source, metadata)
 
     def get_current_target(self) -> GPUTarget:
         return HOPPER
@@ -379,11 +383,19 @@ class _Driver:
         used = resources(cubin)
         spilled = used["STACK"] + used["LOCAL"]
         if spilled:
-            self.gpu.spills[name] = spilled
+            self.gpu.spills[f"{name}[{self._form}]"] = spilled
         return object(), object(), used["REG"], spilled, MOST_THREADS
 
     def unload_module(self, module: object) -> None:
         pass
+
+
+def _form(source: Any) -> str:
+    """What of its arguments a kernel was compiled for."""
+    constants = {at[0]: value for at, value in source.constants.items()}
+    names = source.fn.arg_names
+    kinds = [constants.get(at, source.signature[name]) for at, name in enumerate(names)]
+    return " ".join(f"{name}={kind}" for name, kind in zip(names, kinds, strict=True))
 
 
 class Launcher:

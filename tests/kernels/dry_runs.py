@@ -32,7 +32,7 @@ from tidemill.models.deepseek import Batch, DecodeRows, DeepseekModel
 from tidemill.models.prompt_rows import PromptSpan, prompt_rows
 
 DEMO = Path(__file__).parents[2] / "models/demo"
-V3_CONTEXT = 512
+V3_CONTEXT = 8192
 SAMPLINGS = (
     SamplingParams(temperature=0, max_tokens=3),
     SamplingParams(temperature=0.8, top_k=4, top_p=0.9, min_p=0.01, seed=1, max_tokens=3),
@@ -48,8 +48,8 @@ def runs() -> Iterator[tuple[str, Run]]:
         yield f"benchmark {name}", partial(benchmark, name)
     for batch in (1, 8, 128):
         yield f"decode {batch}", partial(decode, batch)
-    for prompts in (1, 3):
-        yield f"prefill {prompts}", partial(prefill, prompts)
+    for prompts, tokens in ((1, 4095), (1, 4096), (1, 300), (3, 300)):
+        yield f"prefill {prompts} {tokens}", partial(prefill, prompts, tokens)
     yield "engine demo", demo_engine
     yield "engine v3", v3_engine
 
@@ -71,10 +71,10 @@ def decode(batch: int, gpu: DryGpu) -> list[str]:
     return a_layer(gpu, step, rows)
 
 
-def prefill(prompts: int, gpu: DryGpu) -> list[str]:
-    """A step of so many chunks, the first after a cached prefix, the last of one token."""
-    chunks = [(128, 300), (0, 65), (0, 1)][:prompts]
-    spans = [PromptSpan(start, end, list(range(8))) for start, end in chunks]
+def prefill(prompts: int, tokens: int, gpu: DryGpu) -> list[str]:
+    """A step of so many chunks, the first and longest after a cached prefix."""
+    chunks = [(128, 128 + tokens), (0, 65), (0, 1)][:prompts]
+    spans = [PromptSpan(start, end, list(range(80))) for start, end in chunks]
     positions = torch.cat([torch.arange(each.start, each.end) for each in spans]).cuda()
     batch = Batch(positions, positions, prompts=prompt_rows(0, spans, positions.device))
     return a_layer(gpu, batch, positions)

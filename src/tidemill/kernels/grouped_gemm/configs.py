@@ -68,3 +68,13 @@ def column_tiles(tile: Tile, width: int) -> int:
 def most_row_tiles(tile: Tile, num_experts: int, num_places: int) -> int:
     """However the places are shared out, there are no more."""
     return (num_places + min(num_experts, num_places) * (tile.rows - 1)) // tile.rows
+
+
+def experts_held(tile: Tile, num_experts: int) -> int:
+    """Room for every expert's count in each program.
+
+    A tile of 128 rows has at least 64, though a shared expert is one: with less, gate and up spill
+    under Triton 3.6, the GPU's.
+    """
+    power: int = triton.next_power_of_2(num_experts)
+    return max(64, power) if tile.rows >= 128 else power

@@ -28,6 +28,7 @@ from tidemill.kernels.grouped_gemm.configs import (
     DOWN_TILES,
     GATE_UP_TILES,
     column_tiles,
+    experts_held,
     most_row_tiles,
     splits_for,
     tile_for,
@@ -426,7 +427,7 @@ def gate_up(
         *((0, 0) if scales is None else scales.stride()),
         SCALED=scaled,
         GATHER=rows is not None,
-        EXPERTS=triton.next_power_of_2(num_experts),
+        EXPERTS=experts_held(tile, num_experts),
         SPLITS=splits,
         **_blocks(tile, depth),
     )
@@ -477,7 +478,7 @@ def down(
         *((0, 0) if scales is None else scales.stride()),
         SCALED=scales is not None,
         SCATTER=rows is not None,
-        EXPERTS=triton.next_power_of_2(num_experts),
+        EXPERTS=experts_held(tile, num_experts),
         SPLITS=splits,
         PAIR=tile.pair,
         **_blocks(tile, depth),
@@ -579,7 +580,8 @@ def _variant(
     scaled, split = flags["SCALED"], flags["SPLITS"] > 1
     given |= {"parts_ptr": split, "counters_ptr": split}
     given |= {"x_scale_ptr": scaled, "w_scale_ptr": scaled, "out_scale_ptr": scaled}
-    constants: dict[str, Any] = {**flags, "EXPERTS": 256, **blocks}
+    experts = experts_held(tile, 256 if flags.get("GATHER", True) else 1)
+    constants: dict[str, Any] = {**flags, "EXPERTS": experts, **blocks}
     types = {"x_ptr": element, "w_ptr": element, "weights_ptr": "*fp32"}
     types |= dict.fromkeys(("x_scale_ptr", "w_scale_ptr", "out_scale_ptr", "parts_ptr"), "*fp32")
     types |= dict.fromkeys(("rows_ptr", "starts_ptr", "counts_ptr", "counters_ptr"), "*i32")
