@@ -1,13 +1,18 @@
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.engine_harness import GREEDY, load_engine, make_sequence
+from tidemill.engine import Engine, EngineConfig
 from tidemill.engine import device as devices
-from tidemill.engine.device import blocks_that_fit, find_device, step_bytes
+from tidemill.engine.device import blocks_that_fit, find_device, refuse_widths, step_bytes
 from tidemill.errors import ConfigError
+from tidemill.kernels import choice
 from tidemill.models.presets import load_preset
 
 GIB = 1 << 30
@@ -83,3 +88,21 @@ def test_a_device_that_is_not_there_is_refused(wanted: str) -> None:
 def test_auto_is_the_cpu_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert find_device("auto") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"])
+@pytest.mark.parametrize("width", [8, 144])
+def test_widths_that_the_kernels_do_not_take_are_refused_by_name(name: str, width: int) -> None:
+    config = load_preset("deepseek-v3")
+    changed: dict[str, Any] = {name: width}
+    refuse_widths(config)
+    with pytest.raises(ConfigError, match=rf"{name} is {width}, .* powers of two from 16"):
+        refuse_widths(replace(config, **changed))
+
+
+def test_an_engine_on_kernels_refuses_widths_before_it_looks_for_weights(tmp_path: Path) -> None:
+    config = json.loads((DEMO / "config.json").read_text()) | {"kv_lora_rank": 144}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    on_kernels = EngineConfig(num_blocks=12, device="cpu", kernels="triton")
+    with choice.forced("auto"), pytest.raises(ConfigError, match="kv_lora_rank is 144"):
+        Engine.load(tmp_path, on_kernels)

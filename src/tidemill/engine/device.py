@@ -28,6 +28,17 @@ def find_device(wanted: str) -> torch.device:
     return torch.device("cuda", device.index or 0)
 
 
+def refuse_widths(config: ModelConfig) -> None:
+    """ConfigError for a model whose attention has widths that the Triton kernels do not take."""
+    for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"):
+        width: int = getattr(config, name)
+        if width < 16 or width & (width - 1):
+            raise ConfigError(
+                f"the model's {name} is {width}, and the kernels take powers of two from 16 on; "
+                'with kernels = "reference" plain torch computes'
+            )
+
+
 def use(device: torch.device) -> None:
     """Have this thread's launches go to `device`: Triton asks the thread, not the tensors."""
     if device.type == "cuda":

@@ -119,6 +119,9 @@ class Engine:
         device = devices.find_device(config.device)
         devices.use(device)
         choice.force(config.kernels)
+        stacked = choice.takes_triton(torch.empty(0, device=device))
+        if stacked:
+            devices.refuse_widths(model_config)
         checkpoint = Checkpoint(model_dir)
         max_context = _max_context(config, model_config)
         model = load_model(
@@ -128,7 +131,7 @@ class Engine:
             max_context,
             on_progress,
             device=device,
-            stacked=choice.takes_triton(torch.empty(0, device=device)),
+            stacked=stacked,
         )
         layout = KvLayout(
             dtype=str(dtype).removeprefix("torch."),
@@ -145,7 +148,7 @@ class Engine:
             host_blocks=config.host_cache_blocks,
         )
         graphs = None
-        if device.type == "cuda" and choice.takes_triton(pool.latents):
+        if device.type == "cuda" and stacked:
             graphs = DecodeGraphs(model, pool, max_batch=config.max_batch, max_context=max_context)
         return cls(
             config=config,
