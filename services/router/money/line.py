@@ -25,7 +25,45 @@ Outcome = list[Any] | BaseException
 _MORE = object()
 
 
-class Line(asyncio.Protocol):
+class _Socket(asyncio.Protocol):
+    """One connection of a line, which hears nothing more of it once it has left it."""
+
+    def __init__(self, line: "Line", writer: asyncio.StreamWriter) -> None:
+        self._line: Line | None = line
+        self._writer = writer  # it would close what it was made for
+        self._transport = cast(asyncio.Transport, writer.transport)
+        self._transport.set_protocol(self)
+        self._reader = hiredis.Reader(
+            protocolError=InvalidResponse, replyError=ResponseError, notEnoughData=_MORE
+        )
+
+    @property
+    def is_open(self) -> bool:
+        """False as soon as the other side has closed, before `connection_lost` tells."""
+        return not self._transport.is_closing()
+
+    def write(self, packed: bytes) -> None:
+        self._transport.write(packed)
+
+    def leave(self) -> None:
+        """Close at once; the line hears nothing more."""
+        self._line = None
+        self._transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        """Some of the replies."""
+        self._reader.feed(data)
+        while self._line is not None and (reply := self._reader.gets()) is not _MORE:
+            if not isinstance(reply, hiredis.PushNotification):
+                self._line.replied(reply)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """By the server, or for what it sent."""
+        if self._line is not None:
+            self._line.lost(error)
+
+
+class Line:
     """Asks one batch at a time and hands `done` its outcome; opened when first used.
 
     A batch is sent once more where the connection is lost before all its replies came. After
@@ -44,8 +82,8 @@ class Line(asyncio.Protocol):
         self._tasks = tasks
         self._timeout_s = timeout_s
         self._done = done
-        self._transport: asyncio.Transport | None = None
-        self._writer: asyncio.StreamWriter | None = None  # it would close what it was made for
+        # One of the two, or none: a batch on two connections has twice its replies.
+        self._socket: _Socket | None = None
         self._opening: asyncio.Task[None] | None = None
         self._packed = b""
         self._num_due = 0
@@ -64,19 +102,16 @@ class Line(asyncio.Protocol):
         """Drop the connection; a batch under way ends in CancelledError."""
         self._fail(asyncio.CancelledError())
 
-    def data_received(self, data: bytes) -> None:
-        """Some of the replies."""
-        self._reader.feed(data)
-        while (reply := self._reader.gets()) is not _MORE:
-            if not isinstance(reply, hiredis.PushNotification):
-                assert self._num_due, "a reply to nothing"
-                self._replies.append(reply)
-                if len(self._replies) == self._num_due:
-                    self._finish(self._replies)
+    def replied(self, reply: object) -> None:
+        """To one of the commands, by the present connection."""
+        assert self._num_due, "a reply to nothing"
+        self._replies.append(reply)
+        if len(self._replies) == self._num_due:
+            self._finish(self._replies)
 
-    def connection_lost(self, error: Exception | None) -> None:
-        """By the server, or by `_fail`, which leaves nothing under way."""
-        self._transport = None
+    def lost(self, error: Exception | None) -> None:
+        """The present connection."""
+        self._hang_up()
         if not self._num_due:
             return
         if self._is_repeated:
@@ -87,16 +122,17 @@ class Line(asyncio.Protocol):
 
     def _send(self) -> None:
         self._replies = []
-        if self._transport is None or self._transport.is_closing():
-            self._opening = self._tasks.spawn(self._open(), name="ledger")
+        if self._socket is not None and self._socket.is_open:
+            self._write(self._socket)
         else:
-            self._write(self._transport)
+            self._hang_up()
+            self._opening = self._tasks.spawn(self._open(), name="ledger")
 
-    def _write(self, transport: asyncio.Transport) -> None:
+    def _write(self, socket: _Socket) -> None:
         if self._alarm is not None:
             self._alarm.cancel()
         self._alarm = Alarm(self._timeout_s, self._be_silent)
-        transport.write(self._packed)
+        socket.write(self._packed)
 
     async def _open(self) -> None:
         make: Callable[[], Connection] = self._redis.connection_pool.make_connection
@@ -104,34 +140,38 @@ class Line(asyncio.Protocol):
         try:
             await connection.connect()
         except (RedisError, OSError) as error:
+            self._opening = None
             self._finish(error)
             return
         except asyncio.CancelledError as error:
-            if self._opening is asyncio.current_task():  # not `close`, which has said so
+            if self._opening is asyncio.current_task():  # not by `_hang_up`
+                self._opening = None
                 self._finish(error)
             raise
-        writer, connection._writer, connection._reader = connection._writer, None, None
-        assert writer is not None
-        self._writer, transport = writer, cast(asyncio.Transport, writer.transport)
-        self._reader = hiredis.Reader(
-            protocolError=InvalidResponse, replyError=ResponseError, notEnoughData=_MORE
-        )
-        transport.set_protocol(self)
-        self._transport = transport
-        self._write(transport)
+        writer, reader = connection._writer, connection._reader
+        connection._writer = connection._reader = None
+        self._opening = None
+        self._socket = _Socket(self, writer)
+        if reader.at_eof() or not self._socket.is_open:  # of which it will not be told again
+            self.lost(None)
+        else:
+            self._write(self._socket)
 
     def _be_silent(self) -> None:
         self._fail(RedisTimeoutError("the ledger did not reply in time"))
 
     def _fail(self, error: BaseException) -> None:
-        transport, self._transport = self._transport, None
-        opening, self._opening = self._opening, None
-        if transport is not None:
-            transport.abort()
-        if opening is not None:
-            opening.cancel()
+        self._hang_up()
         if self._num_due:
             self._finish(error)
+
+    def _hang_up(self) -> None:
+        socket, self._socket = self._socket, None
+        opening, self._opening = self._opening, None
+        if socket is not None:
+            socket.leave()
+        if opening is not None:
+            opening.cancel()
 
     def _finish(self, outcome: Outcome) -> None:
         self._num_due = 0

@@ -13,12 +13,15 @@ from typing import Any
 import pytest
 import uvloop
 from prometheus_client import CollectorRegistry
+from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from services.router.config import LedgerConfig
 from services.router.money.accounts import Accounts
 from services.router.money.ledger import Ledger
+from services.router.money.line import Line, Outcome
 from services.router.money.metrics import LedgerMetrics
+from services.router.tasks import OwnedTasks
 from tests.ledger_commands import NOON_MS, reserve, settle
 from tests.redis_process import RedisProcess
 from tests.router_harness import DURABLE
@@ -142,6 +145,83 @@ def test_a_reply_that_came_while_this_process_stood_still_is_read(
         loop.run_until_complete(ask_and_stand_still())
     finally:
         loop.close()
+
+
+@pytest.mark.parametrize("make_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_a_ledger_that_hangs_up_on_its_callers_gives_none_the_reply_of_another(
+    ledger_redis: RedisProcess, make_loop: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    """Lines learn of it idle, half asked and while they connect: each call is asked on one."""
+    names = [f"own:{number}" for number in range(4)]
+    rng = random.Random(7)
+    broken: list[dict[str, Any]] = []
+
+    async def ask(ledger: Ledger, name: str, over: asyncio.Event) -> int:
+        answers = 0
+        while not over.is_set():
+            try:
+                assert await by_script(ledger, name) == name.encode()
+            except LedgerUnavailable:
+                continue
+            answers += 1
+            await asyncio.sleep(rng.choice((0, 0.001)))  # a line may be idle when it ends
+        return answers
+
+    async def hang_up_on_all() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, told: broken.append(told))
+        ledger, over = Ledger(config_of(ledger_redis)), asyncio.Event()
+        for name in names:
+            await ledger.run(lambda redis, name=name: redis.set(name, name))  # type: ignore[misc]
+        async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+            asked = [group.create_task(ask(ledger, name, over)) for name in names]
+            for _ in range(200):
+                await ledger.run(lambda redis: redis.client_kill_filter(_type="normal"))
+                await asyncio.sleep(0.005)
+            over.set()
+        assert min(task.result() for task in asked) > 1
+        await ledger.close()
+
+    loop = make_loop()
+    try:
+        loop.run_until_complete(hang_up_on_all())
+    finally:
+        loop.close()
+    assert broken == []
+
+
+async def test_a_batch_asked_while_a_connection_ends_is_asked_on_one_other(
+    ledger_redis: RedisProcess,
+) -> None:
+    """The transport knows that it closes a turn of the loop before the line is told."""
+    redis = Redis.from_url(ledger_redis.url)
+    outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
+    tasks = OwnedTasks()
+    line = Line(redis, tasks, timeout_s=5, done=lambda _, outcome: outcomes.put_nowait(outcome))
+
+    async def echoed(*words: bytes) -> Outcome:
+        packed = [b"*2\r\n$4\r\nECHO\r\n$%d\r\n%b\r\n" % (len(word), word) for word in words]
+        line.ask(b"".join(packed), len(packed))
+        return await outcomes.get()
+
+    async def hang_up() -> None:
+        await redis.client_kill_filter(_type="normal", skipme=True)
+
+    for number in range(5):
+        assert await echoed(b"before") == [b"before"]
+        socket = line._socket
+        assert socket is not None
+        connections = (await redis.info("stats"))["total_connections_received"]
+        hanging_up = asyncio.create_task(hang_up())
+        while socket.is_open:  # noqa: ASYNC110 - no event tells before the line is told
+            await asyncio.sleep(0)
+        for turn in range(4):
+            word = b"%d.%d" % (number, turn)
+            assert await echoed(word, word) == [word, word]
+        await hanging_up
+        assert (await redis.info("stats"))["total_connections_received"] == connections + 1
+    assert outcomes.empty()
+    line.close()
+    await redis.aclose()
 
 
 def test_a_server_that_hung_up_is_a_lost_connection_under_uvloop_too(
