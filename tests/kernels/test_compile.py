@@ -2,40 +2,24 @@
 
 import ast
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.kernels.compiling import HERE, ON_GPUS, ROOT, output_of
+
 KERNELS = ROOT / "src/tidemill/kernels"
-ON_GPUS = ROOT / ".venv-triton36/bin/python"
 SHARED_BYTES = 232_448  # that a block may have on sm_90
 
 
-@pytest.fixture(scope="module", params=[Path(sys.executable), ON_GPUS], ids=["here", "3.6"])
+@pytest.fixture(scope="module", params=[HERE, ON_GPUS], ids=["here", "3.6"])
 def rows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What benchmarks.kernels.aot found, a row a variant."""
-    python: Path = request.param
-    if not python.exists():
-        pytest.skip(f"no {python.relative_to(ROOT)}: `make test` makes it")
     out = tmp_path_factory.mktemp("aot") / "aot.json"
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [python, "-m", "benchmarks.kernels.aot", "--out", out],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
+    output_of(request.param, "-m", "benchmarks.kernels.aot", "--out", out)
     ((version, found),) = json.loads(out.read_text("utf-8"))["triton"].items()
-    assert python != ON_GPUS or version.startswith("3.6.")
+    assert request.param != ON_GPUS or version.startswith("3.6.")
     return found["rows"]
 
 

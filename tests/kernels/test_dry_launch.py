@@ -1,9 +1,6 @@
 """What the first step on a GPU would do, on one that is not there (`dry_gpu.py`, `dry_runs.py`)."""
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,36 +10,23 @@ import pytest
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from tests.kernels.compiling import HERE, ON_GPUS, output_of
 from tests.kernels.dry_gpu import DryGpu, Launcher
 
-ROOT = Path(__file__).resolve().parents[2]
-ON_GPUS = ROOT / ".venv-triton36/bin/python"
 MOST_LAUNCHES = 20  # of a decode step's layer
 
 
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(Path(sys.executable), id="here"),
+        pytest.param(HERE, id="here"),
         pytest.param(ON_GPUS, id="3.6", marks=pytest.mark.slow),
     ],
 )
 def rows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What tests.kernels.dry_runs found, a row a run."""
-    python: Path = request.param
-    if not python.exists():
-        pytest.skip(f"no {python.relative_to(ROOT)}: `make test` makes it")
     out = tmp_path_factory.mktemp("dry") / "dry.json"
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [python, "-m", "tests.kernels.dry_runs", "--out", out],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    output_of(request.param, "-m", "tests.kernels.dry_runs", "--out", out)
     return json.loads(out.read_text("utf-8"))["rows"]
 
 

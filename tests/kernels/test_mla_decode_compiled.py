@@ -1,15 +1,11 @@
 """What only the compiled form of decode attention shows: work done once, loads asked for early."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.kernels.test_compile import ON_GPUS, ROOT
+from tests.kernels.compiling import HERE, ON_GPUS, ROOT, output_of
 
 # Rows of a tile -> wgmma a warpgroup and block of 64 tokens. Scores: a step of 16 for each of the
 # 576 columns, once. Result: 4 steps of 16 tokens for each tile of 64 rows, or of 64 values.
@@ -33,18 +29,11 @@ print(json.dumps(found))
 """
 
 
-@pytest.fixture(scope="module", params=[Path(sys.executable), ON_GPUS], ids=["here", "3.6"])
+@pytest.fixture(scope="module", params=[HERE, ON_GPUS], ids=["here", "3.6"])
 def compiled(request: pytest.FixtureRequest) -> Any:
     """A row a tile and number of query tokens."""
-    python: Path = request.param
-    if not python.exists():
-        pytest.skip(f"no {python.relative_to(ROOT)}: `make test` makes it")
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"TRITON_DEFAULT_FP_FUSION": "1", "PYTHONPATH": str(ROOT / "src")}
-    told = subprocess.run(
-        [python, "-c", _TELL], env=environment, capture_output=True, text=True, check=True
-    )
-    return json.loads(told.stdout)
+    environment = {"TRITON_DEFAULT_FP_FUSION": "1", "PYTHONPATH": str(ROOT / "src")}
+    return json.loads(output_of(request.param, "-c", _TELL, **environment))
 
 
 @pytest.mark.timeout(120)

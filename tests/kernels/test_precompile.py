@@ -1,8 +1,6 @@
 """What is compiled ahead is what a call then finds, on a GPU that is not there."""
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +12,12 @@ import triton
 
 from benchmarks.kernels import fp8_gemm
 from benchmarks.kernels.precompile import Compiler, Launch, Usage, compile_launch
+from tests.kernels.compiling import HERE, output_of
 from tests.kernels.dry_gpu import DryGpu
 from tidemill.kernels.aot import HOPPER
 from tidemill.kernels.cases import GemmCase
 from tidemill.kernels.fp8_gemm.configs import Tile
 
-ROOT = Path(__file__).resolve().parents[2]
 GOOD = Tile(16, 64, 128, swap=True, tma=True)
 SHARED_BYTES = 50_000  # three stages of it, and not six
 
@@ -55,18 +53,14 @@ def compile_and_call() -> None:
 
 @pytest.mark.timeout(120)  # cold; seconds when Triton's cache knows the kernels
 def test_call_finds_in_the_cache_what_was_compiled_ahead(tmp_path: Path) -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"TRITON_DEFAULT_FP_FUSION": "1", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.test_precompile"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
+    found = output_of(
+        HERE,
+        "-m",
+        "tests.kernels.test_precompile",
+        TRITON_DEFAULT_FP_FUSION="1",
+        TRITON_CACHE_DIR=str(tmp_path),
     )
-    assert done.returncode == 0, done.stderr[-4000:]
-    told = json.loads(done.stdout)
+    told = json.loads(found)
     assert told["launched"] == 0
     assert told["found"]
     assert all(hit for _, hit in told["found"])
